@@ -1,0 +1,210 @@
+r"""Every option of the program in one dataclass: its default, what it does, and what the paper says of it.
+
+The command line is made from the fields (``multitask_steps`` becomes ``--multitask-steps``). Defaults are the
+micro-world's; ``--preset`` changes a set of them for a large backbone; what is typed on the command line wins.
+
+Stages follow one another (pretrain, base, multitask, target). Each option names the first stage whose outcome it
+changes, so that a finished stage is used again if, and only if, it would come out the same.
+"""
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import data
+import toy
+from data import UserError
+from lowrank import FORMS
+
+ORDER = ("pretrain", "base", "multitask", "target")
+STAGES_OF = {  # the stages of a method, in order
+    "talora": ("base", "multitask", "target"),
+    "deep-spot": ("multitask", "target"),  # one gated prompt for all source tasks, then the start of every target's
+    "deep-pt": ("target",),  # a fresh gated prompt for each target
+}
+NEVER = "never"  # an option that changes how a run goes, not what comes out
+
+
+def option(default, since: str, help: str, choices=None):
+    return field(default=default, metadata={"since": since, "help": help, "choices": choices})
+
+
+@dataclass
+class Config:
+    """[paper: ...] is what the public summaries of the paper say; most of it is open, and the default is ours."""
+
+    stage: str = option("multitask", NEVER, "what to run; 'all' is base, multitask, target", (*ORDER, "all"))
+    preset: str = option("toy", "pretrain", "a set of defaults for a backbone", ("toy", "qwen2.5-0.5b", "qwen2.5-7b"))
+    method: str = option("talora", "base", "talora; deep-spot: one gated prompt for all tasks, the start of every "
+                         "target; deep-pt: a fresh gated prompt for each target", tuple(STAGES_OF))
+    run: str = option("", NEVER, "folder of the run, one subfolder a stage; runs/<preset>[-method][-seedN] if not given")
+    seed: int = option(0, "pretrain", "changes everything random [paper: number of seeds open]")
+    # data
+    data_root: str = option("", "pretrain", "folder with <task>/{train,test}.jsonl, instead of downloads or the "
+                            "micro-world")
+    sources: str = option("", "base", "source tasks, separated by commas; the preset's if not given [paper: 8]")
+    targets: str = option("", "target", "target tasks, separated by commas; the preset's if not given [paper: 8]")
+    base_task: str = option("", "base", "source task of the base stage; the first source if not given [paper: one, "
+                            "which is open]")
+    shots: int = option(0, "target", "examples of a target task in all, 0 = full data [paper: up to 32, and full]")
+    max_length: int = option(128, "base", "tokens of a row at most; longer passages are shortened around the answer")
+    max_new_tokens: int = option(8, "multitask", "tokens of a generated answer at most")
+    dev_rows: int = option(64, "base", "development rows of a task at most; they choose the best checkpoint")
+    mixing: str = option("uniform", "multitask", "how source tasks share a step [paper: open]",
+                         ("uniform", "proportional"))
+    # backbone
+    backbone: str = option("", "base", "folder or hub name of a causal language model; the preset's if not given "
+                           "[paper: Qwen2.5-7B]")
+    dtype: str = option("float32", "base", "dtype of the frozen backbone; adapters are always float32",
+                        ("float32", "bfloat16"))
+    autocast: bool = option(False, "base", "compute in bfloat16 where torch's autocast holds it right")
+    checkpointing: bool = option(False, NEVER, "recompute activations in backward: less memory, a third more time")
+    device: str = option("auto", NEVER, "cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
+    # the method
+    prompt_length: int = option(8, "base", "P, rows of the prompt in every layer [paper: open; 12 gives its 1.3 M]")
+    rank: int = option(4, "base", "r, columns of the shared B [paper: open; 8 gives its 1.3 M]")
+    scale: float = option(1.0, "base", "s, scale of a task's step [paper: open]")
+    gate_per_head: bool = option(False, "base", "one gate per head instead of one per layer [paper: per layer]")
+    regulariser: str = option("cosine", "multitask", "form of the orthogonality term, off = none [paper: printed]", FORMS)
+    reg_weight: float = option(0.1, "multitask", "lambda, weight of the orthogonality term [paper: open]")
+    # optimisation
+    prompt_rate: float = option(4e-2, "base", "learning rate of theta0 and gates where they learn alone: the base "
+                                "stage, and deep-spot on the sources [paper: open]")
+    slow_rate: float = option(1e-2, "multitask", "learning rate of theta0 and B in the multitask stage [paper: open]")
+    fast_rate: float = option(4e-2, "multitask", "learning rate of u, v and the gates in the multitask stage [paper: "
+                              "open, but higher than the slow one]")
+    target_rate: float = option(4e-2, "target", "learning rate of whatever learns in the target stage [paper: open]")
+    base_steps: int = option(30, "base", "optimisation steps of the base stage [paper: open]")
+    multitask_steps: int = option(300, "multitask", "optimisation steps of the multitask stage [paper: open]")
+    target_steps: int = option(120, "target", "optimisation steps for each target task [paper: open]")
+    base_batch: int = option(32, "base", "examples of a step in the base stage")
+    multitask_batch: int = option(64, "multitask", "examples of a step in the multitask stage, over all source tasks")
+    target_batch: int = option(8, "target", "examples of a step in the target stage")
+    tokens_per_batch: int = option(0, "base", "padded tokens of a forward pass at most; a step accumulates gradients "
+                                   "over as many passes as it needs (0 = the whole step at once)")
+    warmup: int = option(20, "base", "steps over which the rates rise from 0; then they fall linearly to 0")
+    weight_decay: float = option(0.0, "base", "AdamW's weight decay; never applied to gates")
+    clip: float = option(1.0, "base", "gradient norm at most")
+    log_every: int = option(20, NEVER, "steps between two lines of progress")
+    eval_every: int = option(50, "base", "steps between two evaluations on development rows")
+    # a small backbone from scratch
+    pretrain_steps: int = option(1500, "pretrain", "steps of --stage pretrain")
+    pretrain_width: int = option(128, "pretrain", "width d of the backbone made by --stage pretrain")
+    pretrain_layers: int = option(4, "pretrain", "layers L of the backbone made by --stage pretrain")
+
+
+# The rates of the large presets are ours and unswept: sweep --fast-rate and --slow-rate on development rows first.
+LARGE = dict(sources=",".join(data.SOURCES), targets=",".join(data.TARGETS), max_length=1024, max_new_tokens=64,
+             prompt_length=12, rank=8, dtype="bfloat16", slow_rate=1e-3, fast_rate=5e-3, prompt_rate=5e-3,
+             target_rate=5e-3, base_steps=200, multitask_steps=2000, target_steps=300, warmup=50, target_batch=16,
+             eval_every=200, dev_rows=32)
+PRESETS = {
+    "toy": dict(sources=",".join(toy.SOURCES), targets=",".join(toy.TARGETS)),
+    "qwen2.5-0.5b": dict(LARGE, backbone="Qwen/Qwen2.5-0.5B", tokens_per_batch=8192),
+    "qwen2.5-7b": dict(LARGE, backbone="Qwen/Qwen2.5-7B", tokens_per_batch=4096, checkpointing=True),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; python train.py --help lists every option")
+
+
+def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:
+    """Command line -> Config, and the options that differ from the defaults: the preset's and those typed.
+
+    Raises UserError for an unknown option, value or type.
+    """
+    parser = Parser(prog="train.py", description=about, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    for f in dataclasses.fields(Config):
+        text = f.metadata["help"] + (f" (default: {f.default})" if f.default != "" else "")
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
+            type=f.type, choices=f.metadata["choices"])
+        parser.add_argument(flag(f.name), default=None, help=text.replace("%", "%%"), **kind)
+    typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    changed = {**PRESETS[typed.get("preset", "toy")], **typed}
+    cfg = Config(**changed)
+
+    # what follows from other options
+    if not cfg.run:
+        parts = [cfg.preset] + [cfg.method] * (cfg.method != "talora") + [f"seed{cfg.seed}"] * (cfg.seed != 0)
+        cfg.run = "runs/" + "-".join(parts)
+    if cfg.device == "auto":
+        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if cfg.data_root:  # whatever tasks are there
+        here = {name: [task for task in names if (Path(cfg.data_root) / task).is_dir()]
+                for name, names in (("sources", data.SOURCES), ("targets", data.TARGETS))}
+        cfg.sources = typed.get("sources", ",".join(here["sources"]))
+        cfg.targets = typed.get("targets", ",".join(here["targets"]))
+    if not cfg.base_task:
+        cfg.base_task = (split_names(cfg.sources) or [""])[0]
+    return cfg, changed
+
+
+def check(cfg: Config) -> None:
+    """Refuse options that cannot work before anything is loaded or written; UserError with all of them at once."""
+    problems = []
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        least = 0 if f.name in ("seed", "shots", "warmup", "tokens_per_batch") else 1
+        if f.type is int and value < least:
+            problems.append(f"{flag(f.name)} is {value}, but must be at least {least}")
+        if f.type is float and not (math.isfinite(value) and value >= 0 and (value > 0 or "rate" not in f.name)):
+            problems.append(f"{flag(f.name)} is {value}, but must be a positive number")
+    if cfg.rank > cfg.prompt_length:
+        problems.append(f"--rank is {cfg.rank}, above --prompt-length {cfg.prompt_length}: B has only that many rows, "
+                        "so a larger rank adds nothing; lower it")
+    if cfg.data_root and not Path(cfg.data_root).is_dir():
+        problems.append(f"--data-root '{cfg.data_root}' is no folder; it should hold <task>/train.jsonl and test.jsonl")
+    stages = STAGES_OF[cfg.method]
+    if cfg.stage not in ("pretrain", "all", *stages):
+        problems.append(f"--method {cfg.method} has no stage '{cfg.stage}'; its stages are {', '.join(stages)}")
+    sources, targets = split_names(cfg.sources), split_names(cfg.targets)
+    if not sources and not problems:
+        problems.append(f"no source task was found in '{cfg.data_root}' (known: {', '.join(data.SOURCES)}); name the "
+                        "tasks that are there with --sources")
+    elif cfg.base_task not in sources and not problems:
+        problems.append(f"--base-task '{cfg.base_task}' is not among the sources {', '.join(sources)}")
+    if not targets and cfg.stage in ("target", "all") and not problems:
+        problems.append(f"no target task was found in '{cfg.data_root}'; name some with --targets")
+    for names in (sources, targets):
+        problems += [f"task '{name}' is named twice" for name in sorted({n for n in names if names.count(n) > 1})]
+    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
+        problems.append(f"--device {cfg.device} asks for a GPU, but torch sees none; use --device cpu")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def plan(cfg: Config) -> list[str]:
+    """The stages that --stage asks for, preceded by those they build on."""
+    if cfg.stage == "pretrain":
+        return ["pretrain"]
+    last = "target" if cfg.stage == "all" else cfg.stage
+    stages = STAGES_OF[cfg.method]
+    first = ["pretrain"] if cfg.data_root and not cfg.backbone else []  # the micro-world's backbone reads no Chinese
+    return first + list(stages[: stages.index(last) + 1])
+
+
+def depends(stage: str) -> list[str]:
+    """Names of the options that the outcome of a stage depends on."""
+    until = ORDER[: ORDER.index(stage) + 1]
+    return [f.name for f in dataclasses.fields(Config) if f.metadata["since"] in until]
+
+
+def stage_folder(cfg: Config, stage: str) -> Path:
+    """The subfolder of a stage; the target stage has one for each number of shots."""
+    name = (f"target-{cfg.shots}-shot" if cfg.shots else "target-full") if stage == "target" else stage
+    return Path(cfg.run) / name
+
+
+def split_names(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

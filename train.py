@@ -1,0 +1,484 @@
+r"""The stages of TA-LoRA and the one loop that runs them.
+
+    base        theta0 and the gates, on one source task
+    multitask   B, all u_i and v_i, the gates (from zero again) and, slowly, theta0, on the source tasks
+    target      u, v of one target task at a time, on k examples or all; everything shared is frozen
+    pretrain    a small backbone from scratch, where there is none to download (pretrain.py)
+
+In every stage a step minimises
+
+    loss = L_PLM + lambda * R(A_1 .. A_N)                                                               Eq. (3)
+
+where L_PLM is the cross-entropy of the answer's tokens, averaged within an example and then over the examples of the
+step, and R is the orthogonality of the task matrices (multitask stage only). The shared weights and the weights of a
+task learn at different rates:
+
+    slow: theta0, B          fast: u_i, v_i, gate                                                       Eq. (5)
+
+    python train.py --stage multitask                       the embedded micro-world, minutes on a laptop
+    python train.py --stage target --shots 32               eight new tasks from 32 examples each
+    python train.py --preset qwen2.5-7b --stage all         the paper's run
+"""
+
+import dataclasses
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import data
+import evaluate
+import pretrain
+import toy
+from config import ORDER, STAGES_OF, Config, check, depends, flag, parse, plan, split_names, stage_folder
+from data import Batch, Encoded, UserError
+from lowrank import orthogonality, task_cosines
+from model import NO_TASK, TALoRA, TALoRAConfig
+
+# Which tensors learn in which stage, and at which rate; everything else is frozen. Eq. (5)
+LEARNS = {
+    ("talora", "base"): {"theta0": "prompt", "gate": "prompt"},
+    ("talora", "multitask"): {"theta0": "slow", "B": "slow", "u": "fast", "v": "fast", "gate": "fast"},
+    ("talora", "target"): {"u": "target", "v": "target"},
+    ("deep-spot", "multitask"): {"theta0": "prompt", "gate": "prompt"},
+    ("deep-spot", "target"): {"theta0": "target", "gate": "target"},
+    ("deep-pt", "target"): {"theta0": "target", "gate": "target"},
+}
+
+# ---------------------------------------------------------------------------------------------------- the loop
+
+def learning_tensors(model: TALoRA, method: str, stage: str, task_ids: list[int]) -> dict[str, str]:
+    """Name of every tensor that learns in this stage -> its rate (--slow-rate and so on).
+
+    The one place that says so: freezing, the optimizer's groups and the printed table follow it. Of the factors
+    u.i, v.i only those of ``task_ids`` learn.
+    """
+    rates = LEARNS[method, stage]
+    own = {str(i) for i in task_ids}
+    learns = {}
+    for name in model.adapter_state():
+        tensor, _, task = name.partition(".")
+        if tensor in rates and (not task or task in own):
+            learns[name] = rates[tensor]
+    return learns
+
+
+def build_optimizer(model: TALoRA, learns: dict[str, str], cfg: Config) -> torch.optim.AdamW:
+    """AdamW with one group per rate, and freeze everything that is in no group. Eq. (5)
+
+    Weight decay spares the gates: pulled towards zero they would close. Each group remembers its rate as "initial".
+    """
+    rates = {name: getattr(cfg, f"{name}_rate") for name in ("slow", "fast", "prompt", "target")}
+    groups = []
+    for rate in dict.fromkeys(learns.values()):
+        for decay in (True, False):
+            names = [n for n in learns if learns[n] == rate and (n != "gate") == decay]
+            if names:
+                groups.append({"name": rate, "params": [model.get_parameter(n) for n in names], "lr": rates[rate],
+                               "initial": rates[rate], "weight_decay": cfg.weight_decay if decay else 0.0})
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in learns)
+    grouped = [p for group in groups for p in group["params"]]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(learns) > 0, "a tensor in no group or in two"
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+
+
+def rate_factor(step: int, steps: int, warmup: int) -> float:
+    """What every rate is multiplied by: rises linearly over the warm-up, then falls linearly to 0 at the end."""
+    warmup = min(warmup, steps // 3)
+    return (step + 1) / (warmup + 1) if step < warmup else (steps - step) / (steps - warmup)
+
+
+def train_step(model: TALoRA, optimizer: torch.optim.Optimizer, batches: list[Batch], cfg: Config,
+               regularise: bool) -> dict[str, float]:
+    """One optimisation step over the micro-batches ``batches``; returns what it measured. Eq. (3)
+
+    Raises UserError, before any weight has changed, if the loss or the gradient is not finite.
+    """
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    examples = sum(len(batch.task_ids) for batch in batches)
+    optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW then leaves an absent task alone
+    task_loss = torch.zeros((), device=model.theta0.device)
+    for batch in batches:
+        with autocast(cfg, model.theta0.device):
+            losses = model(batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels).losses  # (B,)
+        loss = losses.sum() / examples  # L_PLM: a mean over the examples of the whole step, however it was cut
+        loss.backward()
+        task_loss += loss.detach()
+    reg = torch.zeros(())
+    if regularise:
+        u, v = model.factors()  # (L, N, r), (L, N, d)
+        reg = orthogonality(u, v, cfg.regulariser)  # Eq. (4)
+        if reg.requires_grad:
+            (cfg.reg_weight * reg).backward()  # Eq. (3)
+    norm = torch.nn.utils.clip_grad_norm_(learning, cfg.clip)
+    measured = {"loss": float(task_loss), "reg": float(reg), "grad_norm": float(norm)}
+    if not all(map(math.isfinite, measured.values())):
+        tasks = sorted({model.tasks[i] if i >= 0 else "theta0 alone" for b in batches for i in b.task_ids.tolist()})
+        raise UserError(f"the numbers went bad (loss {measured['loss']:.3g}, gradient norm {norm:.3g}) in a batch of "
+                        f"{', '.join(tasks)}; no weight was changed: try lower rates, e.g. half of --fast-rate")
+    optimizer.step()
+    return measured
+
+
+def autocast(cfg: Config, device: torch.device):
+    return torch.autocast(device.type, torch.bfloat16) if cfg.autocast else nullcontext()
+
+
+def fit(model: TALoRA, cfg: Config, stage: str, train: dict[str, list[Encoded]], dev: dict[str, list[Encoded]],
+        task_ids: dict[str, int], steps: int, batch_size: int, folder: Path, log: "Log") -> TALoRA:
+    """The one loop. Trains what LEARNS says for this stage, keeps the best checkpoint on ``dev``, returns it.
+
+    train, dev: encoded examples by task; task_ids: the id a task's rows are given (NO_TASK: theta0 alone). Writes
+    metrics.jsonl, best/ and last/ into ``folder``.
+    """
+    device = model.theta0.device
+    learns = learning_tensors(model, cfg.method, stage, list(task_ids.values()))
+    optimizer = build_optimizer(model, learns, cfg)
+    if stage == "multitask" and cfg.method == "talora":
+        torch.nn.init.zeros_(model.gate)  # the warm-up of zero-init attention begins anew (paper: open)
+    log(what_learns(model, learns, optimizer))
+    sampler = data.Sampler(train, batch_size, cfg.seed, cfg.mixing, cfg.tokens_per_batch or None)
+    regularise = stage == "multitask" and cfg.method == "talora"
+    metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+    best, started, tokens = (-1.0, -math.inf), time.perf_counter(), 0
+
+    def record(**row):
+        gates = torch.tanh(model.gate.detach()).abs().reshape(len(model.gate), -1).mean(1)  # (L,)
+        row = {**row, "gates": [round(g, 5) for g in gates.tolist()]}
+        if len(model.tasks) > 1:
+            cosines = task_cosines(*(f.detach() for f in model.factors())).abs().mean(0)  # (N, N), mean over layers
+            row["cosines"] = [[round(c, 5) for c in line] for line in cosines.tolist()]
+        metrics.write(json.dumps(row) + "\n")
+        metrics.flush()
+        return row
+
+    record(step=0)
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial"] * rate_factor(step, steps, cfg.warmup)
+        batches = [data.collate(rows, [task_ids[r.task] for r in rows], 0).to(device) for rows in sampler.next()]
+        measured = train_step(model, optimizer, batches, cfg, regularise)
+        tokens += sum(int(batch.attention_mask.sum()) for batch in batches)
+
+        done, seconds = step + 1, time.perf_counter() - started
+        if done % cfg.log_every == 0 or done == steps:
+            rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+            row = record(step=done, **measured, rates=rates, tokens_per_s=round(tokens / seconds))
+            log(f"{stage:9} {done:>5}/{steps}  {done / steps:4.0%}  loss {measured['loss']:.4f}  "
+                f"reg {measured['reg']:.5f}  " + "  ".join(f"{n} {r:.1e}" for n, r in rates.items()) +
+                f"  |tanh g| {sum(row['gates']) / len(row['gates']):.3f}  {tokens / seconds:,.0f} tok/s  "
+                f"ETA {clock(seconds / done * (steps - done))}")
+        if done % cfg.eval_every == 0 or done == steps:
+            right, loss = evaluate.dev_score(model, dev, task_ids, cfg)
+            record(step=done, dev_accuracy=right, dev_loss=loss)
+            if (right, -loss) > best:
+                best = (right, -loss)
+                model.save(folder / "best")
+    model.save(folder / "last")
+    metrics.close()
+    log(f"{stage:9} done in {clock(time.perf_counter() - started)}; best on development rows: "
+        f"{best[0]:.1%} exactly right, loss {-best[1]:.4f}")
+    return TALoRA.load(folder / "best", model.backbone)
+
+
+def what_learns(model: TALoRA, learns: dict[str, str], optimizer: torch.optim.Optimizer) -> str:
+    """A table of what learns (name, shape, count, rate) and what is frozen; a task's u.i and v.i share a line."""
+    rates = {group["name"]: group["initial"] for group in optimizer.param_groups}
+    lines = [f"{'learns':12} {'shape':>16} {'count':>12}  rate"]
+    for tensor in dict.fromkeys(name.partition(".")[0] for name in learns):
+        members = [n for n in learns if n.partition(".")[0] == tensor]
+        shape = "x".join(map(str, model.get_parameter(members[0]).shape))
+        shape = f"{len(members)} x {shape}" if "." in members[0] else shape
+        count = sum(model.get_parameter(n).numel() for n in members)
+        lines.append(f"{tensor:12} {shape:>16} {count:>12,}  {learns[members[0]]} {rates[learns[members[0]]]:.1e}")
+    total = sum(model.get_parameter(n).numel() for n in learns)
+    lines.append(f"{'in all':12} {'':>16} {total:>12,}")
+    adapter = sum(t.numel() for t in model.adapter_state().values()) - total
+    frozen = sum(p.numel() for p in model.backbone.parameters())
+    lines.append(f"{'frozen':12} {'':>16} {frozen:>12,}  backbone, and {adapter:,} of the adapter")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------- the stages
+
+class Session:
+    """A run: its options, its folder, its backbone and tokenizer, loaded once for all stages."""
+
+    def __init__(self, cfg: Config, command: str):
+        self.cfg, self.command = cfg, command
+        self.folder = Path(cfg.run)
+        self.device = torch.device(cfg.device)
+        self.log = Log(self.folder / "log.txt")
+        self.backbone, self.tokenizer = load_backbone(cfg, self.device)
+        if cfg.checkpointing:
+            self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def examples(self, task: str, split: str):
+        return data.load_task(task, split, self.cfg.data_root or None)
+
+    def encode(self, examples) -> list[Encoded]:
+        return [data.encode(e, self.tokenizer, self.cfg.max_length) for e in examples]
+
+    def dev(self, task: str) -> list[Encoded]:
+        return self.encode(self.examples(task, "dev")[: self.cfg.dev_rows])
+
+    def new_model(self, tasks: list[str]) -> TALoRA:
+        cfg = self.cfg
+        return TALoRA(self.backbone, tasks, TALoRAConfig(cfg.prompt_length, cfg.rank, cfg.scale, cfg.gate_per_head))
+
+    def open(self, stage: str) -> Path:
+        """The folder of a stage about to begin, with the options and the machine written into it."""
+        folder = stage_folder(self.cfg, stage)
+        if folder.exists():  # not finished, or it would have been used; nothing is thrown away
+            n = 1 + len(list(folder.parent.glob(f"{folder.name}.unfinished-*")))
+            folder.rename(folder.with_name(f"{folder.name}.unfinished-{n}"))
+        folder.mkdir(parents=True)
+        write_json(folder / "config.json", dataclasses.asdict(self.cfg))
+        write_json(folder / "env.json", environment(self.command))
+        torch.manual_seed(10 * self.cfg.seed + ORDER.index(stage))  # the same whatever ran before in this process
+        self.log(f"\n== {stage}: results go to {folder}/")
+        return folder
+
+
+def base_stage(run: Session) -> None:
+    """theta0 and the gates on one source task."""
+    cfg, task = run.cfg, run.cfg.base_task
+    folder = run.open("base")
+    model = run.new_model(split_names(cfg.sources))
+    train = {task: run.encode(run.examples(task, "train"))}
+    fit(model, cfg, "base", train, {task: run.dev(task)}, {task: NO_TASK}, cfg.base_steps, cfg.base_batch, folder,
+        run.log)
+    write_json(folder / "results.json", {"stage": "base", "task": task, "seed": cfg.seed})
+
+
+def multitask_stage(run: Session) -> None:
+    """All source tasks at once; then every one of them on its test rows, beside the references."""
+    cfg, sources = run.cfg, split_names(run.cfg.sources)
+    if cfg.method == "talora":
+        model = TALoRA.load(run.folder / "base" / "best", run.backbone)
+    folder = run.open("multitask")
+    if cfg.method != "talora":
+        model = run.new_model([])
+    ids = {task: model.tasks.index(task) if task in model.tasks else NO_TASK for task in sources}
+    train = {task: run.encode(run.examples(task, "train")) for task in sources}
+    dev = {task: run.dev(task) for task in sources}
+    model = fit(model, cfg, "multitask", train, dev, ids, cfg.multitask_steps, cfg.multitask_batch, folder, run.log)
+    columns = references(run, sources)
+    columns[cfg.method] = evaluate.evaluate_tasks(model, run.tokenizer, test_rows(run, sources), ids, cfg)
+    report(run, folder, "multitask", columns)
+
+
+def target_stage(run: Session) -> None:
+    """Each target task from --shots examples (or all), one after another, with everything shared frozen."""
+    cfg, targets = run.cfg, split_names(run.cfg.targets)
+    folder = run.open("target")
+    columns = references(run, targets)
+    columns["theta0 (k = 0)"] = evaluate.empty_column()
+    columns[cfg.method] = evaluate.empty_column()
+    starts = {}
+    for task in targets:
+        torch.manual_seed(cfg.seed)
+        run.log(f"\n-- {task}")
+        (folder / task).mkdir()
+        train, dev = run.examples(task, "train"), run.examples(task, "dev")[: cfg.dev_rows]
+        if cfg.shots:
+            pool = train
+            train, dev = data.k_shot(pool, cfg.shots, cfg.seed)
+            write_json(folder / task / "shots.json", data.k_shot_record(pool, cfg.shots, cfg.seed))
+        rows, dev = run.encode(train), run.encode(dev)
+        model = run.new_model([]) if cfg.method == "deep-pt" else TALoRA.load(
+            run.folder / "multitask" / "best", run.backbone)
+        task_id = NO_TASK
+        tests = {task: run.examples(task, "test")}
+        if cfg.method == "talora":
+            columns["theta0 (k = 0)"].update(
+                evaluate.evaluate_tasks(model, run.tokenizer, tests, {task: NO_TASK}, cfg))
+            task_id, starts[task] = nearest_start(model, task, rows, cfg)
+            run.log(f"starts from {starts[task]}, the source whose u, v give the lowest loss on its examples")
+        model = fit(model, cfg, "target", {task: rows}, {task: dev}, {task: task_id}, cfg.target_steps,
+                    cfg.target_batch, folder / task, run.log)
+        columns[cfg.method].update(evaluate.evaluate_tasks(model, run.tokenizer, tests, {task: task_id}, cfg))
+    if cfg.method != "talora":
+        del columns["theta0 (k = 0)"]
+    report(run, folder, "target", columns, shots=cfg.shots, starts=starts)
+
+
+def nearest_start(model: TALoRA, task: str, rows: list[Encoded], cfg: Config) -> tuple[int, str]:
+    """Add ``task`` with the u, v of the source task whose prompt gives the lowest loss on ``rows``; (id, source)."""
+    losses = [evaluate.dev_score(model, {task: rows[:64]}, {task: i}, cfg)[1] for i in range(len(model.tasks))]
+    nearest = min(range(len(losses)), key=losses.__getitem__)
+    new = model.add_task(task)
+    with torch.no_grad():
+        model.u[new].copy_(model.u[nearest])
+        model.v[new].copy_(model.v[nearest])
+    return new, model.tasks[nearest]
+
+
+def references(run: Session, tasks: list[str]) -> dict[str, dict]:
+    """What to compare with: the most frequent answer, the frozen backbone, and the instruction put in words."""
+    frozen = run.new_model([])  # its gates are zero: exactly the backbone
+    ids = dict.fromkeys(tasks, NO_TASK)
+    tests = test_rows(run, tasks)
+    columns = {
+        "majority": {t: evaluate.majority_scores(t, run.examples(t, "train"), tests[t]) for t in tasks},
+        "frozen backbone": evaluate.evaluate_tasks(frozen, run.tokenizer, tests, ids, run.cfg),
+    }
+    if all(rows[0].hard_prompt for rows in tests.values()):  # the micro-world's tasks hide it; real templates hold it
+        asked = {t: [dataclasses.replace(e, prompt=e.hard_prompt) for e in rows] for t, rows in tests.items()}
+        columns["hard instruction"] = evaluate.evaluate_tasks(frozen, run.tokenizer, asked, ids, run.cfg)
+    return columns
+
+
+def test_rows(run: Session, tasks: list[str]) -> dict[str, list[data.Example]]:
+    return {task: run.examples(task, "test") for task in tasks}
+
+
+def report(run: Session, folder: Path, stage: str, columns: dict[str, dict], **more) -> None:
+    """Write results.json last: a stage is finished when it has one."""
+    results = {"stage": stage, "method": run.cfg.method, "seed": run.cfg.seed, "command": run.command, **more,
+               "columns": columns}
+    table = evaluate.table(columns)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    evaluate.draw_run(folder)
+    write_json(folder / "results.json", results)
+    run.log(f"\n{table}\nsaved in {folder}/: best/ and last/ (adapters), table.md, results.json, metrics.jsonl, *.png")
+
+
+# ---------------------------------------------------------------------------------------------------- the program
+
+def load_backbone(cfg: Config, device: torch.device):
+    """The frozen backbone and its tokenizer; a folder or hub name, or the micro-world's own where none is given."""
+    if not cfg.backbone:
+        backbone, tokenizer = toy.load_backbone()
+        return backbone.to(device, getattr(torch, cfg.dtype)), tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(cfg.backbone)
+        backbone = AutoModelForCausalLM.from_pretrained(cfg.backbone, dtype=getattr(torch, cfg.dtype))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"'{cfg.backbone}' is no causal language model that can be loaded ({reason}); --backbone takes "
+                        "a folder with config.json, weights and tokenizer, or the hub's name of one") from error
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of '{cfg.backbone}' has no pad or no end token; any token can pad, since "
+                        "padding is masked by position: set tokenizer.pad_token = tokenizer.eos_token and save it")
+    if len(tokenizer) > backbone.config.vocab_size:
+        raise UserError(f"the tokenizer of '{cfg.backbone}' has {len(tokenizer):,} tokens but its model only "
+                        f"{backbone.config.vocab_size:,}; they do not belong together")
+    try:
+        TALoRA(backbone, [])
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return backbone.to(device), tokenizer
+
+
+class Log:
+    """Prints a line and appends it to a file."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def __call__(self, text: str) -> None:
+        print(text, flush=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def write_json(path: Path, value) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def environment(command: str) -> dict:
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
+                         capture_output=True, check=False).stdout.strip()
+    return {"command": command, "commit": git, "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "machine": platform.platform(),
+            "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+            "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def finished(cfg: Config, stage: str) -> bool:
+    """Whether the run holds this stage; UserError if it does, but made with options that change its outcome."""
+    folder = stage_folder(cfg, stage)
+    if not (folder / "results.json").exists():
+        return False
+    before, now = json.loads((folder / "config.json").read_text(encoding="utf-8")), dataclasses.asdict(cfg)
+    other = [f"{flag(name)} {before.get(name)} (now {now[name]})" for name in depends(stage)
+             if before.get(name) != now[name]]
+    if other:
+        raise UserError(f"{folder} holds a finished stage made with {', '.join(other)}; choose another folder with "
+                        "--run, or delete this one")
+    return True
+
+
+def pretrain_stage(cfg: Config, command: str) -> None:
+    """Make a small backbone from scratch: on the micro-world's instructions, or on the text of --data-root."""
+    folder = stage_folder(cfg, "pretrain")
+    log = Log(Path(cfg.run) / "log.txt")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", dataclasses.asdict(cfg))
+    write_json(folder / "env.json", environment(command))
+    log(f"\n== pretrain: the backbone goes to {folder}/")
+    sizes = dict(seed=cfg.seed, steps=cfg.pretrain_steps, width=cfg.pretrain_width, layers=cfg.pretrain_layers, log=log)
+    if cfg.data_root:
+        texts = [e.prompt for task in split_names(cfg.sources) + split_names(cfg.targets)
+                 for e in data.load_task(task, "train", cfg.data_root)]
+        results = pretrain.pretrain_text(folder, texts, **sizes)
+    else:
+        results = pretrain.pretrain_toy(folder, **sizes)
+    write_json(folder / "results.json", {"stage": "pretrain", "seed": cfg.seed, "command": command, **results})
+
+
+def main(argv: list[str]) -> None:
+    cfg, changed = parse(argv, __doc__)
+    check(cfg)
+    transformers.logging.set_verbosity_error()
+    command = "python train.py " + " ".join(argv)
+    made_here = stage_folder(cfg, "pretrain")
+    if not cfg.backbone and (cfg.data_root or (made_here / "results.json").exists()):
+        cfg.backbone = str(made_here)
+    todo = [stage for stage in plan(cfg) if not finished(cfg, stage)]
+    print("options: " + ", ".join(f"{flag(name)} {value}" for name, value in changed.items()))
+    for task in split_names(cfg.sources) + split_names(cfg.targets) * (cfg.stage in ("target", "all")):
+        for split in ("train", "dev", "test"):
+            data.load_task(task, split, cfg.data_root or None)  # what is wrong with the data shows now, not in an hour
+    for stage in todo:
+        if stage != cfg.stage and cfg.stage != "all":
+            print(f"'{cfg.stage}' builds on stage '{stage}', which {cfg.run}/ does not hold yet: it runs first")
+    if "pretrain" in todo:
+        pretrain_stage(cfg, command)
+        todo.remove("pretrain")
+    if todo:
+        run = Session(cfg, command)
+        for stage in todo:
+            {"base": base_stage, "multitask": multitask_stage, "target": target_stage}[stage](run)
+    else:
+        folder = stage_folder(cfg, plan(cfg)[-1])
+        print(f"{folder}/ was finished before, nothing to do")
+        if (folder / "table.md").exists():
+            print((folder / "table.md").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; finished stages and the best checkpoint of this one are kept", file=sys.stderr)
+        sys.exit(130)
