@@ -41,7 +41,8 @@ class Config:
     preset: str = option("toy", "pretrain", "a set of defaults for a backbone", ("toy", "qwen2.5-0.5b", "qwen2.5-7b"))
     method: str = option("talora", "base", "talora; deep-spot: one gated prompt for all tasks, the start of every "
                          "target; deep-pt: a fresh gated prompt for each target", tuple(STAGES_OF))
-    run: str = option("", NEVER, "folder of the run, one subfolder a stage; runs/<preset>[-method][-seedN] if not given")
+    run: str = option("", NEVER, "folder of the run, one subfolder a stage; runs/<preset>[-method][-seedN] if not "
+                      "given")
     seed: int = option(0, "pretrain", "changes everything random [paper: number of seeds open]")
     # data
     data_root: str = option("", "pretrain", "folder with <task>/{train,test}.jsonl, instead of downloads or the "
@@ -69,7 +70,8 @@ class Config:
     rank: int = option(4, "base", "r, columns of the shared B [paper: open; 8 gives its 1.3 M]")
     scale: float = option(1.0, "base", "s, scale of a task's step [paper: open]")
     gate_per_head: bool = option(False, "base", "one gate per head instead of one per layer [paper: per layer]")
-    regulariser: str = option("cosine", "multitask", "form of the orthogonality term, off = none [paper: printed]", FORMS)
+    regulariser: str = option("cosine", "multitask", "form of the orthogonality term, off = none [paper: printed]",
+                              FORMS)
     reg_weight: float = option(0.1, "multitask", "lambda, weight of the orthogonality term [paper: open]")
     # optimisation
     prompt_rate: float = option(4e-2, "base", "learning rate of theta0 and gates where they learn alone: the base "

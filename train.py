@@ -30,15 +30,15 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import pretrain
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
 import evaluate
-import pretrain
 import toy
-from config import ORDER, STAGES_OF, Config, check, depends, flag, parse, plan, split_names, stage_folder
+from config import ORDER, Config, check, depends, flag, parse, plan, split_names, stage_folder
 from data import Batch, Encoded, UserError
 from lowrank import orthogonality, task_cosines
 from model import NO_TASK, TALoRA, TALoRAConfig
@@ -156,6 +156,7 @@ def fit(model: TALoRA, cfg: Config, stage: str, train: dict[str, list[Encoded]],
         row = {**row, "gates": [round(g, 5) for g in gates.tolist()]}
         if len(model.tasks) > 1:
             cosines = task_cosines(*(f.detach() for f in model.factors())).abs().mean(0)  # (N, N), mean over layers
+            row["tasks"] = model.tasks
             row["cosines"] = [[round(c, 5) for c in line] for line in cosines.tolist()]
         metrics.write(json.dumps(row) + "\n")
         metrics.flush()
@@ -179,13 +180,14 @@ def fit(model: TALoRA, cfg: Config, stage: str, train: dict[str, list[Encoded]],
                 f"  |tanh g| {sum(row['gates']) / len(row['gates']):.3f}  {tokens / seconds:,.0f} tok/s  "
                 f"ETA {clock(seconds / done * (steps - done))}")
         if done % cfg.eval_every == 0 or done == steps:
-            right, loss = evaluate.dev_score(model, dev, task_ids, cfg)
+            right, loss = evaluate.dev_score(model, dev, task_ids)
             record(step=done, dev_accuracy=right, dev_loss=loss)
             if (right, -loss) > best:
                 best = (right, -loss)
                 model.save(folder / "best")
     model.save(folder / "last")
     metrics.close()
+    evaluate.draw_run(folder)
     log(f"{stage:9} done in {clock(time.perf_counter() - started)}; best on development rows: "
         f"{best[0]:.1%} exactly right, loss {-best[1]:.4f}")
     return TALoRA.load(folder / "best", model.backbone)
@@ -283,9 +285,9 @@ def target_stage(run: Session) -> None:
     cfg, targets = run.cfg, split_names(run.cfg.targets)
     folder = run.open("target")
     columns = references(run, targets)
-    columns["theta0 (k = 0)"] = evaluate.empty_column()
-    columns[cfg.method] = evaluate.empty_column()
-    starts = {}
+    if cfg.method == "talora":
+        columns["theta0 (k = 0)"] = {}
+    columns[cfg.method], starts = {}, {}
     for task in targets:
         torch.manual_seed(cfg.seed)
         run.log(f"\n-- {task}")
@@ -308,14 +310,12 @@ def target_stage(run: Session) -> None:
         model = fit(model, cfg, "target", {task: rows}, {task: dev}, {task: task_id}, cfg.target_steps,
                     cfg.target_batch, folder / task, run.log)
         columns[cfg.method].update(evaluate.evaluate_tasks(model, run.tokenizer, tests, {task: task_id}, cfg))
-    if cfg.method != "talora":
-        del columns["theta0 (k = 0)"]
     report(run, folder, "target", columns, shots=cfg.shots, starts=starts)
 
 
 def nearest_start(model: TALoRA, task: str, rows: list[Encoded], cfg: Config) -> tuple[int, str]:
     """Add ``task`` with the u, v of the source task whose prompt gives the lowest loss on ``rows``; (id, source)."""
-    losses = [evaluate.dev_score(model, {task: rows[:64]}, {task: i}, cfg)[1] for i in range(len(model.tasks))]
+    losses = [evaluate.dev_score(model, {task: rows[:64]}, {task: i})[1] for i in range(len(model.tasks))]
     nearest = min(range(len(losses)), key=losses.__getitem__)
     new = model.add_task(task)
     with torch.no_grad():
@@ -349,7 +349,6 @@ def report(run: Session, folder: Path, stage: str, columns: dict[str, dict], **m
                "columns": columns}
     table = evaluate.table(columns)
     (folder / "table.md").write_text(table, encoding="utf-8")
-    evaluate.draw_run(folder)
     write_json(folder / "results.json", results)
     run.log(f"\n{table}\nsaved in {folder}/: best/ and last/ (adapters), table.md, results.json, metrics.jsonl, *.png")
 
@@ -407,8 +406,8 @@ def environment(command: str) -> dict:
                          capture_output=True, check=False).stdout.strip()
     return {"command": command, "commit": git, "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "machine": platform.platform(),
-            "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-            "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+            "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
 def finished(cfg: Config, stage: str) -> bool:
