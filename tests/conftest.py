@@ -1,0 +1,51 @@
+"""What the tests share: tiny random backbones of every family, made from a config, and adapters that hide nothing.
+
+A zero gate hides every bug behind it, and so does a zero bias or a norm of ones: everything here has random values.
+"""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from model import TALoRA, TALoRAConfig
+
+VOCABULARY = 53
+SHAPE = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, max_position_embeddings=128, attention_dropout=0.0,
+             bos_token_id=None, eos_token_id=None, pad_token_id=0)
+TASKS = ["first", "second", "third"]
+
+
+@pytest.fixture
+def tiny_backbone():
+    """tiny_backbone(family, seed=0, **shape) -> a causal language model with random weights, biases and norms."""
+
+    def make(family="qwen2", seed=0, **shape):
+        config = CONFIG_MAPPING[family](**{**SHAPE, **shape})
+        backbone = AutoModelForCausalLM.from_config(config).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in backbone.named_parameters():
+                noise = torch.randn(p.shape, generator=generator)
+                p.copy_(1 + 0.2 * noise if "norm" in name else 0.5 * noise if "embed" in name else 0.2 * noise)
+        return backbone
+
+    return make
+
+
+@pytest.fixture
+def open_adapter():
+    """open_adapter(backbone, tasks=3, seed=1, **config) -> TALoRA with all of theta0, B, u, v and gate far from 0."""
+
+    def make(backbone, tasks=TASKS, seed=1, **config):
+        model = TALoRA(backbone, list(tasks), TALoRAConfig(**{"prompt_length": 5, "rank": 2, **config}))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.requires_grad:
+                    sign = torch.where(torch.rand(p.shape, generator=generator) < 0.5, -1.0, 1.0)
+                    p.copy_(sign * (0.3 + torch.rand(p.shape, generator=generator)))
+        return model
+
+    return make
