@@ -1,0 +1,276 @@
+r"""Predictions, metrics, tables.
+
+Metrics (first section, pure functions of strings)
+    exact match   1 if the prediction equals a reference after NFKC, lower case and removal of punctuation
+    character F1  the way of the CMRC 2018 script: a Chinese character is a token, a run of Latin letters or digits is a
+                  token, punctuation is dropped; with m the length of the longest common *contiguous* token sequence,
+                  P = m / |prediction|,  R = m / |reference|,  F1 = 2 P R / (P + R),  the best over all references.
+                  (The script tokenises Latin runs with nltk and keeps ASCII punctuation; we split them by one
+                  regular expression and drop it.)
+    relation F1   micro and macro over the relation names, with and without the name that means "no relation".
+                  Micro F1 over all names is accuracy; without "no relation" it is not.
+All scores are fractions in [0, 1].
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+from data import Encoded, Example, task_of
+from model import TALoRA, evaluating
+
+# --------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+DROPPED = set("-:_*^/\\~`+=,;!?()\"'<>[]{}|…。“”‘’《》〈〉·•、「」『』【】〔〕—–〜﹏")  # as they look after NFKC
+TOKEN = re.compile(r"[a-z0-9]+(?:\.[a-z0-9]+)*|\S")  # "3.5" is one token
+
+
+def normalize(text: str) -> list[str]:
+    """Tokens that exact match and character F1 compare: "《Harry Potter》第3.5章。" -> harry potter 第 3.5 章."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    kept = "".join(character for character in text if character not in DROPPED)
+    tokens = [token for token in TOKEN.findall(kept) if token != "."]
+    return tokens or text.split()  # an answer that is nothing but punctuation is compared as it stands
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """1.0 if the prediction equals one of the references after `normalize`, else 0.0."""
+    return float(any(normalize(prediction) == normalize(reference) for reference in references))
+
+
+def char_f1(prediction: str, references: Sequence[str]) -> float:
+    """Best character F1 of the prediction over the references (module docstring)."""
+    return max(_f1(normalize(prediction), normalize(reference)) for reference in references)
+
+
+def _f1(prediction: list[str], reference: list[str]) -> float:
+    longest, previous = 0, [0] * (len(reference) + 1)
+    for token in prediction:  # previous[j]: length of the common run that ends just before reference[j]
+        current = [0] * (len(reference) + 1)
+        for j, other in enumerate(reference):
+            if token == other:
+                current[j + 1] = previous[j] + 1
+        longest = max(longest, *current)
+        previous = current
+    return 2 * longest / (len(prediction) + len(reference)) if longest else 0.0
+
+
+def accuracy(predictions: Sequence[str], golds: Sequence) -> float:
+    """Share of right predictions; a gold is a name, or several names where a row has several right answers."""
+    return sum(p in gold for p, gold in zip(predictions, _several(golds), strict=True)) / len(golds)
+
+
+def _several(golds: Sequence) -> list[Sequence[str]]:
+    return [(gold,) if isinstance(gold, str) else gold for gold in golds]
+
+
+def relation_f1(predictions: Sequence[str], golds: Sequence, ignore: Sequence[str] = ("无关",)) -> dict[str, float]:
+    """micro_f1, macro_f1 (all names that occur) and micro_f1_known, macro_f1_known (names in `ignore` left out).
+
+    A gold is a name, or several names where a row has several right relations: a prediction among them counts as the
+    gold of that row, otherwise the first one does."""
+    pairs = [(p, p if p in gold else gold[0]) for p, gold in zip(predictions, _several(golds), strict=True)]
+    right, predicted, true = Counter(), Counter(), Counter()
+    for prediction, gold in pairs:
+        predicted[prediction] += 1
+        true[gold] += 1
+        right[gold] += prediction == gold
+
+    def scores(names: list[str]) -> tuple[float, float]:
+        total = sum(predicted[name] + true[name] for name in names)
+        micro = 2 * sum(right[name] for name in names) / total if total else 0.0
+        each = [2 * right[name] / (predicted[name] + true[name]) for name in names]
+        return micro, sum(each) / len(each) if each else 0.0
+
+    names = sorted(predicted | true)
+    micro, macro = scores(names)
+    micro_known, macro_known = scores([name for name in names if name not in ignore])
+    return {"micro_f1": micro, "macro_f1": macro, "micro_f1_known": micro_known, "macro_f1_known": macro_known}
+
+
+def majority(train_answers: Sequence[str]) -> str:
+    """The most frequent answer (the first one in sorted order on a tie): the baseline that reads nothing."""
+    counts = Counter(train_answers)
+    return min(counts, key=lambda answer: (-counts[answer], answer))
+
+
+def score_task(task: str, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """All metrics of one task; "score" is the one the task table names as its metric.
+
+    accuracy for closed sets and choices (+ relation F1s, + F1 of the positive class for AFQMC), exact_match and char_f1
+    for spans."""
+    spec = task_of(task, examples)
+    golds = [example.references or (example.answer,) for example in examples]
+    if spec.kind == "span":
+        rows = list(zip(predictions, golds, strict=True))
+        scores = {
+            "exact_match": sum(exact_match(p, g) for p, g in rows) / len(rows),
+            "char_f1": sum(char_f1(p, g) for p, g in rows) / len(rows),
+        }
+    else:
+        scores = {"accuracy": accuracy(predictions, golds)}
+        if spec.metric == "micro_f1":
+            scores |= relation_f1(predictions, golds)
+        if spec.name == "afqmc":  # 69 % of its pairs differ: accuracy alone says little
+            positive = relation_f1(predictions, golds, ignore=("不同",))
+            scores["f1_positive"] = positive["micro_f1_known"]
+    return {"score": scores[spec.metric]} | scores
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Predictions
+
+EVAL_TOKENS = 8192  # padded tokens of a forward pass; evaluation keeps no activations
+
+
+def predict(model: TALoRA, tokenizer, examples: Sequence[Example], task_id: int, max_length: int,
+            max_new_tokens: int) -> list[str]:
+    """The model's answer to every example, in order.
+
+    Where an example has choices, the whole choice with the highest log-probability (end-of-sequence token included);
+    otherwise the greedy continuation up to the end-of-sequence token. Rows of similar length share a batch.
+    """
+    rows = [data.encode(example, tokenizer, max_length) for example in examples]
+    answers = [""] * len(rows)
+    for part in length_batches(rows):
+        closed = bool(examples[part[0]].choices)  # a task has choices in all of its rows or in none
+        ids, mask = (t.to(model.theta0.device) for t in data.collate_prompts([rows[i] for i in part],
+                                                                             tokenizer.pad_token_id))
+        task_ids = torch.full((len(part),), task_id)
+        if closed:
+            scores = model.score(ids, mask, task_ids, [rows[i].choice_ids for i in part])  # (B, C)
+            for i, best in zip(part, scores.argmax(1).tolist()):
+                answers[i] = examples[i].choices[best]
+        else:
+            new = model.generate(ids, mask, task_ids, max_new_tokens)[:, -max_new_tokens:].tolist()
+            for i, tokens in zip(part, new):
+                end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else None
+                answers[i] = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+    return answers
+
+
+def length_batches(rows: Sequence[Encoded]) -> list[list[int]]:
+    """Indices of rows, sorted by length and cut where a batch would hold more than EVAL_TOKENS padded tokens."""
+    batches, order = [], sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
+    for i in order:
+        longest = len(rows[batches[-1][0]].prompt_ids) if batches else 0
+        if not batches or (len(batches[-1]) + 1) * longest > EVAL_TOKENS:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def evaluate_tasks(model: TALoRA, tokenizer, tests: dict[str, list[Example]], task_ids: dict[str, int],
+                   cfg) -> dict[str, dict[str, float]]:
+    """Every metric of every task: {task: {"score": ..., "accuracy": ...}}; tests and task_ids are by task name."""
+    with train_bar(sum(map(len, tests.values())), "evaluating") as bar:
+        scores = {}
+        for task, examples in tests.items():
+            answers = predict(model, tokenizer, examples, task_ids[task], cfg.max_length, cfg.max_new_tokens)
+            scores[task] = score_task(task, answers, examples)
+            bar.update(len(examples))
+    return scores
+
+
+def train_bar(total: int, what: str) -> tqdm:
+    """A progress bar where a person is watching; it leaves nothing behind and is silent in a log file."""
+    return tqdm(total=total, desc=what, leave=False, disable=None, unit="row")
+
+
+def majority_scores(task: str, train: Sequence[Example], tests: Sequence[Example]) -> dict[str, float]:
+    """The metrics of always giving the most frequent training answer."""
+    return score_task(task, [majority([example.answer for example in train])] * len(tests), tests)
+
+
+@torch.no_grad()
+def dev_score(model: TALoRA, dev: dict[str, list[Encoded]], task_ids: dict[str, int]) -> tuple[float, float]:
+    """Share of rows that greedy decoding would answer exactly, and mean loss; a mean over tasks of a mean over rows.
+
+    One forward pass over prompt and answer, so it is cheap enough to repeat during training.
+    """
+    right, loss = [], []
+    with evaluating(model):
+        for task, rows in dev.items():
+            outputs = []
+            for part in length_batches(rows):
+                batch = data.collate([rows[i] for i in part], [task_ids[task]] * len(part), 0).to(model.theta0.device)
+                outputs.append(model(batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels))
+            right.append(torch.cat([o.correct for o in outputs]).float().mean().item())
+            loss.append(torch.cat([o.losses for o in outputs]).mean().item())
+    return sum(right) / len(right), sum(loss) / len(loss)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tables and figures
+
+def macro(column: dict[str, dict[str, float]]) -> float:
+    """Mean of the tasks' scores, every task counting the same."""
+    return sum(scores["score"] for scores in column.values()) / len(column)
+
+
+def table(columns: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A markdown table in percent: one row a task and their mean, one column a method; columns[method][task]."""
+    tasks = list(next(iter(columns.values())))
+    width = max(map(len, [*tasks, "macro average"]))
+    lines = [f"| {'task':{width}} | metric      | " + " | ".join(columns) + " |",
+             f"|{'-' * (width + 2)}|-------------|" + "|".join("-" * (len(c) + 1) + ":" for c in columns) + "|"]
+    for task in tasks:
+        cells = [f"{100 * column[task]['score']:{len(name)}.1f}" for name, column in columns.items()]
+        lines.append(f"| {task:{width}} | {task_of(task).metric:11} | " + " | ".join(cells) + " |")
+    cells = [f"{100 * macro(column):{len(name)}.1f}" for name, column in columns.items()]
+    return "\n".join([*lines, f"| {'macro average':{width}} | {'':11} | " + " | ".join(cells) + " |"]) + "\n"
+
+
+def draw_run(folder: Path) -> None:
+    """Pictures of a stage from its metrics.jsonl: loss.png, gates.png and, with several tasks, cosines.png."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display needed
+    import matplotlib.pyplot as plt
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    dev = [row for row in rows if "dev_loss" in row]
+
+    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    axis.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="#0072B2", label="training batch")
+    axis.plot([r["step"] for r in dev], [r["dev_loss"] for r in dev], "s--", color="#D55E00", label="development rows")
+    axis.set(xlabel="step", ylabel="cross-entropy of an answer token (nats)", ylim=(0, None), title="Task loss")
+    axis.legend()
+    figure.savefig(folder / "loss.png", dpi=120)
+    plt.close(figure)
+
+    gates = [(row["step"], row["gates"]) for row in rows if "rates" in row or row["step"] == 0]
+    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+    image = axis.pcolormesh([step for step, _ in gates], range(len(gates[0][1])), list(zip(*(g for _, g in gates))),
+                            shading="nearest", cmap="viridis", vmin=0)
+    axis.set(xlabel="step", ylabel="layer", yticks=range(len(gates[0][1])), title="How far each layer's gate is open")
+    figure.colorbar(image, label="|tanh g|")
+    figure.savefig(folder / "gates.png", dpi=120)
+    plt.close(figure)
+
+    cosines = [row for row in rows if "cosines" in row]
+    if cosines:
+        names, ends = cosines[0]["tasks"], (cosines[0]["cosines"], cosines[-1]["cosines"])
+        others = [[[c if i != j else math.nan for j, c in enumerate(line)] for i, line in enumerate(m)] for m in ends]
+        top = max(c for matrix in others for line in matrix for c in line if c == c)  # c != c: the diagonal's nan
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained", sharey=True)
+        for axis, matrix, row, when in zip(axes, others, (cosines[0], cosines[-1]), ("before", "after")):
+            image = axis.imshow(matrix, cmap="viridis", vmin=0, vmax=top)
+            axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+            axis.set_yticks(range(len(names)), names)
+            axis.set_title(f"{when} training (step {row['step']})")
+        figure.colorbar(image, ax=axes, label="|cos(A_i, A_j)|, mean over layers")
+        figure.savefig(folder / "cosines.png", dpi=120)
+        plt.close(figure)
