@@ -1,21 +1,23 @@
-r"""The tasks: from rows of text to batches of tokens.
+r"""From rows of text to batches of tokens.
 
-    Task -> rows -> Example(prompt, answer, choices, references, ...) -> Encoded -> Batch(input_ids, labels, task_ids)
+    Task (tasks.py) -> rows -> Example(prompt, answer, choices, ...) -> Encoded -> Batch(input_ids, labels, task_ids)
 
-Sixteen Chinese data sets (eight sources, eight targets) and the micro-world of toy.py. A task is one entry of the table:
-what the prompt says, which answers there are, where the rows live. Rows come from `--data-root DIR` (DIR/<task>/train.jsonl
-and test.jsonl, field names as upstream) or are downloaded by `datasets`. A folder without an entry in the table works too
-when its rows are {"prompt": ..., "answer": ..., "choices": [...]}.
+Rows come from `--data-root DIR` (DIR/<task>/train.jsonl and test.jsonl, field names as upstream), or are downloaded by
+`datasets`, or are made by the micro-world (toy.py). A folder without an entry in the table of tasks works too when its
+rows are {"prompt": ..., "answer": ..., "choices": [...]}.
+
+Every split goes by *group* (the passage, the premise, the pair, the text), never by row: no group is in two of train,
+dev and test.
 
 Prompt and answer are tokenised apart and joined, because a tokenizer may merge characters across the boundary:
     input_ids  p_1 .. p_n a_1 .. a_m eos pad ..     labels  -100 .. -100 a_1 .. a_m eos -100 ..
 
-Every split goes by *group* (the passage, the premise, the pair, the text), never by row: no group is in two of train,
-dev and test. `python data.py --data-root DIR` shows all of it.
+`python data.py --data-root DIR` shows a page about every task it finds.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import random
@@ -32,166 +34,13 @@ import torch
 
 import rewrite
 import toy
+from tasks import FORMATS, TASKS, Source, Task
 
 DEV_SHARE, DEV_ROWS = 0.1, 1024  # dev is a tenth of train, cut by group, 1024 rows at most
 
 
 class UserError(ValueError):
     """A mistake the user can mend: one sentence with the value, the limit and the remedy."""
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The table of tasks
-
-FORMATS = ("text", "json", "parquet")  # builders of `datasets` that read files
-
-
-@dataclass(frozen=True)
-class Source:
-    """Rows on the hub (`path`: its id, `train` and `test`: names of splits) or in files (`path`: one of FORMATS, `train`
-    and `test`: addresses). Text files are read by `parse_rows`; `columns` name the fields of tab-separated lines."""
-
-    path: str
-    train: str | tuple[str, ...] = "train"
-    test: str | tuple[str, ...] = "test"
-    config: str | None = None
-    revision: str | None = None
-    columns: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        if self.path in FORMATS:
-            return self.train if isinstance(self.train, str) else self.train[0]
-        return f"{self.path}{':' if self.config else ''}{self.config or ''} at {(self.revision or 'main')[:7]}"
-
-
-@dataclass(frozen=True)
-class Task:
-    """One data set. `template` names fields of a row in braces; the answer follows its last colon."""
-
-    name: str
-    role: str  # source | target
-    kind: str  # closed (one of `answers`) | span (copied from the text) | choice (a letter)
-    metric: str  # the entry of evaluate.score_task that stands for the task
-    template: str = ""
-    answers: tuple[str, ...] = ()  # in the order of the hub's integer labels
-    labels: tuple[str, ...] = ()  # the upstream's names in that order, where they differ from the answers
-    passage: str = "text"  # the field that may be shortened
-    group: tuple[str, ...] = ()  # fields that make two rows the same text; default: the passage
-    rewrite: tuple[str, ...] = ()  # what `perturb` may do, see rewrite.py
-    sources: tuple[Source, ...] = ()  # first choice, fallbacks
-    unseen: str = ""  # a target task whose texts are taken out of the train rows
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        return tuple(name for _, name, _, _ in string.Formatter().parse(self.template) if name)
-
-
-def clue(config: str, test: str = "validation") -> Source:
-    """CLUE publishes its test sets without labels: validation is the test set, and dev is cut from train."""
-    return Source("clue/clue", test=test, config=config, revision="28178267a609dd08bdc703dd6c931dfc2c2f4431")
-
-
-def github(commit: str, train: str | tuple[str, ...], test: str | tuple[str, ...], columns: tuple[str, ...] = ()):
-    """Files of "owner/name@commit", and the same files at a mirror."""
-
-    def at(folder: str, files: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        return f"{folder}/{files}" if isinstance(files, str) else tuple(f"{folder}/{file}" for file in files)
-
-    raw = f"https://raw.githubusercontent.com/{commit.replace('@', '/')}", f"https://cdn.jsdelivr.net/gh/{commit}"
-    return tuple(Source("text", at(folder, train), at(folder, test), columns=columns) for folder in raw)
-
-
-def hub_files(builder: str, pattern: str) -> Source:
-    return Source(builder, *(f"hf://datasets/{pattern.format(split)}" for split in ("train", "test")))
-
-
-REVIEWS = "lsvih/chinese-customer-review@c1d68637f5fc1486a2483d58083669baaae7bd9d"
-RELATIONS = "thunlp/Chinese_NRE@2cd47e6dc1b95e8ca3e93b5b8567666c37c5d654"
-TITLES = "649453932/Chinese-Text-Classification-Pytorch@6cb26819af7b646275aff8a4693676f2849e67f6"
-OCNLI = "CLUEbenchmark/OCNLI@ed7ede280dfebac89a6c574f2ce90c9dbac7840b"
-C3 = "nlpdata/c3@dd2d89324e961786a1a9eec73ae13f1c6b800384"
-
-# What data sets of one shape have in common.
-PAIR = dict(answers=("不同", "相同"), passage="sentence1", group=("sentence1", "sentence2"), rewrite=("swap",))
-NLI = dict(
-    answers=("中立", "蕴含", "矛盾"), labels=("neutral", "entailment", "contradiction"), passage="sentence1",
-    rewrite=("sentence_order", "time_order", "adverbial_last", "frame"),
-)
-REVIEW = dict(rewrite=("sentence_order", "clause_order", "adverbial_last"))
-TITLE = dict(rewrite=("title_order", "sentence_order", "clause_order"))
-QUESTION = dict(passage="context", rewrite=("question_form", "adverbial_last"))
-RELATION_FILE = ("head", "tail", "relation", "text")
-FINRE = """无关 注资 拥有 纠纷 自己 增持 重组 买资 签约 持股 交易 入股 转让 成立 分析 合作 帮助 发行 商讨 合并 竞争 订单
-    减持 合资 收购 借壳 欠款 被发行 被转让 被成立 被注资 被持股 被拥有 被收购 被帮助 被借壳 被买资 被欠款 被增持 拟收购
-    被减持 被分析 被入股 被拟收购"""
-
-TABLE = (
-    Task("afqmc", "source", "closed", "accuracy",
-         "下面两句是金融客服里的提问，判断它们问的是不是同一件事。\n"
-         "提问一：{sentence1}\n提问二：{sentence2}\n可选：{options}\n判断：", **PAIR,
-         sources=(clue("afqmc"), Source("C-MTEB/AFQMC", test="validation"))),
-    Task("amazon", "source", "closed", "accuracy",
-         "阅读这条商品评价，推测买家打了几颗星。\n评价：{text}\n可选：{options}\n星级：",
-         ("一星", "两星", "三星", "四星", "五星"), **REVIEW,
-         sources=(Source("SetFit/amazon_reviews_multi_zh", revision="184ac90d5511a7f6801cba99688892f440ece660"),
-                  hub_files("json", "mteb/amazon_reviews_multi/zh/{}.jsonl"))),
-    Task("thucnews", "source", "closed", "accuracy",
-         "给这条新闻标题选一个栏目。\n标题：{text}\n可选：{options}\n栏目：",
-         ("财经", "房产", "股票", "教育", "科技", "社会", "时政", "体育", "游戏", "娱乐"), **TITLE,
-         sources=github(TITLES, "THUCNews/data/train.txt", "THUCNews/data/test.txt", ("text", "label"))),
-    Task("bq", "source", "closed", "accuracy",
-         "下面两句是银行客户的提问，判断能否用同一个答案回复。\n"
-         "提问一：{sentence1}\n提问二：{sentence2}\n可选：{options}\n判断：", **PAIR,
-         sources=(Source("C-MTEB/BQ", revision="e3dda5e115e487b39ec7e618c0c6a29137052a55"),
-                  hub_files("parquet", "shibing624/nli_zh@refs/convert/parquet/BQ/{}/*.parquet"))),
-    Task("cmnli", "source", "closed", "accuracy",
-         "已知前提，判断假设与它的逻辑关系。\n前提：{sentence1}\n假设：{sentence2}\n可选：{options}\n关系：", **NLI,
-         sources=(clue("cmnli"), Source("fenffef/cmnli", test="validation"))),
-    Task("cmrc2018", "source", "span", "char_f1",
-         "从文章中原样摘出能回答问题的片段。\n文章：{context}\n问题：{question}\n片段：", **QUESTION,
-         sources=(Source("hfl/cmrc2018", test="validation"), clue("cmrc2018"))),
-    Task("sanwen", "source", "closed", "micro_f1",
-         "阅读这段散文，判断甲与乙的关系。\n原文：{text}\n甲：{head}\n乙：{tail}\n可选：{options}\n关系：",
-         ("无关", "创作", "使用", "邻近", "社交", "位于", "占有", "种属", "亲属", "组成"),
-         tuple("unknown Create Use Near Social Located Ownership General-Special Family Part-Whole".split()),
-         **REVIEW, sources=github(RELATIONS, "data/SanWen/train.txt", "data/SanWen/test.txt", RELATION_FILE)),
-    Task("cote_mfw", "source", "span", "char_f1",
-         "摘出这条旅游点评所评价的对象。\n点评：{s}\n对象：", passage="s", **REVIEW, unseen="cote_bd",
-         sources=github(REVIEWS, "mafengwo/train.txt", "mafengwo/test.txt")),
-    Task("chnsenticorp", "target", "closed", "accuracy",
-         "判断这段用户点评的情感倾向。\n点评：{text}\n可选：{options}\n倾向：", ("负面", "正面"), **REVIEW,
-         sources=(Source("lansinuote/ChnSentiCorp", revision="b0c4c119c3fb33b8e735969202ef9ad13d717e5a"),
-                  Source("ndiy/ChnSentiCorp"))),
-    Task("tnews", "target", "closed", "accuracy",
-         "给这条资讯标题选一个频道。\n标题：{text}\n可选：{options}\n频道：",
-         tuple("故事 文化 娱乐 体育 财经 房产 汽车 教育 科技 军事 旅游 国际 股票 农业 游戏".split()),
-         tuple("100 101 102 103 104 106 107 108 109 110 112 113 114 115 116".split()),  # 105 and 111 do not exist
-         **TITLE, sources=(clue("tnews"), Source("C-MTEB/TNews-classification", test="validation"))),
-    Task("ocnli", "target", "closed", "accuracy",
-         "先读前提，再看假设能否由它推出。\n前提：{sentence1}\n假设：{sentence2}\n可选：{options}\n关系：", **NLI,
-         sources=(clue("ocnli"), *github(OCNLI, "data/ocnli/train.50k.json", "data/ocnli/dev.json"))),
-    Task("lcqmc", "target", "closed", "accuracy",
-         "比较下面两个问句，判断它们的意图是否一致。\n"
-         "问句一：{sentence1}\n问句二：{sentence2}\n可选：{options}\n判断：", **PAIR,
-         sources=(Source("C-MTEB/LCQMC", revision="17f9b096f80380fce5ed12a9be8be7784b337daf"), Source("mteb/LCQMC"))),
-    Task("drcd", "target", "span", "char_f1",
-         "從文章中原樣摘出能回答問題的片段。\n文章：{context}\n問題：{question}\n片段：", **QUESTION,
-         sources=(clue("drcd", test="test"), Source("roberthsu2003/for_MRC_QA"))),
-    Task("c3", "target", "choice", "accuracy",
-         "读材料，选出正确的一项。\n材料：{context}\n问题：{question}\n{choices}\n答案：", **QUESTION,
-         sources=(clue("c3"), *github(C3, ("data/c3-d-train.json", "data/c3-m-train.json"),
-                                      ("data/c3-d-dev.json", "data/c3-m-dev.json")))),
-    Task("cote_bd", "target", "span", "char_f1",
-         "摘出这段网络评论所评价的对象。\n评论：{s}\n对象：", passage="s", **REVIEW,
-         sources=github(REVIEWS, "baidu/train.txt", "baidu/test.txt")),
-    Task("finre", "target", "closed", "micro_f1",
-         "阅读这则财经新闻，判断甲对乙的关系。\n原文：{text}\n甲：{head}\n乙：{tail}\n可选：{options}\n关系：",
-         tuple(FINRE.split()), ("unknown", *FINRE.split()[1:]), **REVIEW,
-         sources=github(RELATIONS, "data/FinRE/train.txt", "data/FinRE/test.txt", RELATION_FILE)),
-)
-TASKS = {task.name: task for task in TABLE}
-SOURCES = tuple(task.name for task in TABLE if task.role == "source")
-TARGETS = tuple(task.name for task in TABLE if task.role == "target")
 
 
 def task_of(name: str, examples: Sequence[Example] = ()) -> Task:
@@ -294,7 +143,7 @@ def _spans(values: dict[str, str], row: dict, passage: str, where: str) -> tuple
 
 
 def _choices(values: dict[str, str], row: dict, where: str) -> tuple[str, int]:
-    """Lettered options in a fixed random order (the right one sits unevenly upstream) and the index of the right one."""
+    """Lettered options in a fixed random order (upstream the right one sits unevenly), index of the right one."""
     gold = _clean(_column(row, "answer", where))
     if not gold:
         raise _Drop("no answer")
@@ -342,8 +191,8 @@ def to_example(task: Task, row: dict, where: str = "") -> Example:
 
 
 def _own_row(name: str, row: dict, where: str) -> Example:
-    """A row that already is a prompt: {"prompt", "answer"} and maybe choices, references, protected, group, hard_prompt,
-    passage (a part of the prompt that may be shortened)."""
+    """A row that already is a prompt: {"prompt", "answer"} and maybe choices, references, protected, group,
+    hard_prompt, passage (a part of the prompt that may be shortened)."""
     prompt, answer = str(row["prompt"]), str(_column(row, "answer", where))
     if not prompt.strip() or not answer.strip():
         raise _Drop("empty prompt" if not prompt.strip() else "empty answer")
@@ -361,8 +210,8 @@ def _own_row(name: str, row: dict, where: str) -> Example:
 
 def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Iterator[tuple[str, dict | None]]:
     """Rows of a file as (place, row): tab-separated lines if `columns` are given, JSON lines, or one JSON document (a
-    list of rows, or the nested forms of SQuAD and C3). None stands for a line with too few or too many columns. There are
-    no quoting rules: a quotation mark is a character."""
+    list of rows, or the nested forms of SQuAD and C3). None stands for a line with too few or too many columns. There
+    are no quoting rules: a quotation mark is a character."""
     lines = text.removeprefix("\ufeff").split("\n")  # not splitlines: U+2028 may stand inside a text
     lines = [(number, line.strip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
     if columns:
@@ -426,8 +275,8 @@ class Splits:
 def load_task(name: str, split: str, root: str | Path | None = None) -> list[Example]:
     """Examples of a task. name: an entry of TASKS, a toy-... task, or a folder of own rows; split: train | dev | test.
 
-    root: folder with <name>/train.jsonl and test.jsonl; None: the hub (toy tasks need neither). dev is cut from train by
-    group; rows come in a fixed random order, so that any first n rows are a fair sample.
+    root: folder with <name>/train.jsonl and test.jsonl; None: the hub (toy tasks need neither). dev is cut from train
+    by group; rows come in a fixed random order, so that any first n rows are a fair sample.
     Raises UserError for an unknown name or split, missing or unreadable files, a row without a field or with an unknown
     label, an empty split.
     """
@@ -438,7 +287,7 @@ def load_task(name: str, split: str, root: str | Path | None = None) -> list[Exa
 
 @cache
 def load_splits(name: str, root: str | None = None) -> Splits:
-    """All splits of a task at once with the report of what was read and dropped; arguments and errors as in `load_task`."""
+    """All splits of a task and the report of what was read and dropped; arguments and errors as in `load_task`."""
     task, notes = task_of(name), []
     if name.startswith("toy-"):
         if name not in toy.SOURCES + toy.TARGETS:
@@ -457,22 +306,20 @@ def load_splits(name: str, root: str | None = None) -> Splits:
     counts = {"train": len(train) + lost.total(), "test": len(test) + lost_test.total()}
 
     train = _without(train, {example.group for example in test}, "text also in test", lost)
-    if task.unseen and (root is None or (Path(root) / task.unseen).is_dir()):
-        other = load_splits(task.unseen, root)
-        unseen = {example.group for rows in (other.train, other.dev, other.test) for example in rows}
-        train = _without(train, unseen, f"text also in {task.unseen}", lost)
+    if task.unseen:
+        train = _without(train, _groups_of(task.unseen, root, notes), f"text also in {task.unseen}", lost)
     train = _once(train, lost)
     for split, rows, dropped in (("train", train, lost), ("test", test, lost_test)):
         if not rows:
             why = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the file holds no row"
-            raise UserError(f"task {name!r} has no usable {split} row in {source} ({why}); add rows or leave the task out")
+            raise UserError(f"task {name!r} has no usable {split} row in {source} ({why}); add rows or leave it out")
     if task.metric == "micro_f1":
         train, test = _merge_labels(train), _merge_labels(test)
     train, dev = _cut_dev(name, train)
     for rows in (train, test):
         random.Random(f"order {name}").shuffle(rows)
-    report = {"source": source, "read": counts, "dropped": {"train": dict(lost), "test": dict(lost_test)}, "notes": notes}
-    return Splits(train, dev, test, report)
+    dropped = {"train": dict(lost), "test": dict(lost_test)}
+    return Splits(train, dev, test, {"source": source, "read": counts, "dropped": dropped, "notes": notes})
 
 
 def _numbered(rows: Iterable[dict], where: str) -> Iterator[tuple[str, dict]]:
@@ -522,8 +369,8 @@ def _hub(task: Task, notes: list[str]) -> tuple[str, dict]:
             print(notes[-1], file=sys.stderr)
         return str(source), read
     raise UserError(
-        f"task {task.name!r} cannot be loaded, tried {'; '.join(failures)}: connect to the network once (files are then "
-        f"kept by `datasets`), or put {task.name}/train.jsonl and test.jsonl into a folder and pass it as --data-root"
+        f"task {task.name!r} cannot be loaded, tried {'; '.join(failures)}: connect to the network once (the files are "
+        f"kept), or put {task.name}/train.jsonl and test.jsonl into a folder and pass it as --data-root"
     )
 
 
@@ -537,8 +384,18 @@ def _hub_rows(source: Source, split: str) -> Iterator[tuple[str, dict | None]]:
     files = {split: [place] if isinstance(place, str) else list(place)}
     if source.path != "text":
         return _numbered(load_dataset(source.path, data_files=files, split=split), files[split][0])
-    documents = load_dataset("text", data_files=files, split=split, sample_by="document")
-    return (row for file, text in zip(files[split], documents) for row in parse_rows(text["text"], source.columns, file))
+    texts = load_dataset("text", data_files=files, split=split, sample_by="document")  # one row a file
+    return (row for file, text in zip(files[split], texts) for row in parse_rows(text["text"], source.columns, file))
+
+
+def _groups_of(name: str, root: str | None, notes: list[str]) -> set[str]:
+    """Groups of all rows of another task; none, and a note, if it is not there."""
+    try:
+        other = load_splits(name, root)
+    except UserError as error:
+        notes.append(f"not compared with {name}: {error}")
+        return set()
+    return {example.group for rows in (other.train, other.dev, other.test) for example in rows}
 
 
 def _without(examples: list[Example], groups: set[str], reason: str, dropped: Counter) -> list[Example]:
@@ -549,10 +406,12 @@ def _without(examples: list[Example], groups: set[str], reason: str, dropped: Co
 
 
 def _once(examples: list[Example], dropped: Counter) -> list[Example]:
-    kept = list({(example.prompt, example.answer): example for example in reversed(examples)}.values())[::-1]
+    kept = {}
+    for example in examples:
+        kept.setdefault((example.prompt, example.answer), example)
     if len(kept) < len(examples):
         dropped["repeated"] += len(examples) - len(kept)
-    return kept
+    return list(kept.values())
 
 
 def _merge_labels(examples: list[Example]) -> list[Example]:
@@ -577,7 +436,7 @@ def _cut_dev(name: str, examples: list[Example]) -> tuple[list[Example], list[Ex
     while len(dev) < wanted and len(groups) > 1:
         dev += by_group[groups.pop()]
     if not dev:
-        raise UserError(f"task {name!r} has {len(examples)} train rows on one text, too few to cut a dev split; add rows")
+        raise UserError(f"task {name!r} has {len(examples)} train rows on one text, no dev split can be cut; add rows")
     return [example for group in groups for example in by_group[group]], dev
 
 
@@ -588,8 +447,8 @@ def _cut_dev(name: str, examples: list[Example]) -> tuple[list[Example], list[Ex
 def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example], list[Example]]:
     """(train, dev): k rows each, no group in both, balanced over the answers of a closed set as far as the rows allow.
 
-    k counts rows in total. With k below the number of answers k of the answers have one row. The same seed gives the same
-    rows whatever the order of `examples`, and a smaller k a part of the rows of a larger one.
+    k counts rows in total. With k below the number of answers, k of the answers have one row each. The same seed gives
+    the same rows whatever the order of `examples`, and a smaller k gives a part of the rows of a larger one.
     Raises UserError when there are not 2 k rows to choose from."""
     train, dev = _k_shot_indices(examples, k, seed)
     return [examples[i] for i in train], [examples[i] for i in dev]
@@ -644,8 +503,8 @@ def k_shot_record(examples: Sequence[Example], k: int, seed: int) -> dict:
 
 
 def perturb(example: Example, seed: int) -> Example:
-    """The example with its input text rewritten (template and answer untouched); `operations` says how, () if it could not
-    be done safely and the example is returned as it was. Deterministic in the prompt and the seed."""
+    """The example with its input text rewritten, template and answer untouched; `operations` says how, () if nothing
+    could be done safely and the example is as it was. Deterministic in the prompt and the seed."""
     if example.task.startswith("toy-"):
         prompt = toy.perturb(example.prompt, seed)
         hard = toy.perturb(example.hard_prompt, seed) if example.hard_prompt else ""
@@ -689,8 +548,8 @@ def _answer_ids(tokenizer, answer: str) -> tuple[int, ...]:
 def encode(example: Example, tokenizer, max_length: int, keep_answer: bool = True) -> Encoded:
     """Tokens of an example: prompt and answer tokenised apart, no special tokens but the end of every answer.
 
-    What is longer than max_length tokens (prompt + longest answer) loses the ends of its passage: a window stays, around
-    the answer of a span task (or at the beginning with keep_answer=False, for a test that must not know the answer),
+    What is longer than max_length tokens (prompt + longest answer) loses the ends of its passage: a window stays,
+    around the answer of a span task (or at the beginning with keep_answer=False, for a test that must not know it),
     around the two names of a relation. Question, options and answer are never cut.
     Raises UserError naming the row if even that is too long, or if the answer has no token."""
     answer = _answer_ids(tokenizer, example.answer)
@@ -768,19 +627,24 @@ def collate_prompts(encoded: Sequence[Encoded], pad_id: int, side: str = "left")
 class Sampler:
     """Endless training steps over several tasks; `next()` gives the micro-batches of one step, each a list of Encoded.
 
-    mixing: "uniform": equally many rows of each task (rotating if batch_size is no multiple), "proportional": as they are.
-    Each task goes through a new random order of its rows every epoch.
-    tokens_per_batch: None: one micro-batch of batch_size rows a step. Otherwise rows are drawn a window ahead, sorted by
-    length and cut into micro-batches of at most that many tokens, padding counted, and at most half a step's rows; a
-    step takes micro-batches, in random order, for about batch_size rows. Over a window the mixture is exact.
-    `state_dict()` is a few numbers from which the same steps go on. Raises UserError for an empty task or a row that is
-    too long.
+    examples_by_task: task -> sequence of Encoded (anything with len and [i]). mixing: "uniform": equally many rows of
+    each task (in rotation if batch_size is no multiple), "proportional": as the rows are. Every row once an epoch of
+    its task (of all rows if proportional), in a new random order each time.
+
+    tokens_per_batch: None: one micro-batch of batch_size rows a step. Otherwise rows are drawn a window ahead, sorted
+    by length and cut into micro-batches of at most that many tokens, padding included, and at most half a step's rows;
+    a step takes micro-batches in random order for about batch_size rows. Over a window the mixture of tasks is exact.
+
+    `state_dict()` is a few numbers from which the same steps go on. Raises UserError for an empty task, a row longer
+    than tokens_per_batch, a state of other data or settings.
     """
 
     WINDOW = 32  # steps
 
-    def __init__(self, examples_by_task: dict[str, Sequence[Encoded]], batch_size: int, seed: int,
-                 mixing: str = "uniform", tokens_per_batch: int | None = None):
+    def __init__(
+        self, examples_by_task: dict[str, Sequence[Encoded]], batch_size: int, seed: int,
+        mixing: str = "uniform", tokens_per_batch: int | None = None,
+    ):
         empty = [name for name, rows in examples_by_task.items() if not len(rows)]
         if empty or not examples_by_task:
             raise UserError(f"no training rows for {', '.join(empty) or 'any task'}; add rows or leave the task out")
@@ -790,11 +654,12 @@ class Sampler:
         self.tokens_per_batch = tokens_per_batch
         places = {name: [(name, i) for i in range(len(rows))] for name, rows in examples_by_task.items()}
         self.streams = places if mixing == "uniform" else {"all": [place for rows in places.values() for place in rows]}
-        self.names = list(self.streams)
-        self.drawn, self.position = 0, {name: [0, 0] for name in self.names}  # epoch, rows of it already drawn
+        sizes = {name: len(rows) for name, rows in examples_by_task.items()}
+        self.setup = {"seed": seed, "batch size": batch_size, "mixing": mixing, "tokens per batch": tokens_per_batch,
+                      "rows": sizes}
+        self.drawn, self.position = 0, {name: [0, 0] for name in self.streams}  # epoch, rows of it already drawn
         self.orders: dict[str, tuple[int, list[int]]] = {}
-        self.window: list[list[Encoded]] = []
-        self.start, self.taken = self._position(), 0  # where the window began, micro-batches taken from it
+        self.window, self.taken, self.start = [], 0, self._position()  # micro-batches, used, where it was drawn
         self.real_tokens = self.padded_tokens = 0
 
     def next(self) -> list[list[Encoded]]:
@@ -802,11 +667,9 @@ class Sampler:
         if self.tokens_per_batch is None:
             step = [self._draw(self.batch_size)]
         else:
-            step, rows = [], 0
-            while not step or rows + len(self._peek()) // 2 <= self.batch_size:
-                step.append(self._peek())
-                rows += len(step[-1])
-                self.taken += 1
+            step = [self._take()]
+            while sum(map(len, step)) + len(self._peek()) // 2 <= self.batch_size:
+                step.append(self._take())
         for batch in step:
             self.real_tokens += sum(map(len, batch))
             self.padded_tokens += len(batch) * max(map(len, batch))
@@ -814,55 +677,136 @@ class Sampler:
 
     @property
     def padding(self) -> float:
-        """Share of the tokens handed out so far that were padding."""
+        """Share of padding among the tokens handed out so far."""
         return 1 - self.real_tokens / max(1, self.padded_tokens)
 
     def state_dict(self) -> dict:
-        """Where the streams stood at the start of the window, and the number of micro-batches taken from it."""
+        """Where the streams stood when the window was drawn, and the number of micro-batches taken from it."""
         at = self._position() if self.tokens_per_batch is None else self.start
-        return {"seed": self.seed, **at, "taken": self.taken}
+        return {"setup": self.setup, **at, "taken": self.taken}
 
     def load_state_dict(self, state: dict) -> None:
-        if set(state["position"]) != set(self.names) or state["seed"] != self.seed:
-            raise UserError(f"the saved sampler is of tasks {', '.join(state['position'])} with seed {state['seed']}, this "
-                            f"run has {', '.join(self.names)} with seed {self.seed}; start a new run")
+        for name, value in self.setup.items():
+            if state["setup"][name] != value:
+                raise UserError(f"the saved run had {name} {state['setup'][name]}, not {value}; start a new run")
         self.drawn, self.position = state["drawn"], {name: list(at) for name, at in state["position"].items()}
         self.window, self.taken, self.start = [], 0, self._position()
         if state["taken"]:
-            self._peek()
+            self._peek()  # the same window again
             self.taken = state["taken"]
 
     def _position(self) -> dict:
         return {"drawn": self.drawn, "position": {name: list(at) for name, at in self.position.items()}}
 
     def _draw(self, count: int) -> list[Encoded]:
-        rows = []
+        rows, names = [], list(self.streams)
         for _ in range(count):
-            stream = self.names[self.drawn % len(self.names)]
+            name = names[self.drawn % len(names)]
             self.drawn += 1
-            epoch, at = self.position[stream]
-            if self.orders.get(stream, (None,))[0] != epoch:
-                order = list(range(len(self.streams[stream])))
-                random.Random(f"{self.seed} {stream} {epoch}").shuffle(order)
-                self.orders[stream] = epoch, order
-            name, i = self.streams[stream][self.orders[stream][1][at]]
-            self.position[stream] = [epoch, at + 1] if at + 1 < len(self.streams[stream]) else [epoch + 1, 0]
-            rows.append(self.rows[name][i])
+            epoch, at = self.position[name]
+            if self.orders.get(name, (None,))[0] != epoch:
+                order = list(range(len(self.streams[name])))
+                random.Random(f"{self.seed} {name} {epoch}").shuffle(order)
+                self.orders[name] = epoch, order
+            task, i = self.streams[name][self.orders[name][1][at]]
+            self.position[name] = [epoch, at + 1] if at + 1 < len(self.streams[name]) else [epoch + 1, 0]
+            rows.append(self.rows[task][i])
         return rows
+
+    def _take(self) -> list[Encoded]:
+        batch = self._peek()
+        self.taken += 1
+        return batch
 
     def _peek(self) -> list[Encoded]:
         """The next micro-batch; draws, sorts and cuts a new window when the old one is used up."""
-        if self.taken >= len(self.window):
-            self.start, self.taken = self._position(), 0
+        if self.taken == len(self.window):
+            self.start, self.taken, self.window = self._position(), 0, []
             rng = random.Random(f"{self.seed} window {self.drawn}")
             rows = sorted(self._draw(self.WINDOW * self.batch_size), key=len, reverse=True)
             if len(rows[0]) > self.tokens_per_batch:
                 raise UserError(f"a row of {rows[0].task} has {len(rows[0])} tokens, more than --tokens-per-batch "
                                 f"{self.tokens_per_batch}; raise it or lower --max-length")
-            self.window = []
             while rows:
                 size = min(self.tokens_per_batch // len(rows[0]), max(1, self.batch_size // 2))
                 self.window.append(rows[:size])
                 rows = rows[size:]
             rng.shuffle(self.window)
         return self.window[self.taken]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The page about the data
+
+
+def page(name: str, root: str | None = None, seed: int = 0, colour: bool = False) -> str:
+    """What a user looks at first: counts, dropped rows, lengths, balance of answers, an example, rewritten rows."""
+
+    def paint(text: str, code: str) -> str:
+        return f"\033[{code}m{text}\033[0m" if colour else text
+
+    def counts(numbers: dict, total: int = 0) -> str:
+        most = sorted(numbers.items(), key=lambda item: -item[1])
+        shown = (f"{key} {100 * n / total:.0f} %" if total else f"{n} {key}" for key, n in most[:10])
+        return ", ".join(shown) + (f" and {len(most) - 10} more" if len(most) > 10 else "") if most else "none"
+
+    def spread(lengths: Iterable[int]) -> str:
+        ordered = sorted(lengths)
+        middle, most = (ordered[int(share * (len(ordered) - 1))] for share in (0.5, 0.95))
+        return f"{middle} (median), {most} (95 %), {ordered[-1]} (longest)"
+
+    def indented(text: str) -> str:
+        return "\n".join("    " + line for line in text.split("\n"))
+
+    splits = load_splits(name, root)
+    rows = splits.train + splits.dev + splits.test
+    task, report = task_of(name, rows), splits.report
+    rewritten = [perturb(example, seed) for example in splits.test]
+    changed = [(old, new) for old, new in zip(splits.test, rewritten) if new.operations]
+    done = Counter(operation for _, new in changed for operation in new.operations)
+    example = sorted(splits.test, key=lambda e: len(e.prompt))[len(splits.test) // 4]
+    lines = [
+        f"{name}: {task.role} task, {task.kind}, scored by {task.metric}, from {report['source']}",
+        f"  rows        {len(splits.train)} train, {len(splits.dev)} dev (cut from train), {len(splits.test)} test",
+        *(f"  left out    of {report['read'][split]} {split} rows: {counts(dropped)}"
+          for split, dropped in report["dropped"].items()),
+        *(f"  note        {note}" for note in report["notes"]),
+        f"  characters  prompt and answer {spread(len(e.prompt) + len(e.answer) for e in rows)}",
+    ]
+    if task.kind == "span":
+        lines.append(f"              answer {spread(len(e.answer) for e in rows)}; up to "
+                     f"{max(len(e.references) for e in rows)} right answers a row")
+    else:
+        lines.append(f"  answers     {counts(Counter(e.answer for e in splits.train), len(splits.train))}")
+    lines += [f"  example     {example.row}", indented(paint(example.prompt, "36") + paint(example.answer, "1;32"))]
+    lines.append(f"  rewritten   {100 * len(changed) / len(splits.test):.0f} % of the test rows: {counts(done)}")
+    for old, new in changed[:1]:
+        for (field, *at), (_, *to) in zip(old.fields or [("prompt", 0, None)], new.fields or [("prompt", 0, None)]):
+            if old.prompt[slice(*at)] != new.prompt[slice(*to)]:
+                lines.append(indented(f"{field}: {old.prompt[slice(*at)]}\n    -> {new.prompt[slice(*to)]}"))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Show the tasks: one page each.")
+    parser.add_argument("--data-root", help="folder with <task>/train.jsonl and test.jsonl (default: the micro-world)")
+    parser.add_argument("--task", nargs="+", help="only these tasks; without --data-root from the hub")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the rewriting")
+    options = parser.parse_args()
+    try:
+        root, names = options.data_root, options.task or list(toy.SOURCES + toy.TARGETS)
+        if root and not options.task:
+            if not Path(root).is_dir():
+                raise UserError(f"--data-root {root} is no folder; it should hold <task>/train.jsonl and test.jsonl")
+            found = {path.name for path in Path(root).iterdir() if path.is_dir()}
+            names = [name for name in TASKS if name in found] + sorted(found - set(TASKS))
+            if not names:
+                raise UserError(f"--data-root {root} holds no folder; it should hold <task>/train.jsonl and test.jsonl")
+        for name in names:
+            print(page(name, root, options.seed, colour=sys.stdout.isatty()) + "\n")
+    except UserError as error:
+        parser.exit(2, f"data.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
