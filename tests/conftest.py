@@ -5,8 +5,7 @@ A zero gate hides every bug behind it, and so does a zero bias or a norm of ones
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from model import TALoRA, TALoRAConfig
 
@@ -22,13 +21,14 @@ def tiny_backbone():
     """tiny_backbone(family, seed=0, **shape) -> a causal language model with random weights, biases and norms."""
 
     def make(family="qwen2", seed=0, **shape):
-        config = CONFIG_MAPPING[family](**{**SHAPE, **shape})
+        config = AutoConfig.for_model(family, **{**SHAPE, **shape})
         backbone = AutoModelForCausalLM.from_config(config).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, p in backbone.named_parameters():
                 noise = torch.randn(p.shape, generator=generator)
-                p.copy_(1 + 0.2 * noise if "norm" in name else 0.5 * noise if "embed" in name else 0.2 * noise)
+                words = "embed_tokens" in name or "lm_head" in name
+                p.copy_(1 + 0.2 * noise if "norm" in name else 0.5 * noise if words else 0.2 * noise)
         return backbone
 
     return make
@@ -42,7 +42,7 @@ def open_adapter():
         model = TALoRA(backbone, list(tasks), TALoRAConfig(**{"prompt_length": 5, "rank": 2, **config}))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for name, p in model.named_parameters():
+            for p in model.parameters():
                 if p.requires_grad:
                     sign = torch.where(torch.rand(p.shape, generator=generator) < 0.5, -1.0, 1.0)
                     p.copy_(sign * (0.3 + torch.rand(p.shape, generator=generator)))
