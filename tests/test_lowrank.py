@@ -105,6 +105,12 @@ def test_task_cosines_are_those_of_the_matrices():
     torch.testing.assert_close(task_cosines(u, v), A @ A.T)
 
 
+@pytest.mark.parametrize("form", ["cosine", "frobenius", "printed"])
+def test_no_d_by_d_matrix_is_built(form):
+    u, v = random(2, r), random(2, 300_000, seed=1)  # a dense A_i^T A_j would take 720 GB
+    assert orthogonality(u, v, form).isfinite()
+
+
 def test_default_is_the_cosine():
     u, v = random(N, r), random(N, d, seed=1)
     assert orthogonality(u, v) == orthogonality(u, v, "cosine") != orthogonality(u, v, "frobenius")

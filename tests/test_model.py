@@ -386,6 +386,24 @@ def test_the_steps_of_all_tasks_lie_in_the_columns_of_one_b(tiny_backbone, open_
             assert singular[1] < 1e-4 * singular[0]  # one task: rank 1, whatever r is
 
 
+def test_a_forward_computes_only_what_is_needed(tiny_backbone, open_adapter):
+    model = open_adapter(tiny_backbone())
+    projected, asked = Mock(return_value=None), Mock(return_value=None)
+    model.backbone.model.layers[1].self_attn.k_proj.register_forward_pre_hook(projected)
+    model.backbone.lm_head.register_forward_pre_hook(asked)
+    model(**batch([PROMPTS[0]] * 5, [ANSWERS[0]] * 5, tasks=(2, 0, 2, 2, 0)))
+    shapes = [tuple(call.args[1][0].shape) for call in projected.call_args_list]
+    assert sorted(shapes) == [(2, 5, 32), (5, 9, 32)]  # the prompts of two tasks once, and the text
+    assert asked.call_args.args[1][0].shape == (5 * 3, 32)  # the states that predict an answer token, no other
+
+
+def test_without_tasks_theta0_and_gates_can_be_trained_alone(tiny_backbone, open_adapter):
+    model = open_adapter(tiny_backbone(), tasks=[])
+    model(**batch(tasks=(NO_TASK,) * 3)).loss.backward()
+    assert (model.theta0.grad != 0).any() and (model.gate.grad != 0).all()
+    assert model.B.grad is None or not model.B.grad.any()
+
+
 def test_all_prompts_of_a_task_meet_in_theta0(tiny_backbone, open_adapter):
     model = open_adapter(tiny_backbone())
     with torch.no_grad():
