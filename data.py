@@ -20,17 +20,22 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import random
+import shutil
 import string
 import sys
 import unicodedata
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
+from urllib.request import urlopen
 
 import torch
+from tqdm import tqdm
 
 import rewrite
 import toy
@@ -348,7 +353,7 @@ def _local_rows(task: Task, root: Path, split: str) -> Iterator[tuple[str, dict 
     if not path.is_file():
         raise UserError(f"{path} is missing; put one JSON object per line there, or leave --data-root out to download")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not readable as UTF-8 text ({error}); save it as UTF-8") from None
     return parse_rows(text, columns if path.suffix == ".txt" else (), str(path))
@@ -381,11 +386,31 @@ def _hub_rows(source: Source, split: str) -> Iterator[tuple[str, dict | None]]:
     if source.path not in FORMATS:
         rows = load_dataset(source.path, source.config, revision=source.revision, split=place)
         return _numbered(rows, f"{source.path} {place}")
-    files = {split: [place] if isinstance(place, str) else list(place)}
+    files = [place] if isinstance(place, str) else list(place)
     if source.path != "text":
-        return _numbered(load_dataset(source.path, data_files=files, split=split), files[split][0])
-    texts = load_dataset("text", data_files=files, split=split, sample_by="document")  # one row a file
-    return (row for file, text in zip(files[split], texts) for row in parse_rows(text["text"], source.columns, file))
+        return _numbered(load_dataset(source.path, data_files={split: files}, split=split), files[0])
+    return (row for url in files for row in parse_rows(_download(url).read_bytes().decode(), source.columns, url))
+
+
+def _download(url: str) -> Path:
+    """A file from the web, kept beside the downloads of `datasets` (which itself needs an extra package for addresses
+    outside the hub). The addresses are pinned to a commit, so what is kept never grows old."""
+    from datasets import config
+
+    path = Path(config.HF_DATASETS_CACHE) / "downloads" / f"{group_of(url)}-{url.rsplit('/', 1)[1]}"
+    if path.is_file():
+        return path
+    if config.HF_HUB_OFFLINE:
+        raise ConnectionError("not downloaded yet, and HF_HUB_OFFLINE is set")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with urlopen(url, timeout=60) as reply, part.open("wb") as file:
+        size = int(reply.headers.get("Content-Length") or 0)
+        with tqdm.wrapattr(reply, "read", total=size or None, desc=path.name, disable=None, leave=False) as stream:
+            shutil.copyfileobj(stream, file)
+    if size and part.stat().st_size != size:
+        raise ConnectionError(f"the download broke off after {part.stat().st_size} of {size} bytes")
+    return part.replace(path)
 
 
 def _groups_of(name: str, root: str | None, notes: list[str]) -> set[str]:
@@ -529,20 +554,31 @@ def perturb(example: Example, seed: int) -> Example:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as tokens; len() counts prompt and answer. Answers and choices end with the end-of-sequence token."""
+    """One example as tokens; len() counts prompt and answer. Answers and choices end with the end-of-sequence token.
 
-    prompt_ids: list[int]
-    answer_ids: list[int]
-    choice_ids: list[list[int]]
+    A million rows are held at once: an array takes 4 bytes a token (a list 36), and equal answers are one object."""
+
+    prompt_ids: array
+    answer_ids: tuple[int, ...]
+    choice_ids: tuple[tuple[int, ...], ...]
     task: str
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 @lru_cache(maxsize=4096)
 def _answer_ids(tokenizer, answer: str) -> tuple[int, ...]:
-    return (*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+    return (*_ids(tokenizer, answer), tokenizer.eos_token_id)
+
+
+@lru_cache(maxsize=4096)
+def _choice_ids(tokenizer, choices: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(_answer_ids(tokenizer, choice) for choice in choices)
 
 
 def encode(example: Example, tokenizer, max_length: int, keep_answer: bool = True) -> Encoded:
@@ -556,12 +592,12 @@ def encode(example: Example, tokenizer, max_length: int, keep_answer: bool = Tru
     if len(answer) < 2:
         raise UserError(f"{example.row or example.task}: the answer {example.answer!r} has no token in this tokenizer; "
                         "use another answer or tokenizer")
-    choices = [_answer_ids(tokenizer, choice) for choice in example.choices]
+    choices = _choice_ids(tokenizer, example.choices)
     room = max_length - max(map(len, (answer, *choices)))
-    prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+    prompt = _ids(tokenizer, example.prompt)
     if len(prompt) > room:
         prompt = _shorten(example, tokenizer, room, keep_answer)
-    return Encoded(prompt, list(answer), [list(choice) for choice in choices], example.task)
+    return Encoded(array("i", prompt), answer, choices, example.task)
 
 
 def _shorten(example: Example, tokenizer, room: int, keep_answer: bool) -> list[int]:
@@ -576,8 +612,7 @@ def _shorten(example: Example, tokenizer, room: int, keep_answer: bool) -> list[
 
     def window(size: int) -> list[int]:
         begin = max(0, min((first + last - size) // 2, len(passage) - size))
-        text = example.prompt[:start] + passage[begin : begin + size] + example.prompt[end:]
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return _ids(tokenizer, example.prompt[:start] + passage[begin : begin + size] + example.prompt[end:])
 
     low, high = last - first if task.kind == "span" else 0, len(passage)
     if len(window(low)) > room:
@@ -603,16 +638,16 @@ class Batch:
         return Batch(*(t.to(device) for t in (self.input_ids, self.attention_mask, self.labels, self.task_ids)))
 
 
-def _pad(rows: list[list[int]], value: int, side: str = "right") -> torch.Tensor:
+def _pad(rows: list[Sequence[int]], value: int, side: str = "right") -> torch.Tensor:
     longest = max(map(len, rows))
     pads = [[value] * (longest - len(row)) for row in rows]
-    return torch.tensor([row + pad if side == "right" else pad + row for row, pad in zip(rows, pads)])  # (B, T)
+    return torch.tensor([[*row, *pad] if side == "right" else [*pad, *row] for row, pad in zip(rows, pads)])  # (B, T)
 
 
 def collate(encoded: Sequence[Encoded], task_ids: Sequence[int], pad_id: int, device=None) -> Batch:
     """A training batch; task_ids: one per row. Padding is known by its place, never by its token: it may be the eos."""
     texts = [[*row.prompt_ids, *row.answer_ids] for row in encoded]
-    labels = [[-100] * len(row.prompt_ids) + row.answer_ids for row in encoded]
+    labels = [[-100] * len(row.prompt_ids) + [*row.answer_ids] for row in encoded]
     mask = [[1] * len(text) for text in texts]
     batch = Batch(_pad(texts, pad_id), _pad(mask, 0), _pad(labels, -100), torch.tensor(list(task_ids)))
     return batch if device is None else batch.to(device)

@@ -11,10 +11,10 @@ Each operation changes word or clause order, or the form of a sentence, in one f
     question_form   X 是谁？ -> 谁是 X？ and X 有哪些？ -> 有哪些，X？
     frame           P。 -> 情况是这样的：P。 (where nothing else applies)
 
-An operation that cannot be done safely is not done: no part may begin with a word that leans on what came before (但,
-所以, 这, 他 ...), brackets and quotation marks must stay closed, protected strings (answers, the two names of a relation)
-must occur as often as before, and the names of a relation must not be torn apart. 把 and 被, negation and quantifiers are
-left alone: moving them changes directions and entailments.
+An operation that cannot be done safely is not done: no part may begin with a word that leans on what came before
+(但, 所以, 这, 他 ...), brackets and quotation marks must stay closed, protected strings (answers, the two names of a
+relation) must occur as often as before, and the names of a relation must not be torn apart. 把 and 被, negation and
+quantifiers are left alone: moving them changes directions and entailments.
 """
 
 import random
@@ -31,7 +31,7 @@ LEANING = re.compile(
 )
 OPEN, CLOSE = "“‘《「『（(【[", "”’》」』）)】]"
 SUBJECT = "我们|你们|他们|她们|它们|人们|大家|我|你|他|她"
-TIME = "昨天|今天|明天|昨晚|今晚|今早|去年|今年|明年|前年|上周|下周|上个月|下个月|现在|目前|最近|当时|以前|从前|平时|晚上|早上"
+TIME = "昨天|今天|明天|昨晚|今晚|今早|去年|今年|明年|前年|上周|下周|上个月|下个月|现在|目前|最近|当时|以前|从前|平时"
 PART = "[^，,。！？!?；;：:]"
 ADVERBIAL = re.compile(
     f"^((?:在|当|随着|通过|根据|按照|为了|关于|对于|對於|根據|當|隨著|為了|自从|自從|到|从|從){PART}{{2,30}}|"
