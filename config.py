@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-import data
+import tasks
 import toy
 from data import UserError
 from lowrank import FORMS
@@ -100,7 +100,7 @@ class Config:
 
 
 # The rates of the large presets are ours and unswept: sweep --fast-rate and --slow-rate on development rows first.
-LARGE = dict(sources=",".join(data.SOURCES), targets=",".join(data.TARGETS), max_length=1024, max_new_tokens=64,
+LARGE = dict(sources=",".join(tasks.SOURCES), targets=",".join(tasks.TARGETS), max_length=1024, max_new_tokens=64,
              prompt_length=12, rank=8, dtype="bfloat16", slow_rate=1e-3, fast_rate=5e-3, prompt_rate=5e-3,
              target_rate=5e-3, base_steps=200, multitask_steps=2000, target_steps=300, warmup=50, target_batch=16,
              eval_every=200, dev_rows=32)
@@ -140,7 +140,7 @@ def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
     if cfg.data_root:  # whatever tasks are there
         here = {name: [task for task in names if (Path(cfg.data_root) / task).is_dir()]
-                for name, names in (("sources", data.SOURCES), ("targets", data.TARGETS))}
+                for name, names in (("sources", tasks.SOURCES), ("targets", tasks.TARGETS))}
         cfg.sources = typed.get("sources", ",".join(here["sources"]))
         cfg.targets = typed.get("targets", ",".join(here["targets"]))
     if not cfg.base_task:
@@ -168,7 +168,7 @@ def check(cfg: Config) -> None:
         problems.append(f"--method {cfg.method} has no stage '{cfg.stage}'; its stages are {', '.join(stages)}")
     sources, targets = split_names(cfg.sources), split_names(cfg.targets)
     if not sources and not problems:
-        problems.append(f"no source task was found in '{cfg.data_root}' (known: {', '.join(data.SOURCES)}); name the "
+        problems.append(f"no source task was found in '{cfg.data_root}' (known: {', '.join(tasks.SOURCES)}); name the "
                         "tasks that are there with --sources")
     elif cfg.base_task not in sources and not problems:
         problems.append(f"--base-task '{cfg.base_task}' is not among the sources {', '.join(sources)}")

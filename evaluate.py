@@ -219,15 +219,18 @@ def macro(column: dict[str, dict[str, float]]) -> float:
     return sum(scores["score"] for scores in column.values()) / len(column)
 
 
-def table(columns: dict[str, dict[str, dict[str, float]]]) -> str:
-    """A markdown table in percent: one row a task and their mean, one column a method; columns[method][task]."""
+def table(columns: dict[str, dict[str, dict[str, float]]], metrics: dict[str, str]) -> str:
+    """A markdown table in percent: one row a task and their mean, one column a method.
+
+    columns[method][task] are the task's scores, metrics[task] the name of the one that counts.
+    """
     tasks = list(next(iter(columns.values())))
     width = max(map(len, [*tasks, "macro average"]))
     lines = [f"| {'task':{width}} | metric      | " + " | ".join(columns) + " |",
              f"|{'-' * (width + 2)}|-------------|" + "|".join("-" * (len(c) + 1) + ":" for c in columns) + "|"]
     for task in tasks:
         cells = [f"{100 * column[task]['score']:{len(name)}.1f}" for name, column in columns.items()]
-        lines.append(f"| {task:{width}} | {task_of(task).metric:11} | " + " | ".join(cells) + " |")
+        lines.append(f"| {task:{width}} | {metrics[task]:11} | " + " | ".join(cells) + " |")
     cells = [f"{100 * macro(column):{len(name)}.1f}" for name, column in columns.items()]
     return "\n".join([*lines, f"| {'macro average':{width}} | {'':11} | " + " | ".join(cells) + " |"]) + "\n"
 

@@ -30,13 +30,13 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-import pretrain
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import data
 import evaluate
+import pretrain
 import toy
 from config import ORDER, Config, check, depends, flag, parse, plan, split_names, stage_folder
 from data import Batch, Encoded, UserError
@@ -120,7 +120,7 @@ def train_step(model: TALoRA, optimizer: torch.optim.Optimizer, batches: list[Ba
         if reg.requires_grad:
             (cfg.reg_weight * reg).backward()  # Eq. (3)
     norm = torch.nn.utils.clip_grad_norm_(learning, cfg.clip)
-    measured = {"loss": float(task_loss), "reg": float(reg), "grad_norm": float(norm)}
+    measured = {"loss": task_loss.item(), "reg": reg.item(), "grad_norm": norm.item()}
     if not all(map(math.isfinite, measured.values())):
         tasks = sorted({model.tasks[i] if i >= 0 else "theta0 alone" for b in batches for i in b.task_ids.tolist()})
         raise UserError(f"the numbers went bad (loss {measured['loss']:.3g}, gradient norm {norm:.3g}) in a batch of "
@@ -305,7 +305,7 @@ def target_stage(run: Session) -> None:
         if cfg.method == "talora":
             columns["theta0 (k = 0)"].update(
                 evaluate.evaluate_tasks(model, run.tokenizer, tests, {task: NO_TASK}, cfg))
-            task_id, starts[task] = nearest_start(model, task, rows, cfg)
+            task_id, starts[task] = nearest_start(model, task, rows)
             run.log(f"starts from {starts[task]}, the source whose u, v give the lowest loss on its examples")
         model = fit(model, cfg, "target", {task: rows}, {task: dev}, {task: task_id}, cfg.target_steps,
                     cfg.target_batch, folder / task, run.log)
@@ -313,7 +313,7 @@ def target_stage(run: Session) -> None:
     report(run, folder, "target", columns, shots=cfg.shots, starts=starts)
 
 
-def nearest_start(model: TALoRA, task: str, rows: list[Encoded], cfg: Config) -> tuple[int, str]:
+def nearest_start(model: TALoRA, task: str, rows: list[Encoded]) -> tuple[int, str]:
     """Add ``task`` with the u, v of the source task whose prompt gives the lowest loss on ``rows``; (id, source)."""
     losses = [evaluate.dev_score(model, {task: rows[:64]}, {task: i})[1] for i in range(len(model.tasks))]
     nearest = min(range(len(losses)), key=losses.__getitem__)
@@ -347,7 +347,8 @@ def report(run: Session, folder: Path, stage: str, columns: dict[str, dict], **m
     """Write results.json last: a stage is finished when it has one."""
     results = {"stage": stage, "method": run.cfg.method, "seed": run.cfg.seed, "command": run.command, **more,
                "columns": columns}
-    table = evaluate.table(columns)
+    metrics = {task: data.task_of(task, run.examples(task, "test")).metric for task in columns["majority"]}
+    table = evaluate.table(columns, metrics)
     (folder / "table.md").write_text(table, encoding="utf-8")
     write_json(folder / "results.json", results)
     run.log(f"\n{table}\nsaved in {folder}/: best/ and last/ (adapters), table.md, results.json, metrics.jsonl, *.png")
@@ -361,7 +362,7 @@ def load_backbone(cfg: Config, device: torch.device):
         backbone, tokenizer = toy.load_backbone()
         return backbone.to(device, getattr(torch, cfg.dtype)), tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(cfg.backbone)
+        tokenizer = load_tokenizer(cfg.backbone)
         backbone = AutoModelForCausalLM.from_pretrained(cfg.backbone, dtype=getattr(torch, cfg.dtype))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -380,15 +381,27 @@ def load_backbone(cfg: Config, device: torch.device):
     return backbone.to(device), tokenizer
 
 
+def load_tokenizer(name: str):
+    """The tokenizer of a folder or hub name, as the class its own tokenizer_config.json declares.
+
+    AutoTokenizer goes by the model's type instead, and takes the tokenizer of a Qwen2 made from scratch (words or
+    characters) for Qwen's byte-level one.
+    """
+    about = Path(name) / "tokenizer_config.json"
+    declared = json.loads(about.read_text(encoding="utf-8")).get("tokenizer_class") if about.exists() else None
+    plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")  # the name before and since transformers 5
+    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(name)
+
+
 class Log:
-    """Prints a line and appends it to a file."""
+    """Prints a line and appends it to a file, which it makes at the first line."""
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
 
     def __call__(self, text: str) -> None:
         print(text, flush=True)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
 
@@ -432,14 +445,19 @@ def pretrain_stage(cfg: Config, command: str) -> None:
     write_json(folder / "config.json", dataclasses.asdict(cfg))
     write_json(folder / "env.json", environment(command))
     log(f"\n== pretrain: the backbone goes to {folder}/")
-    sizes = dict(seed=cfg.seed, steps=cfg.pretrain_steps, width=cfg.pretrain_width, layers=cfg.pretrain_layers, log=log)
     if cfg.data_root:
-        texts = [e.prompt for task in split_names(cfg.sources) + split_names(cfg.targets)
-                 for e in data.load_task(task, "train", cfg.data_root)]
-        results = pretrain.pretrain_text(folder, texts, **sizes)
+        texts = [e.prompt for task in split_names(cfg.sources) + split_names(cfg.targets) * uses_targets(cfg)
+                 for e in data.load_task(task, "train", cfg.data_root)]  # without the answers: it learns to read
+        pretrain.pretrain_text(folder, texts, cfg.seed, cfg.pretrain_steps, cfg.pretrain_width, cfg.pretrain_layers,
+                               row_tokens=cfg.max_length, rows_per_step=max(1, 4096 // cfg.max_length), log=log)
+        scores = {}
     else:
-        results = pretrain.pretrain_toy(folder, **sizes)
-    write_json(folder / "results.json", {"stage": "pretrain", "seed": cfg.seed, "command": command, **results})
+        scores = pretrain.pretrain_toy(folder, cfg.seed, cfg.pretrain_steps, log)[2]
+    write_json(folder / "results.json", {"stage": "pretrain", "seed": cfg.seed, "command": command, "scores": scores})
+
+
+def uses_targets(cfg: Config) -> bool:
+    return cfg.stage in ("target", "all")
 
 
 def main(argv: list[str]) -> None:
@@ -447,14 +465,16 @@ def main(argv: list[str]) -> None:
     check(cfg)
     transformers.logging.set_verbosity_error()
     command = "python train.py " + " ".join(argv)
-    made_here = stage_folder(cfg, "pretrain")
+    stages, made_here = plan(cfg), stage_folder(cfg, "pretrain")
     if not cfg.backbone and (cfg.data_root or (made_here / "results.json").exists()):
         cfg.backbone = str(made_here)
-    todo = [stage for stage in plan(cfg) if not finished(cfg, stage)]
+    todo = [stage for stage in stages if not finished(cfg, stage)]
     print("options: " + ", ".join(f"{flag(name)} {value}" for name, value in changed.items()))
-    for task in split_names(cfg.sources) + split_names(cfg.targets) * (cfg.stage in ("target", "all")):
+    for task in split_names(cfg.sources) + split_names(cfg.targets) * uses_targets(cfg):
         for split in ("train", "dev", "test"):
-            data.load_task(task, split, cfg.data_root or None)  # what is wrong with the data shows now, not in an hour
+            rows = data.load_task(task, split, cfg.data_root or None)  # what is wrong with the data shows now
+            if split == "train" and cfg.shots and "target" in todo and task in split_names(cfg.targets):
+                data.k_shot(rows, cfg.shots, cfg.seed)
     for stage in todo:
         if stage != cfg.stage and cfg.stage != "all":
             print(f"'{cfg.stage}' builds on stage '{stage}', which {cfg.run}/ does not hold yet: it runs first")
@@ -466,7 +486,7 @@ def main(argv: list[str]) -> None:
         for stage in todo:
             {"base": base_stage, "multitask": multitask_stage, "target": target_stage}[stage](run)
     else:
-        folder = stage_folder(cfg, plan(cfg)[-1])
+        folder = stage_folder(cfg, stages[-1])
         print(f"{folder}/ was finished before, nothing to do")
         if (folder / "table.md").exists():
             print((folder / "table.md").read_text(encoding="utf-8"))
