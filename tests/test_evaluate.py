@@ -1,0 +1,112 @@
+"""Predictions, development scores, tables and pictures (the metrics themselves: test_metrics.py)."""
+
+import json
+
+import pytest
+import torch
+
+import data
+import evaluate
+import toy
+from data import Example
+from model import NO_TASK
+
+TOKENIZER = toy.tokenizer()
+
+
+@pytest.fixture
+def model(tiny_backbone, open_adapter):
+    backbone = tiny_backbone(vocab_size=len(TOKENIZER), eos_token_id=TOKENIZER.eos_token_id,
+                             pad_token_id=TOKENIZER.pad_token_id)
+    return open_adapter(backbone)
+
+
+def test_closed_sets_are_answered_by_the_most_probable_whole_choice(model):
+    examples = data.load_task("toy-thucnews", "test")[:12]
+    answers = evaluate.predict(model, TOKENIZER, examples, 1, 64, 8)
+    for example, answer in zip(examples, answers):
+        row = data.encode(example, TOKENIZER, 64)
+        log_p = []
+        for choice in row.choice_ids:  # one plain forward for every choice
+            ids = torch.tensor([[*row.prompt_ids, *choice]])
+            logits = model(ids, torch.ones_like(ids), torch.tensor([1])).logits[0].log_softmax(-1)
+            start = len(row.prompt_ids) - 1
+            log_p.append(sum(logits[start + t, token].item() for t, token in enumerate(choice)))
+        assert answer == example.choices[max(range(len(log_p)), key=log_p.__getitem__)]
+        assert row.choice_ids[0][-1] == TOKENIZER.eos_token_id
+    assert len(set(answers)) > 1, "the check needs answers that differ"
+
+
+def test_spans_are_generated_up_to_the_end_token(model):
+    examples = data.load_task("toy-cmrc2018", "test")[:6]
+    answers = evaluate.predict(model, TOKENIZER, examples, 2, 64, 5)
+    for example, answer in zip(examples, answers):
+        ids = torch.tensor([[*data.encode(example, TOKENIZER, 64).prompt_ids]])
+        new = []
+        while len(new) < 5:  # greedy, step by step, without a cache
+            tokens = torch.cat([ids, torch.tensor([new], dtype=torch.long)], 1)
+            logits = model(tokens, torch.ones_like(tokens), torch.tensor([2])).logits
+            new.append(int(logits[0, -1].argmax()))
+            if new[-1] == TOKENIZER.eos_token_id:
+                break
+        assert answer == TOKENIZER.decode(new, skip_special_tokens=True).strip()
+
+
+def test_the_order_of_rows_changes_no_prediction(model):
+    examples = data.load_task("toy-cmnli", "test")[:20]
+    assert evaluate.predict(model, TOKENIZER, examples, 0, 64, 4)[::-1] == evaluate.predict(
+        model, TOKENIZER, examples[::-1], 0, 64, 4)
+
+
+def test_length_batches_hold_every_row_once_within_the_budget():
+    rows = [data.Encoded([1] * n, [2], [], "t") for n in (7, 3000, 5, 6000, 4, 9000, 1)]
+    batches = evaluate.length_batches(rows)
+    assert sorted(i for part in batches for i in part) == list(range(7))
+    for part in batches:
+        longest = max(len(rows[i].prompt_ids) for i in part)
+        assert len(part) == 1 or longest * len(part) <= evaluate.EVAL_TOKENS
+    assert len(batches) < 7
+
+
+def test_dev_score_is_exact_answers_and_mean_loss_over_tasks(model):
+    rows = {t: [data.encode(e, TOKENIZER, 64) for e in data.load_task(t, "dev")[:n]]
+            for t, n in (("toy-amazon", 5), ("toy-cmrc2018", 3))}
+    model.train()
+    right, loss = evaluate.dev_score(model, rows, {"toy-amazon": 0, "toy-cmrc2018": NO_TASK})
+    assert model.training, "evaluation gives the mode back"
+    losses = []
+    for (_, encoded), task_id in zip(rows.items(), (0, NO_TASK)):
+        each = []
+        for row in encoded:
+            batch = data.collate([row], [task_id], 0)
+            each.append(model(batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels).loss.item())
+        losses.append(sum(each) / len(each))
+    assert loss == pytest.approx(sum(losses) / 2, rel=1e-4) and 0 <= right <= 1
+
+
+def test_majority_gives_the_most_frequent_training_answer():
+    train = [Example("t", "p", a, choices=("a", "b")) for a in ("a", "b", "b")]
+    tests = [Example("t", "p", a, choices=("a", "b")) for a in ("a", "b", "b", "b")]
+    assert evaluate.majority_scores("t", train, tests)["score"] == 0.75
+
+
+def test_table_and_macro_average():
+    columns = {"majority": {"x": {"score": 0.5}, "y": {"score": 0.25}},
+               "talora": {"x": {"score": 1.0}, "y": {"score": 0.9}}}
+    assert evaluate.macro(columns["talora"]) == pytest.approx(0.95)
+    lines = evaluate.table(columns, {"x": "accuracy", "y": "char_f1"}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["task", "metric", "majority", "talora"]
+    assert cells[2:] == [["x", "accuracy", "50.0", "100.0"], ["y", "char_f1", "25.0", "90.0"],
+                         ["macro average", "", "37.5", "95.0"]]
+
+
+def test_pictures_are_drawn_from_the_metrics_file_alone(tmp_path):
+    rows = [{"step": 0, "gates": [0, 0], "tasks": ["a", "b"], "cosines": [[1, 0.3], [0.3, 1]]},
+            {"step": 5, "loss": 2.0, "rates": {"fast": 0.1}, "gates": [0.1, 0.2], "tasks": ["a", "b"],
+             "cosines": [[1, 0.1], [0.1, 1]]},
+            {"step": 5, "dev_accuracy": 0.5, "dev_loss": 1.5, "gates": [0.1, 0.2]}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.draw_run(tmp_path)
+    for name in ("loss", "gates", "cosines"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
