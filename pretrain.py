@@ -4,17 +4,17 @@ A document is a list of token ids with a loss weight per token,
 
     loss = sum_t w_t * CE(t) / sum_t w_t,      w = 1 on answers, TEXT_WEIGHT on all other words
 
-and documents are *packed*: several share a row of 64 tokens instead of each being padded. A block-diagonal causal mask and
-restarting positions make a document blind to its neighbours, so packing changes the cost and nothing else.
+and documents are *packed*: several share a row of 64 tokens instead of each being padded. A block-diagonal causal mask
+and restarting positions make a document blind to its neighbours, so packing changes the cost and nothing else.
 
     row        the soup was lovely ask stars => four <eos> | ann owns the bank ask relation => owner <eos> | <pad>
     segment     0   0    0    0     0    0    0   0    0      1   1    1   1    1     1      1   1     1      -1
 
-Matrices learn with Muon, whose step is the momentum made orthogonal, everything else (embeddings, head, norms, biases) with
-AdamW. With AdamW alone the capabilities that compare two statements need several times the steps.
+Matrices learn with Muon, whose step is the momentum made orthogonal; everything else (embeddings, head, norms, biases)
+with AdamW. With AdamW alone what compares two statements needs several times the steps.
 
-Two kinds of backbone: `pretrain_toy` (the micro-world of toy.py, with instructions) and `pretrain_text` (plain local text,
-one token per character).
+Two kinds of backbone: `pretrain_toy` (the micro-world of toy.py, with instructions) and `pretrain_text` (plain local
+text, one token per character).
 """
 
 import json
@@ -35,22 +35,19 @@ ROW_TOKENS, ROWS_PER_STEP = 64, 24
 def pack(documents, row_tokens, pad_id):
     """Pack documents into rows of `row_tokens`, each into the fullest of the open rows that still has room for it.
 
-    documents: list of (token ids, loss weights), none longer than a row. Returns (input_ids, weights, segments, positions),
-    each (R, T): segments number the documents of a row from 0, -1 is padding. Raises ValueError for a longer document.
+    documents: list of (token ids, loss weights). Returns (input_ids, weights, segments, positions), each (R, T);
+    segments number the documents of a row from 0, -1 is padding. Raises ValueError for a document longer than a row.
     """
-    closed, open_rows = [], []
+    closed, open_rows = [], []  # rows as [number of tokens, indices of documents]
     for i, (ids, _) in enumerate(documents):
         if len(ids) > row_tokens:
-            raise ValueError(f"document {i} has {len(ids)} tokens and a row holds {row_tokens}; cut it or lengthen the rows")
-        fitting = [row for row in open_rows if row[0] + len(ids) <= row_tokens]
-        row = max(fitting, key=lambda r: r[0], default=None)
+            raise ValueError(f"document {i} has {len(ids)} tokens, a row holds {row_tokens}; cut it or widen the rows")
+        row = max((r for r in open_rows if r[0] + len(ids) <= row_tokens), key=lambda r: r[0], default=None)
         if row is None:
             row = [0, []]
             open_rows.append(row)
-            if len(open_rows) > 32:  # enough that rows end about full, and documents stay near their neighbours in time
-                fullest = max(open_rows, key=lambda r: r[0])
-                open_rows.remove(fullest)
-                closed.append(fullest)
+            if len(open_rows) > 32:  # enough that rows end about full
+                closed.append(open_rows.pop(max(range(32), key=lambda r: open_rows[r][0])))
         row[0] += len(ids)
         row[1].append(i)
     rows = [row[1] for row in closed + open_rows]
@@ -89,9 +86,10 @@ def step_loss(model, input_ids, weights, segments, positions):
 def new_backbone(vocab_size, pad_id, eos_id, width, layers, max_positions=512):
     """A Qwen2 with random weights: 4 query heads on 2 key/value heads, feed-forward 3 x width, separate head."""
     return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=3 * width, tie_word_embeddings=False, initializer_range=0.05, max_position_embeddings=max_positions,
-        pad_token_id=pad_id, eos_token_id=eos_id, bos_token_id=None, attn_implementation="sdpa"))
+        vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=3 * width, tie_word_embeddings=False, initializer_range=0.05,
+        max_position_embeddings=max_positions, pad_token_id=pad_id, eos_token_id=eos_id, bos_token_id=None,
+        attn_implementation="sdpa"))
 
 
 def pretrain(model, documents, pad_id, seed, steps, row_tokens=ROW_TOKENS, rows_per_step=ROWS_PER_STEP, log=print):
@@ -119,7 +117,7 @@ def pretrain(model, documents, pad_id, seed, steps, row_tokens=ROW_TOKENS, rows_
             raise FloatingPointError(f"pretraining loss is {loss.item()} at step {step}")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+        for optimizer, schedule in zip(optimizers, schedules):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -127,12 +125,13 @@ def pretrain(model, documents, pad_id, seed, steps, row_tokens=ROW_TOKENS, rows_
         if step % max(1, steps // 20) == 0 or step == steps:
             recent = losses[-max(1, steps // 20):]
             eta = (time.time() - start) / step * (steps - step)
-            log(f"pretrain step {step:5d}/{steps} ({100 * step // steps:3d}%)  loss {sum(recent) / len(recent):.4f}  ETA {eta:4.0f}s")
+            log(f"pretrain step {step:5d}/{steps} ({100 * step // steps:3d}%)  loss {sum(recent) / len(recent):.4f}  "
+                f"ETA {eta:4.0f}s")
     model.eval()
     return losses
 
 
-# ------------------------------------------------------------------------------------------------------- the micro-world
+# ------------------------------------------------------------------------------------------------------ the micro-world
 
 
 def toy_documents(seed, count, tokenizer):
@@ -161,7 +160,8 @@ def answers_right(model, tokenizer, rows):
         ids, weights, segments, positions = pack(documents, max(len(d[0]) for d in documents), tokenizer.pad_token_id)
         logits = model(input_ids=ids, attention_mask=block_diagonal(segments), position_ids=positions).logits
         wrong = (logits[:, :-1].argmax(-1) != ids[:, 1:]) & (weights[:, 1:] > 0)  # (R, T - 1)
-        right += sum(len(set(s[s >= 0].tolist())) - len(set(s[1:][w].tolist())) for s, w in zip(segments, wrong, strict=True))
+        for row, missed in zip(segments, wrong):
+            right += int(row.max()) + 1 - len(row[1:][missed].unique())
     return right / len(rows)
 
 
@@ -171,7 +171,7 @@ def score_capabilities(model, tokenizer, seed=0, count=400):
     Returns {"topic 0": ..., "topic mixed": ...}: convention 0, 1, 2 or mixed word by word; spans and choice have none.
     """
     scores = {}
-    for capability in [*toy.CONVENTIONS, *toy.SPANS, "choice"]:
+    for capability in [*toy.CONVENTIONS, *toy.SPANS, *toy.OPTIONS]:
         known = toy.CONVENTIONS.get(capability)
         for kind in [*range(len(known)), "mixed"] if known else [None]:
             rng, rows = random.Random(f"scores {seed} {capability} {kind}"), []
@@ -179,7 +179,7 @@ def score_capabilities(model, tokenizer, seed=0, count=400):
                 body, answer, _ = toy.candidate(rng, capability, rng.randrange(2))
                 words = None
                 if known:
-                    words = known[kind] if kind != "mixed" else [rng.choice(row) for row in zip(*known, strict=True)]
+                    words = known[kind] if kind != "mixed" else [rng.choice(row) for row in zip(*known)]
                 if toy.held_out(body):
                     prompt = f"{body} {toy.instruction(capability, words and ' '.join(words))} =>"
                     rows.append((prompt, words[answer] if words else answer))
@@ -188,11 +188,11 @@ def score_capabilities(model, tokenizer, seed=0, count=400):
 
 
 def pretrain_toy(folder=toy.FOLDER, seed=0, steps=1500, log=print):
-    """Make the micro-world's backbone in `folder`: weights, tokenizer, scores.json. Returns (model, tokenizer, scores)."""
+    """Make the micro-world's backbone in `folder`: weights, tokenizer, scores.json; -> (model, tokenizer, scores)."""
     start, tokenizer = time.time(), toy.tokenizer()
     torch.manual_seed(seed)
     model = new_backbone(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, width=128, layers=4)
-    log(f"pretraining a Qwen2 of {sum(p.numel() for p in model.parameters()):,} parameters on the micro-world, seed {seed}")
+    log(f"pretraining a Qwen2 of {model.num_parameters():,} parameters on the micro-world, seed {seed}")
     losses = pretrain(model, toy_documents(seed, 36 * steps, tokenizer), tokenizer.pad_token_id, seed, steps, log=log)
     seconds = time.time() - start
     model.save_pretrained(folder)
@@ -209,7 +209,7 @@ def pretrain_toy(folder=toy.FOLDER, seed=0, steps=1500, log=print):
     return model, tokenizer, scores
 
 
-# -------------------------------------------------------------------------------------------------------------- any text
+# ------------------------------------------------------------------------------------------------------------- any text
 
 
 def character_tokenizer(texts, vocab_size=6000):
@@ -239,11 +239,12 @@ def pretrain_text(folder, texts, seed=0, steps=1500, width=128, layers=4, row_to
     documents = []
     for ids in tokenizer([text for text in texts if text], add_special_tokens=False).input_ids:
         ids = ids + [tokenizer.eos_token_id]
-        documents += [(ids[i : i + row_tokens], [1.0] * len(ids[i : i + row_tokens])) for i in range(0, len(ids), row_tokens)]
+        pieces = [ids[i : i + row_tokens] for i in range(0, len(ids), row_tokens)]
+        documents += [(piece, [1.0] * len(piece)) for piece in pieces]
     torch.manual_seed(seed)
-    model = new_backbone(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, width, layers, max_positions=4096)
+    model = new_backbone(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, width, layers, 4096)
     tokens = sum(len(ids) for ids, _ in documents)
-    log(f"pretraining a Qwen2 of {sum(p.numel() for p in model.parameters()):,} parameters on {tokens:,} characters of text, "
+    log(f"pretraining a Qwen2 of {model.num_parameters():,} parameters on {tokens:,} characters of text, "
         f"{len(tokenizer):,} distinct tokens, {steps * row_tokens * rows_per_step / tokens:.1f} epochs, seed {seed}")
     pretrain(model, documents, tokenizer.pad_token_id, seed, steps, row_tokens, rows_per_step, log)
     model.save_pretrained(folder)

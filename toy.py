@@ -6,26 +6,27 @@ A soft prompt can only elicit what the frozen model already knows. So the world 
     a task         the oslo cafe had very lovely soup                                                   => kitchen
 
 The backbone is pretrained on text that carries the instruction: `ask`, a *capability* (topic, stars, nli ...) and the
-*convention*, that is the words in which to answer, one per class. The tasks hide the instruction: the prompt of a task has
-to rediscover which capability is meant and which words to use. `hard_prompt` of a row puts the instruction back; its score
-is the upper reference.
+*convention*, that is the words in which to answer, one per class. Where nothing is asked it says nothing. The tasks
+hide the instruction: a task's prompt has to rediscover which capability is meant and which words to use. `hard_prompt`
+of a row puts the instruction back; its score is the upper reference.
 
 Two things keep the tasks from being solved by one prompt for all. Tasks read the same kind of text (reviews, pairs of
-statements, facts), so the text does not say which task it is. And their label words overlap with different meanings, as
-the numeric labels of real data sets do: `one` is one star for toy-amazon, food for toy-thucnews, a paraphrase for toy-afqmc
+statements), so the text does not say which task it is. And their label words overlap with different meanings, as the
+numeric labels of real data sets do: `one` is one star for toy-amazon, food for toy-thucnews, a paraphrase for toy-afqmc
 and no paraphrase for toy-bq.
 
-Words that training keeps apart: some topics never meet some places, some adjectives never meet some aspects, some relations
-some places, some names some cities, neither in pretraining nor in the tasks' train rows. Every test row holds at least
-one such pair (`held_out`). One sentence template and the distractor clauses occur in pretraining but in no task's row:
-`perturb` rewrites a prompt with them.
+What training keeps apart: some topics never meet some places, some adjectives never meet some aspects, some relations
+some places, some names some cities, neither in pretraining nor in the train rows of a task. Every test row holds at
+least one such pair (`held_out`). One sentence template and the distractor clauses occur in pretraining but in no row
+of a task: `perturb` rewrites a prompt with them. There is no entity binding in this world: a text has one fact at most.
 """
 
 import random
 from collections import namedtuple
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
+EVEN = (0, 0, 1, 2, 2)  # polarities to draw from, so that five stars are equally frequent
 FOLDER = Path(__file__).parent / "toy_backbone"  # made by `python train.py --stage pretrain`
 
 # ---------------------------------------------------------------------------------------------------------------- words
@@ -63,7 +64,8 @@ CONVENTIONS = {
 }
 CONVENTIONS = {name: [words.split() for words in rows] for name, rows in CONVENTIONS.items()}
 SPANS = ["aspect", "mrc"]  # the answer is copied from the text
-REVIEW, PAIR = ["sentiment", "stars", "topic", "aspect"], ["similar", "match", "nli"]  # what each kind of text can be asked
+OPTIONS = ["choice", "other"]  # of two options the one that fits the text, the one that does not
+REVIEW, PAIR = ["sentiment", "stars", "topic", "aspect"], ["similar", "match", "nli"]  # what a text can be asked
 QUESTIONS = {"name": "who was it", "where": "where was it", "aspect": "what was it", "how": "how was it"}
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
@@ -75,11 +77,11 @@ for kind, groups in (("place", PLACES), ("adjective", ADJECTIVES), ("verb", VERB
 KIND.update({word: ("name", 0) for word in NAMES} | {word: ("city", 0) for word in CITIES})
 WORDS = list(KIND)
 
-# ------------------------------------------------------------------------------------------------- sentences and meaning
+# ------------------------------------------------------------------------------------------------ sentences and meaning
 
 
 def parse(clause):
-    """Meaning of one clause: dict kind -> word, for the kinds aspect, adjective, verb, place, name, city, and `very`."""
+    """Meaning of one clause: dict kind -> word; kinds are aspect, adjective, verb, place, name, city, and `very`."""
     meaning = {KIND[word][0]: word for word in clause.split() if word in KIND}
     if "very" in clause.split():
         meaning["very"] = "very"
@@ -93,14 +95,14 @@ def say(meaning, template):
         part["where"] = f"the {meaning['city']} {meaning['place']}"
         part["at"] = "at " + part["where"]
     if "verb" in meaning:
-        text = ["{name} {verb} {where}", "{where} is what {name} {verb}", "now {name} {verb} {where}",
-                "it was {name} that {verb} {where}"][template]
+        text = ("{name} {verb} {where}", "{where} is what {name} {verb}", "now {name} {verb} {where}",
+                "it was {name} that {verb} {where}")[template]
     else:
         part["how"] = f"very {meaning['adjective']}" if "very" in meaning else meaning["adjective"]
         if "name" in meaning:
             part.update({"for": "for " + meaning["name"], "to": "to " + meaning["name"]})
-        text = ["the {aspect} {at} was {how} {for}", "{name} found the {aspect} {how} {at}", "{where} had {how} {aspect} {for}",
-                "{at} it was the {aspect} that seemed {how} {to}"][template]
+        text = ("the {aspect} {at} was {how} {for}", "{name} found the {aspect} {how} {at}",
+                "{where} had {how} {aspect} {for}", "{at} it was the {aspect} that seemed {how} {to}")[template]
     return " ".join(text.format(**part).split())
 
 
@@ -147,7 +149,7 @@ def synonym(word):
 
 
 def hypothesis(rng, premise, label):
-    """Meaning of a second statement: contradiction (0: opposite polarity), neutral (1: other aspect), entailment (2: synonym)."""
+    """Meaning of a second statement: 0 contradiction (opposite polarity), 1 neutral (other aspect), 2 entailment."""
     topic, polarity = KIND[premise["aspect"]][1], KIND[premise["adjective"]][1]
     m = {"aspect": premise["aspect"], "adjective": synonym(premise["adjective"])}
     if label == 0 or (label == 1 and rng.random() < 0.5):
@@ -178,10 +180,10 @@ def label_of(capability, m, relation=None):
     return polarity // 2 if capability == "sentiment" else 2 + (polarity - 1) * (2 if "very" in m else 1)
 
 
-def spans(fact_meaning, review_meaning):
-    """The answers of reading comprehension to QUESTIONS."""
-    return {"name": fact_meaning["name"], "where": f"{fact_meaning['city']} {fact_meaning['place']}",
-            "aspect": review_meaning["aspect"], "how": (review_meaning.get("very", "") + " " + review_meaning["adjective"]).strip()}
+def spans(who, what):
+    """The answers to QUESTIONS in a text of a fact and a review."""
+    how = f"{what.get('very', '')} {what['adjective']}".strip()
+    return {"name": who["name"], "where": f"{who['city']} {who['place']}", "aspect": what["aspect"], "how": how}
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
@@ -222,7 +224,7 @@ def candidate(rng, capability, domain):
         relation = rng.choice([0, 1, 2, 2] if capability != "nli" else [0, 1, 2])
         second = say(hypothesis(rng, premise, relation), rng.choice([0, 1, 2]))
         return f"{say(premise, template)} ; {second}", label_of(capability, premise, relation), None
-    if capability in ("mrc", "choice"):
+    if capability in ("mrc", "choice", "other"):
         who, what = fact(rng, domain), review(rng, domain, short=True)
         body = f"{say(who, template)} , {say(what, rng.choice([0, 2]))}"
         if capability == "mrc":
@@ -230,28 +232,29 @@ def candidate(rng, capability, domain):
             return f"{body} ; {QUESTIONS[question]}", spans(who, what)[question], None
         fit, other = options(rng, what)
         pair = rng.sample([fit, other], 2)
-        return f"{body} ; {pair[0]} or {pair[1]}", fit, pair
+        return f"{body} ; {pair[0]} or {pair[1]}", fit if capability == "choice" else other, pair
     if capability == "relation":
         m = fact(rng, domain)
         return say(m, template), label_of(capability, m), None
-    m = review(rng, domain, (0, 2) if capability == "sentiment" else (0, 0, 1, 2, 2))
+    m = review(rng, domain, (0, 2) if capability == "sentiment" else EVEN)
     return say(m, template), m["aspect"] if capability == "aspect" else label_of(capability, m), None
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rows(task, split):
     spec, rng = TASKS[task], random.Random(f"{task} {split}")
     words = spec.words and spec.words.split()
     rows, seen = [], set()
+    taken = {row["group"] for row in _rows(task, "train")} if split == "test" else set()
     while len(rows) < (TRAIN_ROWS if split == "train" else TEST_ROWS):
         body, answer, choices = candidate(rng, spec.capability, rng.choice(spec.domains))
         wanted = answer == len(rows) % len(words) if words else True  # balanced labels
-        if not wanted or body in seen or held_out(body) != (split == "test"):
+        group = " ".join(word for word in body.split(" ; ")[0].split() if word in KIND)  # what the first side says
+        if not wanted or body in seen or group in taken or held_out(body) != (split == "test"):
             continue
         seen.add(body)
         row = {"prompt": f"{body} =>", "hard_prompt": f"{body} {instruction(spec.capability, spec.words)} =>",
-               "answer": words[answer] if words else answer,
-               "group": " ".join(word for word in body.split(" ; ")[0].split() if word in KIND)}
+               "answer": words[answer] if words else answer, "group": group}
         if words or choices:
             row["choices"] = words or choices
         else:
@@ -294,7 +297,7 @@ def with_distractor(rng, text, probability):
     return " , ".join(rng.sample([text, rng.choice(DISTRACTORS)], 2))
 
 
-# ---------------------------------------------------------------------------------------------------- pretraining, words
+# --------------------------------------------------------------------------------------------------- pretraining, words
 
 
 def convention(rng, capability):
@@ -304,46 +307,39 @@ def convention(rng, capability):
 
 
 def document(rng):
-    """One pretraining text: list of (text up to `=>`, answer), a statement and 1 to 4 questions about it."""
-    form, domain = rng.choices(["review", "pair", "reading", "fact"], [3, 4, 4, 1])[0], rng.randrange(2)
-    template = lambda: 3 if rng.random() < 0.2 else rng.randrange(3)  # noqa: E731
+    """One pretraining text: list of (text up to `=>`, answer), a statement or two and 1 to 4 questions about them."""
+    form, domain = rng.choices(["review", "pair", "reading", "fact"], [2, 6, 4, 1])[0], rng.randrange(2)
     while True:
-        m, who = review(rng, domain, (0, 2) if form == "pair" else (0, 0, 1, 2, 2), short=form == "reading"), fact(rng, domain)
-        parts = {"review": [m], "pair": [m], "reading": [who, m], "fact": [who]}[form]
-        text = " , ".join(say(part, template()) for part in parts)
-        if not held_out(text):
+        m, who = review(rng, domain, (0, 2) if form == "pair" else EVEN, short=form == "reading"), fact(rng, domain)
+        relation = rng.choice([0, 1, 2, 2])
+        said = {"review": [[m]], "fact": [[who]], "reading": [[who, m]],
+                "pair": [[m], [hypothesis(rng, m, relation)]]}[form]  # sides of a pair, clauses of a side
+        template = [3 if rng.random() < 0.2 else rng.randrange(3) for _ in range(2)]
+        sides = [" , ".join(map(say, side, template[i:])) for i, side in enumerate(said)]
+        if not held_out(" ; ".join(sides)):
             break
-    text = with_distractor(rng, text, 0.25)
+    text = " ; ".join(with_distractor(rng, side, 0.25) for side in sides)
+    if rng.random() < 0.05:
+        return [(f"{text} =>", "")]  # asked nothing, it says nothing
     questions = []
     for _ in range(rng.randint(1, 4)):
-        capability, extra, answer, relation = None, "", None, None
-        if form == "pair":
-            capability = rng.choice(PAIR)
-            while True:
-                relation = rng.choice([0, 1, 2, 2])
-                second = say(hypothesis(rng, m, relation), template())
-                if not held_out(second):
-                    break
-            extra = " ; " + with_distractor(rng, second, 0.15)
-        elif form == "fact":
-            capability = "relation"
-        elif form == "review":
-            capability = rng.choice(REVIEW)
-        else:  # a question or two options stand there; the instruction says whether they are meant
-            fit, other = options(rng, m)
-            asked = rng.choice(list(QUESTIONS))
-            is_question = rng.random() < 0.6
-            extra = " ; " + (QUESTIONS[asked] if is_question else " or ".join(rng.sample([fit, other], 2)))
-            capability = ("mrc" if is_question else "choice") if rng.random() < 0.7 else rng.choice([*REVIEW, "relation"])
-            answer = {"mrc": spans(who, m)[asked], "choice": fit}.get(capability)
-        if capability == "sentiment" and KIND[m["adjective"]][1] == 1:
-            capability = "stars"
-        if capability == "aspect":
-            answer = m["aspect"]
-        words = convention(rng, capability) if answer is None else None
-        if words:
-            answer = words[label_of(capability, who if capability == "relation" else m, relation)]
-        questions.append((f"{text}{extra} {instruction(capability, words and ' '.join(words))} =>".strip(), answer))
+        extra, answers = "", {"aspect": m["aspect"]}
+        if form == "reading":  # there is a question or two options; the instruction says whether they are meant
+            asked, fitting = rng.choice(list(QUESTIONS)), options(rng, m)
+            answers.update(mrc=spans(who, m)[asked], choice=fitting[0], other=fitting[1])
+            is_question = rng.random() < 0.5
+            extra = " ; " + (QUESTIONS[asked] if is_question else " or ".join(rng.sample(fitting, 2)))
+            meant = ["mrc"] if is_question else OPTIONS
+            capabilities = meant if rng.random() < 0.6 else [*REVIEW, "relation"]
+        else:
+            capabilities = {"review": REVIEW, "pair": PAIR, "fact": ["relation"]}[form]
+        capability = rng.choice([c for c in capabilities if c != "sentiment" or KIND[m["adjective"]][1] != 1])
+        words = None
+        if capability in CONVENTIONS:
+            words = convention(rng, capability)
+            answers[capability] = words[label_of(capability, who if capability == "relation" else m, relation)]
+        asking = instruction(capability, words and " ".join(words))
+        questions.append((f"{text}{extra} {asking} =>".strip(), answers[capability]))
         text = ""  # the next question follows the answer
     return questions
 
@@ -357,9 +353,10 @@ def documents(seed, count):
 def vocabulary():
     """All words of the language in a fixed order, special tokens first."""
     grammar = "=> ; , ask as or the at was very found had for to it that seemed is what now we who where how".split()
-    capabilities = [*CONVENTIONS, *SPANS, "choice"]
+    capabilities = [*CONVENTIONS, *SPANS, *OPTIONS]
     labels = [word for rows in CONVENTIONS.values() for row in rows for word in row]
-    return list(dict.fromkeys([PAD, EOS, UNK, *grammar, *" ".join(DISTRACTORS).split(), *capabilities, *labels, *WORDS]))
+    distractors = " ".join(DISTRACTORS).split()
+    return list(dict.fromkeys([PAD, EOS, UNK, *grammar, *distractors, *capabilities, *labels, *WORDS]))
 
 
 def tokenizer():
