@@ -14,9 +14,12 @@ All scores are fractions in [0, 1].
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
+import statistics
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -141,7 +144,7 @@ def predict(model: TALoRA, tokenizer, examples: Sequence[Example], task_id: int,
     Where an example has choices, the whole choice with the highest log-probability (end-of-sequence token included);
     otherwise the greedy continuation up to the end-of-sequence token. Rows of similar length share a batch.
     """
-    rows = [data.encode(example, tokenizer, max_length) for example in examples]
+    rows = [data.encode(example, tokenizer, max_length, keep_answer=False) for example in examples]
     answers = [""] * len(rows)
     for part in length_batches(rows):
         closed = bool(examples[part[0]].choices)  # a task has choices in all of its rows or in none
@@ -277,3 +280,66 @@ def draw_run(folder: Path) -> None:
         figure.colorbar(image, ax=axes, label="|cos(A_i, A_j)|, mean over layers")
         figure.savefig(folder / "cosines.png", dpi=120)
         plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Several runs together
+
+def collect(runs: Sequence[Path]) -> list[dict]:
+    """What is finished in these run folders: one record a stage, with the score of every task and method."""
+    records = []
+    for path in sorted(path for run in runs for path in run.glob("*/results.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if "columns" in result:
+            env = json.loads((path.parent / "env.json").read_text(encoding="utf-8"))
+            scores = {name: {t: s["score"] for t, s in column.items()} for name, column in result["columns"].items()}
+            records.append({key: result.get(key) for key in ("stage", "shots", "method", "seed", "command")} | {
+                "commit": env["commit"], "torch": env["torch"], "started": env["started"], "scores": scores})
+    return records
+
+
+def tables(records: Sequence[dict]) -> str:
+    """Markdown tables, one for each (stage, shots): mean +- standard deviation over seeds in percent, by task.
+
+    A method's column holds the seeds it was run with; references such as the frozen backbone are taken from all runs.
+    """
+    text = []
+    for stage, shots in sorted({(r["stage"], r["shots"] or 0) for r in records}):
+        chosen = [r for r in records if (r["stage"], r["shots"] or 0) == (stage, shots)]
+        richest_first = sorted(chosen, key=lambda r: -len(r["scores"]))
+        columns = list(dict.fromkeys(name for r in richest_first for name in r["scores"]))
+        by_seed = {name: {r["seed"]: r["scores"][name] for r in chosen if name in r["scores"]} for name in columns}
+        title = {"multitask": "Source tasks"}.get(stage, f"Target tasks, {shots or 'all'} examples")
+        seeds = max(len(of) for of in by_seed.values())
+        text.append(f"**{title}** (score in %, mean ± standard deviation over {seeds} seeds)\n")
+        names = list(next(iter(by_seed[columns[0]].values())))
+        text.append("| task | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
+        for row in [*names, "macro average"]:
+            cells = []
+            for name in columns:
+                of_seeds = by_seed[name].values()
+                values = [of[row] if row in of else sum(of.values()) / len(of) for of in of_seeds]
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                cells.append(f"{100 * statistics.mean(values):.1f} ± {100 * spread:.1f}")
+            text.append(f"| {row} | " + " | ".join(cells) + " |")
+        text.append("")
+    return "\n".join(text)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="evaluate.py", description="Gather finished runs into one table.")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, such as runs/toy runs/toy-seed1")
+    parser.add_argument("--out", type=Path, required=True, help="folder for results.jsonl and tables.md")
+    options = parser.parse_args(argv)
+    records = collect(options.runs)
+    if not records:
+        parser.error(f"no finished stage in {', '.join(map(str, options.runs))}; run train.py first")
+    options.out.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (options.out / "results.jsonl").write_text(lines, encoding="utf-8")
+    (options.out / "tables.md").write_text(tables(records), encoding="utf-8")
+    print(tables(records))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -276,7 +276,7 @@ def multitask_stage(run: Session) -> None:
     dev = {task: run.dev(task) for task in sources}
     model = fit(model, cfg, "multitask", train, dev, ids, cfg.multitask_steps, cfg.multitask_batch, folder, run.log)
     columns = references(run, sources)
-    columns[cfg.method] = evaluate.evaluate_tasks(model, run.tokenizer, test_rows(run, sources), ids, cfg)
+    columns |= score_columns(run, model, sources, ids)
     report(run, folder, "multitask", columns)
 
 
@@ -284,10 +284,7 @@ def target_stage(run: Session) -> None:
     """Each target task from --shots examples (or all), one after another, with everything shared frozen."""
     cfg, targets = run.cfg, split_names(run.cfg.targets)
     folder = run.open("target")
-    columns = references(run, targets)
-    if cfg.method == "talora":
-        columns["theta0 (k = 0)"] = {}
-    columns[cfg.method], starts = {}, {}
+    columns, starts = references(run, targets), {}
     for task in targets:
         torch.manual_seed(cfg.seed)
         run.log(f"\n-- {task}")
@@ -300,16 +297,16 @@ def target_stage(run: Session) -> None:
         rows, dev = run.encode(train), run.encode(dev)
         model = run.new_model([]) if cfg.method == "deep-pt" else TALoRA.load(
             run.folder / "multitask" / "best", run.backbone)
-        task_id = NO_TASK
-        tests = {task: run.examples(task, "test")}
+        task_id, new = NO_TASK, {}
         if cfg.method == "talora":
-            columns["theta0 (k = 0)"].update(
-                evaluate.evaluate_tasks(model, run.tokenizer, tests, {task: NO_TASK}, cfg))
+            new["theta0 (k = 0)"] = evaluate.evaluate_tasks(model, run.tokenizer, test_rows(run, [task]),
+                                                            {task: NO_TASK}, cfg)
             task_id, starts[task] = nearest_start(model, task, rows)
             run.log(f"starts from {starts[task]}, the source whose u, v give the lowest loss on its examples")
         model = fit(model, cfg, "target", {task: rows}, {task: dev}, {task: task_id}, cfg.target_steps,
                     cfg.target_batch, folder / task, run.log)
-        columns[cfg.method].update(evaluate.evaluate_tasks(model, run.tokenizer, tests, {task: task_id}, cfg))
+        for name, column in (new | score_columns(run, model, [task], {task: task_id})).items():
+            columns.setdefault(name, {}).update(column)
     report(run, folder, "target", columns, shots=cfg.shots, starts=starts)
 
 
@@ -337,6 +334,14 @@ def references(run: Session, tasks: list[str]) -> dict[str, dict]:
         asked = {t: [dataclasses.replace(e, prompt=e.hard_prompt) for e in rows] for t, rows in tests.items()}
         columns["hard instruction"] = evaluate.evaluate_tasks(frozen, run.tokenizer, asked, ids, run.cfg)
     return columns
+
+
+def score_columns(run: Session, model: TALoRA, tasks: list[str], ids: dict[str, int]) -> dict[str, dict]:
+    """The method's scores on the test rows, and on the same rows rewritten as training never shows them."""
+    tests = test_rows(run, tasks)
+    unseen = {task: [data.perturb(example, run.cfg.seed) for example in rows] for task, rows in tests.items()}
+    return {name: evaluate.evaluate_tasks(model, run.tokenizer, rows, ids, run.cfg)
+            for name, rows in ((run.cfg.method, tests), (f"{run.cfg.method}, rewritten", unseen))}
 
 
 def test_rows(run: Session, tasks: list[str]) -> dict[str, list[data.Example]]:

@@ -58,6 +58,17 @@ def test_the_order_of_rows_changes_no_prediction(model):
         model, TOKENIZER, examples[::-1], 0, 64, 4)
 
 
+def test_a_test_row_is_shortened_without_looking_at_its_answer(model, monkeypatch):
+    """A passage that is too long keeps its beginning: a window around the answer would give the answer away."""
+    words = " ".join(["soup"] * 40)
+    passage = f"{words} oslo"
+    example = Example("own", f"{passage} ; who was it", "oslo", protected=("oslo",), fields=(("text", 0, len(passage)),))
+    seen = []
+    monkeypatch.setattr(model, "generate", lambda ids, *_: (seen.append(ids), torch.ones(len(ids), 4).long())[1])
+    evaluate.predict(model, TOKENIZER, [example], 0, 24, 4)
+    assert "oslo" not in TOKENIZER.decode(seen[0][0]) and seen[0].shape[1] <= 24
+
+
 def test_length_batches_hold_every_row_once_within_the_budget():
     rows = [data.Encoded([1] * n, [2], [], "t") for n in (7, 3000, 5, 6000, 4, 9000, 1)]
     batches = evaluate.length_batches(rows)
@@ -110,3 +121,33 @@ def test_pictures_are_drawn_from_the_metrics_file_alone(tmp_path):
     evaluate.draw_run(tmp_path)
     for name in ("loss", "gates", "cosines"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def finished_stage(folder, seed, method, score):
+    folder.mkdir(parents=True)
+    scores = {"x": {"score": score}, "y": {"score": score / 2}}
+    (folder / "results.json").write_text(json.dumps({
+        "stage": "multitask", "method": method, "seed": seed, "command": "c", "columns": {"majority": {
+            "x": {"score": 0.5}, "y": {"score": 0.5}}, method: scores}}))
+    (folder / "env.json").write_text(json.dumps({"commit": "abc", "torch": "2", "started": "now"}))
+
+
+def test_tables_of_several_seeds_hold_mean_and_deviation(tmp_path, capsys):
+    for seed, score in enumerate((0.8, 0.9, 1.0)):
+        finished_stage(tmp_path / f"a{seed}" / "multitask", seed, "talora", score)
+    finished_stage(tmp_path / "b" / "multitask", 0, "deep-spot", 0.6)
+    (tmp_path / "a0" / "base").mkdir()  # a stage that is not finished
+    evaluate.main([*map(str, tmp_path.glob("[ab]*")), "--out", str(tmp_path / "out")])
+    lines = (tmp_path / "out" / "tables.md").read_text().splitlines()
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 4
+    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
+    rows = {first: rest for first, *rest in split}
+    column = rows["task"].index("talora"), rows["task"].index("deep-spot")
+    assert (rows["x"][column[0]], rows["x"][column[1]]) == ("90.0 ± 10.0", "60.0 ± 0.0")
+    assert rows["macro average"][column[0]] == "67.5 ± 7.5"
+
+
+def test_collecting_nothing_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main([str(tmp_path), "--out", str(tmp_path / "out")])
+    assert caught.value.code == 2 and "no finished stage" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -203,7 +203,8 @@ def test_a_run_leaves_adapters_numbers_and_pictures(finished_run):
             assert (run / stage / file).stat().st_size > 0, f"{stage}/{file}"
     assert (run / "multitask" / "cosines.png").stat().st_size > 0
     results = json.loads((run / "multitask" / "results.json").read_text())
-    assert list(results["columns"]) == ["majority", "frozen backbone", "hard instruction", "talora"]
+    assert list(results["columns"]) == ["majority", "frozen backbone", "hard instruction", "talora",
+                                        "talora, rewritten"]
     for column in results["columns"].values():
         assert set(column) == set(TASKS) and all(0 <= scores["score"] <= 1 for scores in column.values())
     target = json.loads((run / "target-8-shot" / "results.json").read_text())

@@ -1,0 +1,86 @@
+"""What the README says is there is there, and what it tells people to type works."""
+
+import ast
+import json
+import re
+import shlex
+from pathlib import Path
+
+import evaluate
+import toy
+from config import check, parse
+from model import TALoRA, TALoRAConfig
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_equation_is_where_the_table_says():
+    rows = re.findall(r"^\| \((\d)\) \|.*\| \[`(\w+\.py):(\w+)`\]\((\w+\.py)\) \|$", README, re.MULTILINE)
+    assert [number for number, *_ in rows] == ["1", "2", "3", "4", "5"]
+    for number, file, function, link in rows:
+        assert file == link
+        source = (ROOT / file).read_text(encoding="utf-8")
+        found = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef) and n.name == function]
+        assert len(found) == 1, f"{file} has no function {function}"
+        lines = source.splitlines()[found[0].lineno:found[0].end_lineno]
+        assert any(f"Eq. ({number})" in line for line in lines), f"{file}:{function} has no line tagged Eq. ({number})"
+
+
+def test_the_file_map_is_complete_and_imports_go_up():
+    table = README.split("## The files")[1].split("\n## ")[0]
+    files = re.findall(r"^\| \[(\w+)\.py\]\(\1\.py\)", table, re.MULTILINE)
+    assert sorted(files) == sorted(path.stem for path in ROOT.glob("*.py"))
+    for i, name in enumerate(files):
+        tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+        imported = {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+        imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        below = imported & set(files[i:])
+        assert not below, f"{name}.py imports {below}, which the README's list names later"
+
+
+def commands():
+    lines = re.findall(r"^    (.*python (?:train|evaluate|data)\.py.*)$", README, re.MULTILINE)
+    assert len(lines) >= 8
+    return [part.strip() for line in lines for part in re.split("&&|;", line) if "python" in part]
+
+
+def test_every_training_command_parses():
+    count = 0
+    for command in commands():
+        words = shlex.split(command.replace("do python", "python").replace("DIR", str(ROOT)).replace("$seed", "1"))
+        if words[1] == "train.py":
+            cfg, _ = parse(words[2:])
+            check(cfg)
+            count += 1
+    assert count >= 7
+
+
+def test_every_option_named_in_the_text_exists():
+    options = {"--" + name.replace("_", "-") for name in vars(parse([])[0])} | {"--out"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert named <= options, named - options
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+    backbone, _ = toy.load_backbone()
+    TALoRA(backbone, list(toy.SOURCES), TALoRAConfig(8, 4)).save(tmp_path / "runs/toy/multitask/best")
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() in toy.vocabulary()
+
+
+def test_the_two_commands_come_first():
+    first = README.splitlines()[:20]
+    assert "    pip install -r requirements.txt && python train.py --stage multitask" in first
+    assert "    pip install -r requirements.txt && pytest" in first
+
+
+def test_tables_are_generated_from_the_result_files():
+    found = re.findall(r"<!-- tables: (\S+) -->\n(.*?)<!-- end of tables -->", README, re.DOTALL)
+    assert found
+    for folder, text in found:
+        records = [json.loads(line) for line in (ROOT / folder / "results.jsonl").read_text("utf-8").splitlines()]
+        assert text.strip() == evaluate.tables(records).strip(), f"the README's tables are not those of {folder}"
+        assert (ROOT / folder / "tables.md").read_text("utf-8").strip() == text.strip()
