@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
+from functools import cached_property
 
 FORMATS = ("text", "json", "parquet")  # builders of `datasets` that read files
 
@@ -51,7 +52,7 @@ class Task:
     sources: tuple[Source, ...] = ()  # first choice, fallbacks
     unseen: str = ""  # a target task whose texts are taken out of the train rows
 
-    @property
+    @cached_property
     def fields(self) -> tuple[str, ...]:
         return tuple(name for _, name, _, _ in string.Formatter().parse(self.template) if name)
 

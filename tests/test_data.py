@@ -177,6 +177,8 @@ def test_every_task_reads_its_upstream_schema(tmp_path, name):
         ("tnews", "116", "游戏"),
         ("tnews", "106", "房产"),
         ("tnews", 104, "财经"),
+        ("tnews", "112", "旅游"),
+        ("tnews", 10, "旅游"),
         ("thucnews", 0, "财经"),
         ("thucnews", "9", "娱乐"),
         ("amazon", 0, "一星"),
@@ -676,6 +678,7 @@ def test_operations_on_hand_made_rows(name, change, operation, old, new):
     [
         ("amazon", {"text": "质量好，但是价格高。"}),  # the contrast decides
         ("amazon", {"text": "因为质量好，所以买了。"}),
+        ("amazon", {"text": "虽然质量好，我没买。"}),
         ("amazon", {"text": "“质量好，价格低”"}),  # a comma inside quotation marks
         ("amazon", {"text": "卖25,000元"}),
         ("amazon", {"text": "很好"}),
