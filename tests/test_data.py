@@ -685,6 +685,7 @@ def test_operations_on_hand_made_rows(name, change, operation, old, new):
         ("sanwen", {"head": "我", "tail": "河", "text": "我出门，河水上涨"}),  # would turn head and tail round
         ("cmrc2018", {"question": "他被称为什么？"}),  # 为什么 is another question
         ("cmrc2018", {"question": "他去了哪，是和谁？"}),
+        ("cmrc2018", {"question": "这里还有什么？"}),
         ("cmnli", {"sentence1": "你去吗？"}),
         ("thucnews", {"text": "词汇是关键"}),
     ],
@@ -693,6 +694,12 @@ def test_what_is_not_safe_is_left_alone(name, change):
     example = example_of(name, **change)
     for seed in range(8):
         assert data.perturb(example, seed) is example
+
+
+def test_an_answer_that_spans_clauses_is_never_torn():
+    example = example_of("cote_mfw", s="你好，李焕英，电影真好看，值得看", ot="你好，李焕英")
+    changed = {data.perturb(example, seed) for seed in range(20)} - {example}
+    assert changed and all("你好，李焕英" in e.prompt for e in changed)
 
 
 def test_perturb_moves_no_word_out_of_the_text_field_and_keeps_offsets():
