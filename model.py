@@ -48,6 +48,12 @@ class TALoRAConfig:
     scale: float = 1.0  # s
     gate_per_head: bool = False  # the paper's g^l has one gate per layer
 
+    def __post_init__(self):
+        sizes = (self.prompt_length, self.rank)
+        if not all(type(size) is int and size > 0 for size in sizes) or not isinstance(self.scale, (int, float)):
+            raise ValueError(f"prompt length {self.prompt_length} and rank {self.rank} must be whole numbers above 0, "
+                             f"and the scale {self.scale} a number")
+
 
 @dataclass
 class Output:
@@ -64,8 +70,8 @@ class TALoRA(nn.Module):
         """Wrap ``backbone``, a causal language model of one of FAMILIES, for the tasks of these names.
 
         The backbone's weights are frozen, in whatever dtype they are; all tensors of ours are fp32 on its device.
-        Without this wrapper's arguments the backbone goes on computing what it did before, so that several wrappers
-        can share it. Raises ValueError for a backbone of another family and for a task named twice.
+        Called by itself the backbone goes on computing what it did before (its attention stays torch's fused one, under
+        our name), so that several wrappers can share it. Raises ValueError for a backbone of another family and for a task named twice.
         """
         super().__init__()
         shape = backbone.config
@@ -121,11 +127,14 @@ class TALoRA(nn.Module):
         v = [zero_v if i == NO_TASK else self.v[i] for i in task_ids]
         return torch.stack(u, 1), torch.stack(v, 1)
 
-    def prefix(self, task_ids: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Keys, values and gate of every layer's prompt for a batch; task_ids (B,) -> L x ((B,K,P,h) x 2, gate).
+    def prefix(self, task_ids: Tensor, rows: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Keys, values and gate of every layer's prompt for ``rows`` rows; task_ids (B,) -> L x ((B,K,P,h) x 2, gate).
 
-        Computed anew in every call, once for each *distinct* task. Raises ValueError for an id that is no task's.
+        Computed anew in every call, once for each *distinct* task. Raises ValueError for an id that is no task's and
+        unless there is one id for each row.
         """
+        if task_ids.shape != (rows,):
+            raise ValueError(f"task ids have shape {tuple(task_ids.shape)}, but must be one number for each of {rows} rows")
         distinct, row = torch.unique(task_ids, return_inverse=True)  # (n,), (B,)
         ids = distinct.tolist()
         if ids[0] < NO_TASK or ids[-1] >= len(self.tasks):
@@ -142,7 +151,7 @@ class TALoRA(nn.Module):
         self._use_gated_attention()
         return self.backbone.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False,
-            prefix=self.prefix(task_ids),
+            prefix=self.prefix(task_ids, len(input_ids)),
         ).last_hidden_state
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor,
@@ -188,7 +197,7 @@ class TALoRA(nn.Module):
         greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
                                   eos_token_id=eos, pad_token_id=pad, use_cache=True)
         # `generate` refuses unknown arguments, so a hook adds the prompt to each of its forward calls, and is removed.
-        prefix = self.prefix(task_ids)
+        prefix = self.prefix(task_ids, len(input_ids))
         hook = self.backbone.model.register_forward_pre_hook(
             lambda module, args, kwargs: (args, {**kwargs, "prefix": prefix}), with_kwargs=True
         )
@@ -210,13 +219,20 @@ class TALoRA(nn.Module):
         C is the largest number of choices of a row; a row with fewer has -inf in the rest. A choice is scored
         exactly as given: end it with the end-of-sequence token to ask for the whole answer. All choices of a row
         are read in one forward pass behind one copy of the text: each sees the text and itself, not its siblings,
-        and starts at the position that follows the text. Raises ValueError for an empty choice.
+        and starts at the position that follows the text. Raises ValueError for an empty choice, a row without text or
+        choices, and a text longer than the sliding window of a backbone that has one.
         """
-        if not all(row and all(row) for row in choices):
+        if len(choices) != len(input_ids) or not all(row and all(row) for row in choices):
             raise ValueError("every row needs at least one choice, and every choice at least one token")
+        if not attention_mask.any(1).all():
+            raise ValueError("every row needs at least one token of text")
         T, device = input_ids.shape[1], input_ids.device
         text = attention_mask.bool()  # (B, T)
         S = T + max(sum(len(c) - 1 for c in row) for row in choices)  # a choice's last token predicts nothing asked
+        window = getattr(self.backbone.config, "sliding_window", None)
+        if window and S > window:  # a mask of our own is taken as it is, so the layers would look further back
+            raise ValueError(f"text and choices take {S} tokens, but the backbone looks back only {window} (its sliding "
+                             "window), which score does not do; shorten the text")
         ids = F.pad(input_ids, (0, S - T))  # (B, S)
         position = F.pad(positions(attention_mask), (0, S - T))  # (B, S)
         allowed = torch.eye(S, dtype=torch.bool, device=device).repeat(len(ids), 1, 1)  # (B, S, S); no row all False
@@ -271,7 +287,9 @@ class TALoRA(nn.Module):
         try:
             about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
             state = load_file(folder / "adapter.safetensors")
-            config, tasks, trained_on = TALoRAConfig(**about["config"]), about["tasks"], about["backbone"]
+            config, tasks, trained_on = TALoRAConfig(**about["config"]), about["tasks"], dict(about["backbone"])
+            if about["method"] != "talora" or type(tasks) is not list or len(set(map(str, tasks))) < len(tasks):
+                raise ValueError(f"method {about['method']}, tasks {tasks} are not talora and a list of distinct names")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"no adapter can be read from '{folder}' ({error}); it should hold adapter.json and "
                              "adapter.safetensors as written by a training run") from error
@@ -320,7 +338,9 @@ def describe(backbone: PreTrainedModel) -> dict:
     shape = backbone.config
     about = {name: getattr(shape, name) for name in (
         "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")}
-    some = [backbone.model.norm.weight, backbone.model.layers[0].self_attn.k_proj.weight]
+    layers = backbone.model.layers
+    some = [backbone.model.norm.weight, layers[0].self_attn.k_proj.weight, layers[-1].self_attn.k_proj.weight,
+            backbone.get_input_embeddings().weight[:64]]
     if some[0].is_meta:
         return {**about, "weights": "meta"}
     digest = hashlib.sha256()

@@ -238,6 +238,13 @@ class Session:
         cfg = self.cfg
         return TALoRA(self.backbone, tasks, TALoRAConfig(cfg.prompt_length, cfg.rank, cfg.scale, cfg.gate_per_head))
 
+    def load(self, stage: str) -> TALoRA:
+        """The best adapter of a finished stage of this run."""
+        try:
+            return TALoRA.load(stage_folder(self.cfg, stage) / "best", self.backbone)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
     def open(self, stage: str) -> Path:
         """The folder of a stage about to begin, with the options and the machine written into it."""
         folder = stage_folder(self.cfg, stage)
@@ -267,7 +274,7 @@ def multitask_stage(run: Session) -> None:
     """All source tasks at once; then every one of them on its test rows, beside the references."""
     cfg, sources = run.cfg, split_names(run.cfg.sources)
     if cfg.method == "talora":
-        model = TALoRA.load(run.folder / "base" / "best", run.backbone)
+        model = run.load("base")
     folder = run.open("multitask")
     if cfg.method != "talora":
         model = run.new_model([])
@@ -295,8 +302,7 @@ def target_stage(run: Session) -> None:
             train, dev = data.k_shot(pool, cfg.shots, cfg.seed)
             write_json(folder / task / "shots.json", data.k_shot_record(pool, cfg.shots, cfg.seed))
         rows, dev = run.encode(train), run.encode(dev)
-        model = run.new_model([]) if cfg.method == "deep-pt" else TALoRA.load(
-            run.folder / "multitask" / "best", run.backbone)
+        model = run.new_model([]) if cfg.method == "deep-pt" else run.load("multitask")
         task_id, new = NO_TASK, {}
         if cfg.method == "talora":
             new["theta0 (k = 0)"] = evaluate.evaluate_tasks(model, run.tokenizer, test_rows(run, [task]),
