@@ -71,7 +71,8 @@ class TALoRA(nn.Module):
 
         The backbone's weights are frozen, in whatever dtype they are; all tensors of ours are fp32 on its device.
         Called by itself the backbone goes on computing what it did before (its attention stays torch's fused one, under
-        our name), so that several wrappers can share it. Raises ValueError for a backbone of another family and for a task named twice.
+        our name), so that several wrappers can share it. Raises ValueError for a backbone of another family and for a
+        task named twice.
         """
         super().__init__()
         shape = backbone.config
@@ -134,7 +135,7 @@ class TALoRA(nn.Module):
         unless there is one id for each row.
         """
         if task_ids.shape != (rows,):
-            raise ValueError(f"task ids have shape {tuple(task_ids.shape)}, but must be one number for each of {rows} rows")
+            raise ValueError(f"task ids have shape {tuple(task_ids.shape)}, but {rows} rows need one number each")
         distinct, row = torch.unique(task_ids, return_inverse=True)  # (n,), (B,)
         ids = distinct.tolist()
         if ids[0] < NO_TASK or ids[-1] >= len(self.tasks):
@@ -231,8 +232,8 @@ class TALoRA(nn.Module):
         S = T + max(sum(len(c) - 1 for c in row) for row in choices)  # a choice's last token predicts nothing asked
         window = getattr(self.backbone.config, "sliding_window", None)
         if window and S > window:  # a mask of our own is taken as it is, so the layers would look further back
-            raise ValueError(f"text and choices take {S} tokens, but the backbone looks back only {window} (its sliding "
-                             "window), which score does not do; shorten the text")
+            raise ValueError(f"text and choices take {S} tokens, but the backbone's sliding window is {window}, which "
+                             "score cannot keep to; shorten the text")
         ids = F.pad(input_ids, (0, S - T))  # (B, S)
         position = F.pad(positions(attention_mask), (0, S - T))  # (B, S)
         allowed = torch.eye(S, dtype=torch.bool, device=device).repeat(len(ids), 1, 1)  # (B, S, S); no row all False

@@ -62,7 +62,8 @@ def test_a_test_row_is_shortened_without_looking_at_its_answer(model, monkeypatc
     """A passage that is too long keeps its beginning: a window around the answer would give the answer away."""
     words = " ".join(["soup"] * 40)
     passage = f"{words} oslo"
-    example = Example("own", f"{passage} ; who was it", "oslo", protected=("oslo",), fields=(("text", 0, len(passage)),))
+    fields = (("text", 0, len(passage)),)
+    example = Example("own", f"{passage} ; who was it", "oslo", protected=("oslo",), fields=fields)
     seen = []
     monkeypatch.setattr(model, "generate", lambda ids, *_: (seen.append(ids), torch.ones(len(ids), 4).long())[1])
     evaluate.predict(model, TOKENIZER, [example], 0, 24, 4)
