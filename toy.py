@@ -6,9 +6,10 @@ A soft prompt can only elicit what the frozen model already knows. So the world 
     a task         the oslo cafe had very lovely soup                                                   => kitchen
 
 The backbone is pretrained on text that carries the instruction: `ask`, a *capability* (topic, stars, nli ...) and the
-*convention*, that is the words in which to answer, one per class. Where nothing is asked it says nothing. The tasks
-hide the instruction: a task's prompt has to rediscover which capability is meant and which words to use. `hard_prompt`
-of a row puts the instruction back; its score is the upper reference.
+*convention*, that is the words in which to answer, one per class. The tasks hide the instruction: a task's prompt has
+to rediscover which capability is meant and which words to use. `hard_prompt` of a row puts the instruction back; its
+score is the upper reference. No text gives its instruction away: of two options the one that fits is asked for, or the
+other, and a question may stand there for its answer, for its counterpart or for nothing.
 
 Two things keep the tasks from being solved by one prompt for all. Tasks read the same kind of text (reviews, pairs of
 statements), so the text does not say which task it is. And their label words overlap with different meanings, as the
@@ -60,13 +61,16 @@ CONVENTIONS = {
     "similar": ["differ same", "no yes", "two one"],  # not a paraphrase, a paraphrase
     "match": ["apart alike", "no yes", "one two"],  # the same question; numbers the other way round
     "nli": ["false unsure true", "no maybe yes", "one two three"],  # contradiction, neutral, entailment
+    "about": ["differ same", "no yes"],  # are both statements about one thing; with `mood`, the two halves of nli:
+    "mood": ["differ same", "no yes"],  # alone they are learnt early, and nli without them not at all
     "relation": ["owner founder former member", "boss maker gone staff", "one two three four"],
 }
 CONVENTIONS = {name: [words.split() for words in rows] for name, rows in CONVENTIONS.items()}
-SPANS = ["aspect", "mrc"]  # the answer is copied from the text
+SPANS = ["aspect", "mrc", "rest"]  # copied from the text: what is reviewed, the answer to a question, its counterpart
 OPTIONS = ["choice", "other"]  # of two options the one that fits the text, the one that does not
-REVIEW, PAIR = ["sentiment", "stars", "topic", "aspect"], ["similar", "match", "nli"]  # what a text can be asked
+REVIEW, PAIR = ["sentiment", "stars", "topic", "aspect"], ["similar", "match", "nli", "about", "mood"]  # by text
 QUESTIONS = {"name": "who was it", "where": "where was it", "aspect": "what was it", "how": "how was it"}
+COUNTERPART = {"name": "where", "where": "name", "aspect": "how", "how": "aspect"}  # the other half of the same clause
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
 KIND = {}  # word -> (kind, index); what a word is, is all the grammar that `parse` needs
@@ -149,13 +153,14 @@ def synonym(word):
 
 
 def hypothesis(rng, premise, label):
-    """Meaning of a second statement: 0 contradiction (opposite polarity), 1 neutral (other aspect), 2 entailment."""
+    """Meaning of a second statement: 0 contradiction (opposite polarity), 1 neutral (other topic), 2 entailment."""
     topic, polarity = KIND[premise["aspect"]][1], KIND[premise["adjective"]][1]
     m = {"aspect": premise["aspect"], "adjective": synonym(premise["adjective"])}
     if label == 0 or (label == 1 and rng.random() < 0.5):
         m["adjective"] = rng.choice(ADJECTIVES[2 - polarity])
     if label == 1:
-        m["aspect"] = rng.choice([a for a in ASPECTS[TOPICS[topic]].split() if a != premise["aspect"]])
+        others = [t for t in TOPICS[topic // 3 * 3 : topic // 3 * 3 + 3] if t != TOPICS[topic]]
+        m["aspect"] = rng.choice(ASPECTS[rng.choice(others)].split())
     return m
 
 
@@ -168,10 +173,12 @@ def options(rng, m):
     return names[topic], names[rng.choice([t for t in range(6) if t != topic])]
 
 
-def label_of(capability, m, relation=None):
-    """Class index of a capability for a meaning; `relation` is the label of the pair."""
+def label_of(capability, m, second=None):
+    """Class index of a capability for a meaning; the capabilities of PAIR compare it with a second one."""
     if capability in PAIR:
-        return relation if capability == "nli" else int(relation == 2)
+        about = second["aspect"] == m["aspect"]
+        mood = KIND[second["adjective"]][1] == KIND[m["adjective"]][1]
+        return int({"about": about, "mood": mood, "nli": (2 * mood if about else 1)}.get(capability, about and mood))
     if capability == "topic":
         return KIND[m["aspect"]][1]
     if capability == "relation":
@@ -180,10 +187,11 @@ def label_of(capability, m, relation=None):
     return polarity // 2 if capability == "sentiment" else 2 + (polarity - 1) * (2 if "very" in m else 1)
 
 
-def spans(who, what):
-    """The answers to QUESTIONS in a text of a fact and a review."""
-    how = f"{what.get('very', '')} {what['adjective']}".strip()
-    return {"name": who["name"], "where": f"{who['city']} {who['place']}", "aspect": what["aspect"], "how": how}
+def spans(who, what, question):
+    """What a fact and a review have to say to one of QUESTIONS: {"mrc": its answer, "rest": its counterpart}."""
+    said = {"name": who["name"], "where": f"{who['city']} {who['place']}", "aspect": what["aspect"],
+            "how": f"{what.get('very', '')} {what['adjective']}".strip()}
+    return {"mrc": said[question], "rest": said[COUNTERPART[question]]}
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
@@ -221,15 +229,15 @@ def candidate(rng, capability, domain):
     template = rng.randrange(3)
     if capability in PAIR:
         premise = review(rng, domain, (0, 2))
-        relation = rng.choice([0, 1, 2, 2] if capability != "nli" else [0, 1, 2])
-        second = say(hypothesis(rng, premise, relation), rng.choice([0, 1, 2]))
-        return f"{say(premise, template)} ; {second}", label_of(capability, premise, relation), None
-    if capability in ("mrc", "choice", "other"):
+        second = hypothesis(rng, premise, rng.randrange(3))
+        body = f"{say(premise, template)} ; {say(second, rng.randrange(3))}"
+        return body, label_of(capability, premise, second), None
+    if capability in ("mrc", "rest", *OPTIONS):
         who, what = fact(rng, domain), review(rng, domain, short=True)
         body = f"{say(who, template)} , {say(what, rng.choice([0, 2]))}"
-        if capability == "mrc":
+        if capability not in OPTIONS:
             question = rng.choice(list(QUESTIONS))
-            return f"{body} ; {QUESTIONS[question]}", spans(who, what)[question], None
+            return f"{body} ; {QUESTIONS[question]}", spans(who, what, question)[capability], None
         fit, other = options(rng, what)
         pair = rng.sample([fit, other], 2)
         return f"{body} ; {pair[0]} or {pair[1]}", fit if capability == "choice" else other, pair
@@ -308,28 +316,25 @@ def convention(rng, capability):
 
 def document(rng):
     """One pretraining text: list of (text up to `=>`, answer), a statement or two and 1 to 4 questions about them."""
-    form, domain = rng.choices(["review", "pair", "reading", "fact"], [2, 6, 4, 1])[0], rng.randrange(2)
+    form, domain = rng.choices(["review", "pair", "reading", "fact"], [2, 7, 4, 1])[0], rng.randrange(2)
     while True:
         m, who = review(rng, domain, (0, 2) if form == "pair" else EVEN, short=form == "reading"), fact(rng, domain)
-        relation = rng.choice([0, 1, 2, 2])
-        said = {"review": [[m]], "fact": [[who]], "reading": [[who, m]],
-                "pair": [[m], [hypothesis(rng, m, relation)]]}[form]  # sides of a pair, clauses of a side
+        second = form == "pair" and hypothesis(rng, m, rng.choice([0, 1, 1, 2]))
+        said = {"review": [[m]], "fact": [[who]], "reading": [[who, m]], "pair": [[m], [second]]}[form]
         template = [3 if rng.random() < 0.2 else rng.randrange(3) for _ in range(2)]
         sides = [" , ".join(map(say, side, template[i:])) for i, side in enumerate(said)]
         if not held_out(" ; ".join(sides)):
             break
     text = " ; ".join(with_distractor(rng, side, 0.25) for side in sides)
-    if rng.random() < 0.05:
-        return [(f"{text} =>", "")]  # asked nothing, it says nothing
     questions = []
     for _ in range(rng.randint(1, 4)):
         extra, answers = "", {"aspect": m["aspect"]}
         if form == "reading":  # there is a question or two options; the instruction says whether they are meant
             asked, fitting = rng.choice(list(QUESTIONS)), options(rng, m)
-            answers.update(mrc=spans(who, m)[asked], choice=fitting[0], other=fitting[1])
+            answers.update(spans(who, m, asked), choice=fitting[0], other=fitting[1])
             is_question = rng.random() < 0.5
             extra = " ; " + (QUESTIONS[asked] if is_question else " or ".join(rng.sample(fitting, 2)))
-            meant = ["mrc"] if is_question else OPTIONS
+            meant = ["mrc", "rest"] if is_question else OPTIONS
             capabilities = meant if rng.random() < 0.6 else [*REVIEW, "relation"]
         else:
             capabilities = {"review": REVIEW, "pair": PAIR, "fact": ["relation"]}[form]
@@ -337,7 +342,7 @@ def document(rng):
         words = None
         if capability in CONVENTIONS:
             words = convention(rng, capability)
-            answers[capability] = words[label_of(capability, who if capability == "relation" else m, relation)]
+            answers[capability] = words[label_of(capability, who if capability == "relation" else m, second)]
         asking = instruction(capability, words and " ".join(words))
         questions.append((f"{text}{extra} {asking} =>".strip(), answers[capability]))
         text = ""  # the next question follows the answer
