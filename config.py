@@ -95,8 +95,8 @@ class Config:
     eval_every: int = option(50, "base", "steps between two evaluations on development rows")
     # a small backbone from scratch
     pretrain_steps: int = option(1500, "pretrain", "steps of --stage pretrain")
-    pretrain_width: int = option(128, "pretrain", "width d of the backbone made by --stage pretrain")
-    pretrain_layers: int = option(4, "pretrain", "layers L of the backbone made by --stage pretrain")
+    pretrain_width: int = option(128, "pretrain", "width d of a backbone made from --data-root (micro-world: 128)")
+    pretrain_layers: int = option(4, "pretrain", "layers L of a backbone made from --data-root (micro-world: 4)")
 
 
 # The rates of the large presets are ours and unswept: sweep --fast-rate and --slow-rate on development rows first.
