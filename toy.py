@@ -316,7 +316,7 @@ def convention(rng, capability):
 
 def document(rng):
     """One pretraining text: list of (text up to `=>`, answer), a statement or two and 1 to 4 questions about them."""
-    form, domain = rng.choices(["review", "pair", "reading", "fact"], [2, 7, 4, 1])[0], rng.randrange(2)
+    form, domain = rng.choices(["review", "pair", "reading", "fact"], [1, 5, 5, 1])[0], rng.randrange(2)
     while True:
         m, who = review(rng, domain, (0, 2) if form == "pair" else EVEN, short=form == "reading"), fact(rng, domain)
         second = form == "pair" and hypothesis(rng, m, rng.choice([0, 1, 1, 2]))
