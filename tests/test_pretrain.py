@@ -136,7 +136,7 @@ def test_a_small_toy_run_writes_everything(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert record["seed"] == 3 and record["steps"] == 2 and "pretrain" in record["command"]
     assert min(record["scores"].values()) < 0.5  # two steps teach nothing, and the score says so
-    assert len(record["scores"]) == 36
+    assert len(record["scores"]) == 38
     model, tokenizer = toy.load_backbone(tmp_path)
     assert model.config.vocab_size == len(tokenizer) == len(toy.vocabulary())
     with pytest.raises(FileNotFoundError, match="--stage pretrain"):
