@@ -76,12 +76,12 @@ class Config:
     # optimisation
     prompt_rate: float = option(4e-2, "base", "learning rate of theta0 and gates where they learn alone: the base "
                                 "stage, and deep-spot on the sources [paper: open]")
-    slow_rate: float = option(1e-2, "multitask", "learning rate of theta0 and B in the multitask stage [paper: open]")
-    fast_rate: float = option(4e-2, "multitask", "learning rate of u, v and the gates in the multitask stage [paper: "
+    slow_rate: float = option(6e-2, "multitask", "learning rate of theta0 and B in the multitask stage [paper: open]")
+    fast_rate: float = option(8e-2, "multitask", "learning rate of u, v and the gates in the multitask stage [paper: "
                               "open, but higher than the slow one]")
     target_rate: float = option(4e-2, "target", "learning rate of whatever learns in the target stage [paper: open]")
     base_steps: int = option(30, "base", "optimisation steps of the base stage [paper: open]")
-    multitask_steps: int = option(300, "multitask", "optimisation steps of the multitask stage [paper: open]")
+    multitask_steps: int = option(800, "multitask", "optimisation steps of the multitask stage [paper: open]")
     target_steps: int = option(120, "target", "optimisation steps for each target task [paper: open]")
     base_batch: int = option(32, "base", "examples of a step in the base stage")
     multitask_batch: int = option(64, "multitask", "examples of a step in the multitask stage, over all source tasks")
@@ -91,8 +91,8 @@ class Config:
     warmup: int = option(20, "base", "steps over which the rates rise from 0; then they fall linearly to 0")
     weight_decay: float = option(0.0, "base", "AdamW's weight decay; never applied to gates")
     clip: float = option(1.0, "base", "gradient norm at most")
-    log_every: int = option(20, NEVER, "steps between two lines of progress")
-    eval_every: int = option(50, "base", "steps between two evaluations on development rows")
+    log_every: int = option(40, NEVER, "steps between two lines of progress")
+    eval_every: int = option(100, "base", "steps between two evaluations on development rows")
     # a small backbone from scratch
     pretrain_steps: int = option(1500, "pretrain", "steps of --stage pretrain")
     pretrain_width: int = option(128, "pretrain", "width d of a backbone made from --data-root (micro-world: 128)")

@@ -211,12 +211,12 @@ TASKS = {
     "toy-ocnli": ToyTask("nli", (1,), "one unsure three"),  # 2 of 3 agree with toy-cmnli
     "toy-lcqmc": ToyTask("similar", (0, 1), "two same"),  # 1 of 2 agrees with toy-afqmc
     "toy-drcd": ToyTask("mrc", (1,)),
-    "toy-c3": ToyTask("choice", (0, 1)),
+    "toy-c3": ToyTask("other", (0, 1)),  # the option that does not fit: unasked, the backbone takes the one that does
     "toy-cote_bd": ToyTask("aspect", (1,)),
     "toy-finre": ToyTask("relation", (1,), "owner maker former member"),  # 3 of 4 agree with toy-sanwen
 }
 SOURCES, TARGETS = tuple(TASKS)[:8], tuple(TASKS)[8:]
-TRAIN_ROWS, TEST_ROWS = 640, 200
+TRAIN_ROWS, TEST_ROWS = 2000, 200
 
 
 def instruction(capability, words=None):
@@ -274,7 +274,7 @@ def _rows(task, split):
 def rows(task, split):
     """Rows of a task: dicts with prompt, hard_prompt, answer, group, and choices (closed sets) or references (spans).
 
-    task: a name of SOURCES or TARGETS; split: "train" (640 rows) or "test" (200 rows). Deterministic, labels balanced.
+    task: a name of SOURCES or TARGETS; split: "train" (2,000 rows) or "test" (200). Deterministic, labels balanced.
     Raises KeyError for another task, ValueError for another split.
     """
     if split not in ("train", "test"):

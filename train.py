@@ -252,7 +252,7 @@ class Session:
             n = 1 + len(list(folder.parent.glob(f"{folder.name}.unfinished-*")))
             folder.rename(folder.with_name(f"{folder.name}.unfinished-{n}"))
         folder.mkdir(parents=True)
-        write_json(folder / "config.json", dataclasses.asdict(self.cfg))
+        write_json(folder / "options.json", dataclasses.asdict(self.cfg))
         write_json(folder / "env.json", environment(self.command))
         torch.manual_seed(10 * self.cfg.seed + ORDER.index(stage))  # the same whatever ran before in this process
         self.log(f"\n== {stage}: results go to {folder}/")
@@ -439,7 +439,7 @@ def finished(cfg: Config, stage: str) -> bool:
     folder = stage_folder(cfg, stage)
     if not (folder / "results.json").exists():
         return False
-    before, now = json.loads((folder / "config.json").read_text(encoding="utf-8")), dataclasses.asdict(cfg)
+    before, now = json.loads((folder / "options.json").read_text(encoding="utf-8")), dataclasses.asdict(cfg)
     other = [f"{flag(name)} {before.get(name)} (now {now[name]})" for name in depends(stage)
              if before.get(name) != now[name]]
     if other:
@@ -453,7 +453,7 @@ def pretrain_stage(cfg: Config, command: str) -> None:
     folder = stage_folder(cfg, "pretrain")
     log = Log(Path(cfg.run) / "log.txt")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", dataclasses.asdict(cfg))
+    write_json(folder / "options.json", dataclasses.asdict(cfg))
     write_json(folder / "env.json", environment(command))
     log(f"\n== pretrain: the backbone goes to {folder}/")
     if cfg.data_root:
