@@ -177,7 +177,7 @@ def length_batches(rows: Sequence[Encoded]) -> list[list[int]]:
 def evaluate_tasks(model: TALoRA, tokenizer, tests: dict[str, list[Example]], task_ids: dict[str, int],
                    cfg) -> dict[str, dict[str, float]]:
     """Every metric of every task: {task: {"score": ..., "accuracy": ...}}; tests and task_ids are by task name."""
-    with train_bar(sum(map(len, tests.values())), "evaluating") as bar:
+    with progress(sum(map(len, tests.values())), "evaluating") as bar:
         scores = {}
         for task, examples in tests.items():
             answers = predict(model, tokenizer, examples, task_ids[task], cfg.max_length, cfg.max_new_tokens)
@@ -186,7 +186,7 @@ def evaluate_tasks(model: TALoRA, tokenizer, tests: dict[str, list[Example]], ta
     return scores
 
 
-def train_bar(total: int, what: str) -> tqdm:
+def progress(total: int, what: str) -> tqdm:
     """A progress bar where a person is watching; it leaves nothing behind and is silent in a log file."""
     return tqdm(total=total, desc=what, leave=False, disable=None, unit="row")
 

@@ -189,7 +189,7 @@ def fit(model: TALoRA, cfg: Config, stage: str, train: dict[str, list[Encoded]],
     metrics.close()
     evaluate.draw_run(folder)
     log(f"{stage:9} done in {clock(time.perf_counter() - started)}; best on development rows: "
-        f"{best[0]:.1%} exactly right, loss {-best[1]:.4f}")
+        f"{best[0]:.1%} exactly right, loss {-best[1]:.4f}; {sampler.padding:.1%} of the tokens were padding")
     return TALoRA.load(folder / "best", model.backbone)
 
 
@@ -229,7 +229,12 @@ class Session:
         return data.load_task(task, split, self.cfg.data_root or None)
 
     def encode(self, examples) -> list[Encoded]:
-        return [data.encode(e, self.tokenizer, self.cfg.max_length) for e in examples]
+        with evaluate.progress(len(examples), "tokenising") as bar:
+            rows = []
+            for example in examples:
+                rows.append(data.encode(example, self.tokenizer, self.cfg.max_length))
+                bar.update()
+        return rows
 
     def dev(self, task: str) -> list[Encoded]:
         return self.encode(self.examples(task, "dev")[: self.cfg.dev_rows])
@@ -301,6 +306,9 @@ def target_stage(run: Session) -> None:
             pool = train
             train, dev = data.k_shot(pool, cfg.shots, cfg.seed)
             write_json(folder / task / "shots.json", data.k_shot_record(pool, cfg.shots, cfg.seed))
+            answers, known = {e.answer for e in train}, data.task_of(task, pool).answers
+            if len(answers) < len(known):
+                run.log(f"{cfg.shots} examples cover {len(answers)} of its {len(known)} answers")
         rows, dev = run.encode(train), run.encode(dev)
         model = run.new_model([]) if cfg.method == "deep-pt" else run.load("multitask")
         task_id, new = NO_TASK, {}
@@ -346,6 +354,8 @@ def score_columns(run: Session, model: TALoRA, tasks: list[str], ids: dict[str, 
     """The method's scores on the test rows, and on the same rows rewritten as training never shows them."""
     tests = test_rows(run, tasks)
     unseen = {task: [data.perturb(example, run.cfg.seed) for example in rows] for task, rows in tests.items()}
+    run.log("rewritten test rows: " + ", ".join(
+        f"{task} {sum(bool(e.operations) for e in rows) / len(rows):.0%}" for task, rows in unseen.items()))
     return {name: evaluate.evaluate_tasks(model, run.tokenizer, rows, ids, run.cfg)
             for name, rows in ((run.cfg.method, tests), (f"{run.cfg.method}, rewritten", unseen))}
 
