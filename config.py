@@ -52,7 +52,7 @@ class Config:
     base_task: str = option("", "base", "source task of the base stage; the first source if not given [paper: one, "
                             "which is open]")
     shots: int = option(0, "target", "examples of a target task in all, 0 = full data [paper: up to 32, and full]")
-    max_length: int = option(128, "base", "tokens of a row at most; longer passages are shortened around the answer")
+    max_length: int = option(128, "pretrain", "tokens of a row at most; a longer passage is shortened around the answer")
     max_new_tokens: int = option(8, "multitask", "tokens of a generated answer at most")
     dev_rows: int = option(64, "base", "development rows of a task at most; they choose the best checkpoint")
     mixing: str = option("uniform", "multitask", "how source tasks share a step [paper: open]",
@@ -157,7 +157,7 @@ def check(cfg: Config) -> None:
         if f.type is int and value < least:
             problems.append(f"{flag(f.name)} is {value}, but must be at least {least}")
         if f.type is float and not (math.isfinite(value) and value >= 0 and (value > 0 or "rate" not in f.name)):
-            problems.append(f"{flag(f.name)} is {value}, but must be a positive number")
+            problems.append(f"{flag(f.name)} is {value}, but must be a positive number (or 0, except for a rate)")
     if cfg.rank > cfg.prompt_length:
         problems.append(f"--rank is {cfg.rank}, above --prompt-length {cfg.prompt_length}: B has only that many rows, "
                         "so a larger rank adds nothing; lower it")
@@ -176,8 +176,20 @@ def check(cfg: Config) -> None:
         problems.append(f"no target task was found in '{cfg.data_root}'; name some with --targets")
     for names in (sources, targets):
         problems += [f"task '{name}' is named twice" for name in sorted({n for n in names if names.count(n) > 1})]
-    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
-        problems.append(f"--device {cfg.device} asks for a GPU, but torch sees none; use --device cpu")
+    both = [name for name in targets if name in sources]
+    if both and cfg.method != "deep-pt":
+        problems.append(f"{', '.join(both)} is a source and a target; leave it out of one of them")
+    if 0 < cfg.tokens_per_batch < cfg.max_length:
+        problems.append(f"--tokens-per-batch is {cfg.tokens_per_batch}, less than one row of --max-length "
+                        f"{cfg.max_length}; raise it or lower that")
+    if cfg.pretrain_width % 8:
+        problems.append(f"--pretrain-width is {cfg.pretrain_width}, but must be a multiple of 8 (4 heads of even size)")
+    if Path(cfg.run).exists() and not Path(cfg.run).is_dir():
+        problems.append(f"--run '{cfg.run}' is a file; name a folder")
+    try:
+        torch.empty(1, device=cfg.device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        problems.append(f"--device {cfg.device} is not to be had here; use --device cpu, or auto")
     if problems:
         raise UserError("; ".join(problems))
 

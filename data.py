@@ -318,6 +318,8 @@ def load_splits(name: str, root: str | None = None) -> Splits:
         if not rows:
             why = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the file holds no row"
             raise UserError(f"task {name!r} has no usable {split} row in {source} ({why}); add rows or leave it out")
+    if len({bool(example.choices) for example in train + test}) == 2:
+        raise UserError(f"task {name!r} has rows with and without choices in {source}; make two tasks of them")
     if task.metric == "micro_f1":
         train, test = _merge_labels(train), _merge_labels(test)
     train, dev = _cut_dev(name, train)
@@ -332,14 +334,18 @@ def _numbered(rows: Iterable[dict], where: str) -> Iterator[tuple[str, dict]]:
 
 
 def _read(task: Task, rows: Iterable[tuple[str, dict | None]]) -> tuple[list[Example], Counter]:
-    examples, dropped = [], Counter()
-    for where, row in rows:
-        try:
-            if row is None:
-                raise _Drop("wrong number of columns")
-            examples.append(to_example(task, row, where))
-        except _Drop as reason:
-            dropped[str(reason)] += 1
+    examples, dropped, where = [], Counter(), "the first row"
+    try:
+        for where, row in rows:
+            try:
+                if row is None:
+                    raise _Drop("wrong number of columns")
+                examples.append(to_example(task, row, where))
+            except _Drop as reason:
+                dropped[str(reason)] += 1
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{where}: a field of this or the next row has another form than task {task.name!r} expects "
+                        f"({type(error).__name__}: {error}); compare it with its upstream") from error
     return examples, dropped
 
 

@@ -301,26 +301,32 @@ def collect(runs: Sequence[Path]) -> list[dict]:
 def tables(records: Sequence[dict]) -> str:
     """Markdown tables, one for each (stage, shots): mean +- standard deviation over seeds in percent, by task.
 
-    A method's column holds the seeds it was run with; references such as the frozen backbone are taken from all runs.
+    A column's name carries its number of seeds; references such as the frozen backbone do not depend on the method and
+    are taken from all runs. Raises ValueError for two runs of one method and seed, and for runs over other tasks.
     """
     text = []
     for stage, shots in sorted({(r["stage"], r["shots"] or 0) for r in records}):
+        by_seed = {}  # column -> seed -> {task: score}
         chosen = [r for r in records if (r["stage"], r["shots"] or 0) == (stage, shots)]
-        richest_first = sorted(chosen, key=lambda r: -len(r["scores"]))
-        columns = list(dict.fromkeys(name for r in richest_first for name in r["scores"]))
-        by_seed = {name: {r["seed"]: r["scores"][name] for r in chosen if name in r["scores"]} for name in columns}
+        for r in sorted(chosen, key=lambda r: (-len(r["scores"]), r["seed"])):
+            for name, scores in r["scores"].items():
+                if name.startswith(r["method"]) and r["seed"] in by_seed.get(name, {}):
+                    raise ValueError(f"two runs of {r['method']} with seed {r['seed']} in one table; one is "
+                                     f"'{r['command']}': give only one of them")
+                by_seed.setdefault(name, {})[r["seed"]] = scores
+        tasks = list(next(iter(next(iter(by_seed.values())).values())))
+        if any(list(scores) != tasks for of in by_seed.values() for scores in of.values()):
+            raise ValueError(f"the runs of stage {stage} are over different tasks; a table needs the same ones")
         title = {"multitask": "Source tasks"}.get(stage, f"Target tasks, {shots or 'all'} examples")
-        seeds = max(len(of) for of in by_seed.values())
-        text.append(f"**{title}** (score in %, mean ± standard deviation over {seeds} seeds)\n")
-        names = list(next(iter(by_seed[columns[0]].values())))
-        text.append("| task | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
-        for row in [*names, "macro average"]:
+        text.append(f"**{title}** (score in %, mean ± standard deviation over n seeds)\n")
+        text.append("| task | " + " | ".join(f"{name} (n = {len(of)})" for name, of in by_seed.items()) + " |")
+        text.append("|---|" + "---:|" * len(by_seed))
+        for row in [*tasks, "macro average"]:
             cells = []
-            for name in columns:
-                of_seeds = by_seed[name].values()
-                values = [of[row] if row in of else sum(of.values()) / len(of) for of in of_seeds]
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                cells.append(f"{100 * statistics.mean(values):.1f} ± {100 * spread:.1f}")
+            for of in by_seed.values():
+                values = [scores[row] if row in tasks else statistics.mean(scores.values()) for scores in of.values()]
+                spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+                cells.append(f"{100 * statistics.mean(values):.1f}{spread}")
             text.append(f"| {row} | " + " | ".join(cells) + " |")
         text.append("")
     return "\n".join(text)
@@ -334,11 +340,15 @@ def main(argv: list[str]) -> None:
     records = collect(options.runs)
     if not records:
         parser.error(f"no finished stage in {', '.join(map(str, options.runs))}; run train.py first")
+    try:
+        text = tables(records)
+    except ValueError as error:
+        parser.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     (options.out / "results.jsonl").write_text(lines, encoding="utf-8")
-    (options.out / "tables.md").write_text(tables(records), encoding="utf-8")
-    print(tables(records))
+    (options.out / "tables.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

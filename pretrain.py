@@ -187,11 +187,11 @@ def score_capabilities(model, tokenizer, seed=0, count=400):
     return scores
 
 
-def pretrain_toy(folder=toy.FOLDER, seed=0, steps=1500, log=print):
+def pretrain_toy(folder=toy.FOLDER, seed=0, steps=1500, log=print, device="cpu"):
     """Make the micro-world's backbone in `folder`: weights, tokenizer, scores.json; -> (model, tokenizer, scores)."""
     start, tokenizer = time.time(), toy.tokenizer()
     torch.manual_seed(seed)
-    model = new_backbone(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, width=128, layers=4)
+    model = new_backbone(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, width=128, layers=4).to(device)
     log(f"pretraining a Qwen2 of {model.num_parameters():,} parameters on the micro-world, seed {seed}")
     losses = pretrain(model, toy_documents(seed, 36 * steps, tokenizer), tokenizer.pad_token_id, seed, steps, log=log)
     seconds = time.time() - start
@@ -227,7 +227,8 @@ def character_tokenizer(texts, vocab_size=6000):
     return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token=toy.PAD, eos_token=toy.EOS, unk_token=toy.UNK)
 
 
-def pretrain_text(folder, texts, seed=0, steps=1500, width=128, layers=4, row_tokens=256, rows_per_step=16, log=print):
+def pretrain_text(folder, texts, seed=0, steps=1500, width=128, layers=4, row_tokens=256, rows_per_step=16, log=print,
+                  device="cpu"):
     """Make a character-level backbone in `folder` from plain texts (list of str). Returns (model, tokenizer).
 
     A text longer than a row is cut into pieces; the loss counts every character and the end of each text.

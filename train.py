@@ -28,10 +28,12 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import data
@@ -105,7 +107,7 @@ def train_step(model: TALoRA, optimizer: torch.optim.Optimizer, batches: list[Ba
     """
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     examples = sum(len(batch.task_ids) for batch in batches)
-    optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW then leaves an absent task alone
+    optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW then leaves a task alone that nothing asks to move
     task_loss = torch.zeros((), device=model.theta0.device)
     for batch in batches:
         with autocast(cfg, model.theta0.device):
@@ -213,7 +215,7 @@ def what_learns(model: TALoRA, learns: dict[str, str], optimizer: torch.optim.Op
 
 # ---------------------------------------------------------------------------------------------------- the stages
 
-class Session:
+class Run:
     """A run: its options, its folder, its backbone and tokenizer, loaded once for all stages."""
 
     def __init__(self, cfg: Config, command: str):
@@ -228,16 +230,31 @@ class Session:
     def examples(self, task: str, split: str):
         return data.load_task(task, split, self.cfg.data_root or None)
 
-    def encode(self, examples) -> list[Encoded]:
+    def encode(self, examples, keep_answer: bool = True) -> list[Encoded]:
+        """Tokens of examples; keep_answer=False shortens a long passage as a test does, not knowing the answer."""
         with evaluate.progress(len(examples), "tokenising") as bar:
             rows = []
             for example in examples:
-                rows.append(data.encode(example, self.tokenizer, self.cfg.max_length))
+                rows.append(data.encode(example, self.tokenizer, self.cfg.max_length, keep_answer))
                 bar.update()
         return rows
 
-    def dev(self, task: str) -> list[Encoded]:
-        return self.encode(self.examples(task, "dev")[: self.cfg.dev_rows])
+    @cache  # noqa: B019 (a run lives as long as the program)
+    def rows(self, task: str, split: str) -> list[Encoded]:
+        """Tokens of a split; of dev at most --dev-rows."""
+        examples = self.examples(task, split)
+        examples = examples[: self.cfg.dev_rows] if split == "dev" else examples
+        return self.encode(examples, keep_answer=split == "train")
+
+    def check_rows(self, tasks: list[str]) -> None:
+        """Tokenise all rows of these tasks, so that one that cannot be used shows now and not after hours."""
+        for task in tasks:
+            report = data.load_splits(task, self.cfg.data_root or None).report
+            dropped = [f"{n} {split} rows: {why}" for split, by in report["dropped"].items() for why, n in by.items()]
+            if dropped or report["notes"]:
+                print(f"{task}: " + "; ".join(dropped + report["notes"]))
+            for split in ("train", "dev", "test"):
+                self.rows(task, split)
 
     def new_model(self, tasks: list[str]) -> TALoRA:
         cfg = self.cfg
@@ -264,18 +281,18 @@ class Session:
         return folder
 
 
-def base_stage(run: Session) -> None:
+def base_stage(run: Run) -> None:
     """theta0 and the gates on one source task."""
     cfg, task = run.cfg, run.cfg.base_task
     folder = run.open("base")
     model = run.new_model(split_names(cfg.sources))
-    train = {task: run.encode(run.examples(task, "train"))}
-    fit(model, cfg, "base", train, {task: run.dev(task)}, {task: NO_TASK}, cfg.base_steps, cfg.base_batch, folder,
-        run.log)
+    train = {task: run.rows(task, "train")}
+    fit(model, cfg, "base", train, {task: run.rows(task, "dev")}, {task: NO_TASK}, cfg.base_steps, cfg.base_batch,
+        folder, run.log)
     write_json(folder / "results.json", {"stage": "base", "task": task, "seed": cfg.seed})
 
 
-def multitask_stage(run: Session) -> None:
+def multitask_stage(run: Run) -> None:
     """All source tasks at once; then every one of them on its test rows, beside the references."""
     cfg, sources = run.cfg, split_names(run.cfg.sources)
     if cfg.method == "talora":
@@ -284,15 +301,15 @@ def multitask_stage(run: Session) -> None:
     if cfg.method != "talora":
         model = run.new_model([])
     ids = {task: model.tasks.index(task) if task in model.tasks else NO_TASK for task in sources}
-    train = {task: run.encode(run.examples(task, "train")) for task in sources}
-    dev = {task: run.dev(task) for task in sources}
+    train = {task: run.rows(task, "train") for task in sources}
+    dev = {task: run.rows(task, "dev") for task in sources}
     model = fit(model, cfg, "multitask", train, dev, ids, cfg.multitask_steps, cfg.multitask_batch, folder, run.log)
     columns = references(run, sources)
     columns |= score_columns(run, model, sources, ids)
     report(run, folder, "multitask", columns)
 
 
-def target_stage(run: Session) -> None:
+def target_stage(run: Run) -> None:
     """Each target task from --shots examples (or all), one after another, with everything shared frozen."""
     cfg, targets = run.cfg, split_names(run.cfg.targets)
     folder = run.open("target")
@@ -301,15 +318,15 @@ def target_stage(run: Session) -> None:
         torch.manual_seed(cfg.seed)
         run.log(f"\n-- {task}")
         (folder / task).mkdir()
-        train, dev = run.examples(task, "train"), run.examples(task, "dev")[: cfg.dev_rows]
+        rows, dev = run.rows(task, "train"), run.rows(task, "dev")
         if cfg.shots:
-            pool = train
-            train, dev = data.k_shot(pool, cfg.shots, cfg.seed)
+            pool = run.examples(task, "train")
+            train, held = data.k_shot(pool, cfg.shots, cfg.seed)
+            rows, dev = run.encode(train), run.encode(held, keep_answer=False)
             write_json(folder / task / "shots.json", data.k_shot_record(pool, cfg.shots, cfg.seed))
             answers, known = {e.answer for e in train}, data.task_of(task, pool).answers
             if len(answers) < len(known):
                 run.log(f"{cfg.shots} examples cover {len(answers)} of its {len(known)} answers")
-        rows, dev = run.encode(train), run.encode(dev)
         model = run.new_model([]) if cfg.method == "deep-pt" else run.load("multitask")
         task_id, new = NO_TASK, {}
         if cfg.method == "talora":
@@ -335,7 +352,7 @@ def nearest_start(model: TALoRA, task: str, rows: list[Encoded]) -> tuple[int, s
     return new, model.tasks[nearest]
 
 
-def references(run: Session, tasks: list[str]) -> dict[str, dict]:
+def references(run: Run, tasks: list[str]) -> dict[str, dict]:
     """What to compare with: the most frequent answer, the frozen backbone, and the instruction put in words."""
     frozen = run.new_model([])  # its gates are zero: exactly the backbone
     ids = dict.fromkeys(tasks, NO_TASK)
@@ -350,7 +367,7 @@ def references(run: Session, tasks: list[str]) -> dict[str, dict]:
     return columns
 
 
-def score_columns(run: Session, model: TALoRA, tasks: list[str], ids: dict[str, int]) -> dict[str, dict]:
+def score_columns(run: Run, model: TALoRA, tasks: list[str], ids: dict[str, int]) -> dict[str, dict]:
     """The method's scores on the test rows, and on the same rows rewritten as training never shows them."""
     tests = test_rows(run, tasks)
     unseen = {task: [data.perturb(example, run.cfg.seed) for example in rows] for task, rows in tests.items()}
@@ -360,11 +377,11 @@ def score_columns(run: Session, model: TALoRA, tasks: list[str], ids: dict[str, 
             for name, rows in ((run.cfg.method, tests), (f"{run.cfg.method}, rewritten", unseen))}
 
 
-def test_rows(run: Session, tasks: list[str]) -> dict[str, list[data.Example]]:
+def test_rows(run: Run, tasks: list[str]) -> dict[str, list[data.Example]]:
     return {task: run.examples(task, "test") for task in tasks}
 
 
-def report(run: Session, folder: Path, stage: str, columns: dict[str, dict], **more) -> None:
+def report(run: Run, folder: Path, stage: str, columns: dict[str, dict], **more) -> None:
     """Write results.json last: a stage is finished when it has one."""
     results = {"stage": stage, "method": run.cfg.method, "seed": run.cfg.seed, "command": run.command, **more,
                "columns": columns}
@@ -380,13 +397,19 @@ def report(run: Session, folder: Path, stage: str, columns: dict[str, dict], **m
 def load_backbone(cfg: Config, device: torch.device):
     """The frozen backbone and its tokenizer; a folder or hub name, or the micro-world's own where none is given."""
     if not cfg.backbone:
-        backbone, tokenizer = toy.load_backbone()
+        try:
+            backbone, tokenizer = toy.load_backbone()
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from error
         return backbone.to(device, getattr(torch, cfg.dtype)), tokenizer
     try:
         tokenizer = load_tokenizer(cfg.backbone)
-        backbone = AutoModelForCausalLM.from_pretrained(cfg.backbone, dtype=getattr(torch, cfg.dtype))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        backbone, loaded = AutoModelForCausalLM.from_pretrained(cfg.backbone, dtype=getattr(torch, cfg.dtype),
+                                                                output_loading_info=True)
+        if loaded["missing_keys"]:
+            raise ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"'{cfg.backbone}' is no causal language model that can be loaded ({reason}); --backbone takes "
                         "a folder with config.json, weights and tokenizer, or the hub's name of one") from error
     if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
@@ -436,8 +459,11 @@ def write_json(path: Path, value) -> None:
 
 
 def environment(command: str) -> dict:
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
-                         capture_output=True, check=False).stdout.strip()
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
+                             capture_output=True, check=False).stdout.strip()
+    except OSError:  # no git on this machine
+        git = ""
     return {"command": command, "commit": git, "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "machine": platform.platform(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
@@ -466,34 +492,35 @@ def pretrain_stage(cfg: Config, command: str) -> None:
     write_json(folder / "options.json", dataclasses.asdict(cfg))
     write_json(folder / "env.json", environment(command))
     log(f"\n== pretrain: the backbone goes to {folder}/")
-    if cfg.data_root:
-        texts = [e.prompt for task in split_names(cfg.sources) + split_names(cfg.targets) * uses_targets(cfg)
-                 for e in data.load_task(task, "train", cfg.data_root)]  # without the answers: it learns to read
-        pretrain.pretrain_text(folder, texts, cfg.seed, cfg.pretrain_steps, cfg.pretrain_width, cfg.pretrain_layers,
-                               row_tokens=cfg.max_length, rows_per_step=max(1, 4096 // cfg.max_length), log=log)
-        scores = {}
-    else:
-        scores = pretrain.pretrain_toy(folder, cfg.seed, cfg.pretrain_steps, log)[2]
+    try:
+        if cfg.data_root:
+            root = Path(cfg.data_root)
+            names = sorted(path.parent.name for path in root.glob("*/train.jsonl"))
+            texts = [e.prompt for task in names for e in data.load_task(task, "train", cfg.data_root)]  # no answers
+            pretrain.pretrain_text(folder, texts, cfg.seed, cfg.pretrain_steps, cfg.pretrain_width,
+                                   cfg.pretrain_layers, cfg.max_length, max(1, 4096 // cfg.max_length), log, cfg.device)
+            scores = {}
+        else:
+            scores = pretrain.pretrain_toy(folder, cfg.seed, cfg.pretrain_steps, log, cfg.device)[2]
+    except FloatingPointError as error:
+        raise UserError(f"{error}; try another --seed") from error
     write_json(folder / "results.json", {"stage": "pretrain", "seed": cfg.seed, "command": command, "scores": scores})
-
-
-def uses_targets(cfg: Config) -> bool:
-    return cfg.stage in ("target", "all")
+    log(f"to train on this backbone: --backbone {folder}")
 
 
 def main(argv: list[str]) -> None:
     cfg, changed = parse(argv, __doc__)
     check(cfg)
     transformers.logging.set_verbosity_error()
-    command = "python train.py " + " ".join(argv)
-    stages, made_here = plan(cfg), stage_folder(cfg, "pretrain")
-    if not cfg.backbone and (cfg.data_root or (made_here / "results.json").exists()):
-        cfg.backbone = str(made_here)
+    command, stages = "python train.py " + " ".join(argv), plan(cfg)
+    if "pretrain" in stages and cfg.stage != "pretrain":
+        cfg.backbone = str(stage_folder(cfg, "pretrain"))  # the run makes its own
     todo = [stage for stage in stages if not finished(cfg, stage)]
-    print("options: " + ", ".join(f"{flag(name)} {value}" for name, value in changed.items()))
-    for task in split_names(cfg.sources) + split_names(cfg.targets) * uses_targets(cfg):
+    print(f"run {cfg.run}/ on {cfg.device}; options: " + ", ".join(f"{flag(n)} {v}" for n, v in changed.items()))
+    needed = split_names(cfg.sources) * (cfg.method != "deep-pt") + split_names(cfg.targets) * ("target" in stages)
+    for task in needed if stages != ["pretrain"] else []:
         for split in ("train", "dev", "test"):
-            rows = data.load_task(task, split, cfg.data_root or None)  # what is wrong with the data shows now
+            rows = data.load_task(task, split, cfg.data_root or None)
             if split == "train" and cfg.shots and "target" in todo and task in split_names(cfg.targets):
                 data.k_shot(rows, cfg.shots, cfg.seed)
     for stage in todo:
@@ -503,12 +530,13 @@ def main(argv: list[str]) -> None:
         pretrain_stage(cfg, command)
         todo.remove("pretrain")
     if todo:
-        run = Session(cfg, command)
+        run = Run(cfg, command)
+        run.check_rows(needed)
         for stage in todo:
             {"base": base_stage, "multitask": multitask_stage, "target": target_stage}[stage](run)
     else:
         folder = stage_folder(cfg, stages[-1])
-        print(f"{folder}/ was finished before, nothing to do")
+        print(f"{folder}/ is finished, nothing more to do")
         if (folder / "table.md").exists():
             print((folder / "table.md").read_text(encoding="utf-8"))
 

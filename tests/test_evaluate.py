@@ -143,8 +143,8 @@ def test_tables_of_several_seeds_hold_mean_and_deviation(tmp_path, capsys):
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 4
     split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
     rows = {first: rest for first, *rest in split}
-    column = rows["task"].index("talora"), rows["task"].index("deep-spot")
-    assert (rows["x"][column[0]], rows["x"][column[1]]) == ("90.0 ± 10.0", "60.0 ± 0.0")
+    column = rows["task"].index("talora (n = 3)"), rows["task"].index("deep-spot (n = 1)")
+    assert (rows["x"][column[0]], rows["x"][column[1]]) == ("90.0 ± 10.0", "60.0")
     assert rows["macro average"][column[0]] == "67.5 ± 7.5"
 
 
@@ -152,3 +152,17 @@ def test_collecting_nothing_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         evaluate.main([str(tmp_path), "--out", str(tmp_path / "out")])
     assert caught.value.code == 2 and "no finished stage" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_tables_refuse_runs_that_do_not_go_together(tmp_path, capsys):
+    finished_stage(tmp_path / "a" / "multitask", 0, "talora", 0.5)
+    finished_stage(tmp_path / "b" / "multitask", 0, "talora", 0.7)  # the same method and seed again
+    with pytest.raises(ValueError, match="two runs of talora with seed 0"):
+        evaluate.tables(evaluate.collect([tmp_path / "a", tmp_path / "b"]))
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+    records = evaluate.collect([tmp_path / "a"])
+    other = {**records[0], "seed": 1, "scores": {"talora": {"x": 0.5}}}
+    with pytest.raises(ValueError, match="different tasks"):
+        evaluate.tables([*records, other])

@@ -245,7 +245,7 @@ def test_stages_are_reused_and_missing_ones_run_first(finished_run, backbone_fol
     run, targets = finished_run
     before = (run / "multitask" / "metrics.jsonl").read_bytes()
     train.main(small(backbone_folder, run, "--stage", "all", *targets))
-    assert "nothing to do" in capsys.readouterr().out
+    assert "nothing more to do" in capsys.readouterr().out
     train.main(small(backbone_folder, run, "--stage", "target", "--targets", "toy-drcd", "--shots", "4"))
     out = capsys.readouterr().out
     assert "runs first" not in out and (run / "target-4-shot" / "results.json").exists()
@@ -292,7 +292,7 @@ def test_checkpointing_changes_nothing_but_rounding(backbone_folder, tmp_path):
 
 
 @pytest.mark.parametrize("more", [("--autocast",), ("--dtype", "bfloat16"), ("--gate-per-head",),
-                                  ("--tokens-per-batch", "64"), ("--regulariser", "printed")])
+                                  ("--tokens-per-batch", "128"), ("--regulariser", "printed")])
 def test_other_ways_to_run(backbone_folder, tmp_path, more):
     train.main(small(backbone_folder, tmp_path / "run", *more))
     results = json.loads((tmp_path / "run" / "multitask" / "results.json").read_text())
@@ -332,6 +332,8 @@ def bad_data(tmp_path, kind):
         good[4] = {**good[4], "relation": "Enemy"}
     elif kind == "empty split":
         test = []
+    elif kind == "wrong form":
+        good = [{"prompt": "a", "answer": "b", "choices": 3}]
     folder = json_rows(tmp_path / "data", "sanwen", good, test)
     if kind == "not json":
         (folder / "sanwen" / "train.jsonl").write_text("{broken\n")
@@ -360,6 +362,13 @@ def bad_backbone(tmp_path, kind, good):
         Qwen2ForCausalLM(Qwen2Config(vocab_size=7, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                                      num_attention_heads=2, num_key_value_heads=1)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    elif kind in ("no head", "cut short"):
+        whole = Qwen2ForCausalLM.from_pretrained(good)
+        (whole.model if kind == "no head" else whole).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if kind == "cut short":
+            weights = folder / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:1000])
     elif kind == "garbage":
         folder.mkdir()
         (folder / "config.json").write_text("{]")
@@ -392,10 +401,18 @@ BAD = [  # options (a function of a folder and a good backbone) and what the sen
     (["--data-root", "{data:not json}"], ["train.jsonl"]),
     (["--data-root", "{data:no file}"], ["test.jsonl"]),
     (["--data-root", "{data:a folder}"], ["test.jsonl"]),
+    (["--device", "banana"], ["banana", "--device cpu"]),
+    (["--run", "{tmp}/a-file"], ["a-file", "folder"]),
+    (["--max-length", "4"], ["--max-length", "toy-"]),
+    (["--tokens-per-batch", "64"], ["--tokens-per-batch", "64", "--max-length"]),
+    (["--stage", "all", "--targets", "toy-bq"], ["toy-bq", "source and a target"]),
+    (["--data-root", "{data:wrong form}"], ["train.jsonl"]),
+    (["--backbone", "{backbone:no head}"], ["lm_head"]),
+    (["--backbone", "{backbone:cut short}"], ["backbone"]),
     (["--backbone", "{tmp}/nothing"], ["nothing", "--backbone"]),
     (["--backbone", "{backbone:no causal LM}"], ["causal language model"]),
     (["--backbone", "{backbone:no pad token}"], ["pad", "tokenizer.pad_token"]),
-    (["--backbone", "{backbone:too small}"], ["180", "7", "belong together"]),
+    (["--backbone", "{backbone:too small}"], [str(len(toy.vocabulary())), "7", "belong together"]),
     (["--backbone", "{backbone:garbage}"], ["backbone"]),
 ]
 
@@ -412,8 +429,10 @@ def test_bad_input_is_one_sentence_before_anything_is_written(options, named, tm
             "{tmp}", str(tmp_path))
 
     run = tmp_path / "run"
+    (tmp_path / "a-file").write_text("")
+    command = [*map(filled, options)]
     with pytest.raises(UserError) as caught:
-        train.main([*map(filled, options), "--run", str(run)])
+        train.main(command if "--run" in options else [*command, "--run", str(run)])
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert all(name in sentence for name in named), sentence
