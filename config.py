@@ -52,7 +52,7 @@ class Config:
     base_task: str = option("", "base", "source task of the base stage; the first source if not given [paper: one, "
                             "which is open]")
     shots: int = option(0, "target", "examples of a target task in all, 0 = full data [paper: up to 32, and full]")
-    max_length: int = option(128, "pretrain", "tokens of a row at most; a longer passage is shortened around the answer")
+    max_length: int = option(128, "pretrain", "tokens of a row at most; longer passages are cut around the answer")
     max_new_tokens: int = option(8, "multitask", "tokens of a generated answer at most")
     dev_rows: int = option(64, "base", "development rows of a task at most; they choose the best checkpoint")
     mixing: str = option("uniform", "multitask", "how source tasks share a step [paper: open]",

@@ -271,7 +271,7 @@ def draw_run(folder: Path) -> None:
         names, ends = cosines[0]["tasks"], (cosines[0]["cosines"], cosines[-1]["cosines"])
         others = [[[c if i != j else math.nan for j, c in enumerate(line)] for i, line in enumerate(m)] for m in ends]
         top = max(c for matrix in others for line in matrix for c in line if c == c)  # c != c: the diagonal's nan
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4.6), layout="constrained", sharey=True)
+        figure, axes = plt.subplots(1, 2, figsize=(10, 5.4), layout="constrained", sharey=True)
         for axis, matrix, row, when in zip(axes, others, (cosines[0], cosines[-1]), ("before", "after")):
             image = axis.imshow(matrix, cmap="viridis", vmin=0, vmax=top)
             axis.set_xticks(range(len(names)), names, rotation=45, ha="right")

@@ -1,4 +1,4 @@
-r"""The micro-world: a language of 180 words, sixteen tasks and a tokenizer, so that everything runs offline in minutes.
+r"""The micro-world: a language of 180 words and sixteen tasks, so that everything runs offline in minutes.
 
 A soft prompt can only elicit what the frozen model already knows. So the world is built in two halves:
 
