@@ -145,7 +145,7 @@ def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:
         cfg.targets = typed.get("targets", ",".join(here["targets"]))
     if not cfg.base_task:
         cfg.base_task = (split_names(cfg.sources) or [""])[0]
-    return cfg, changed
+    return cfg, {name: getattr(cfg, name) for name in changed}
 
 
 def check(cfg: Config) -> None:
