@@ -66,8 +66,8 @@ class Config:
     checkpointing: bool = option(False, NEVER, "recompute activations in backward: less memory, a third more time")
     device: str = option("auto", NEVER, "cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
     # the method
-    prompt_length: int = option(8, "base", "P, rows of the prompt in every layer [paper: open; 12 gives its 1.3 M]")
-    rank: int = option(4, "base", "r, columns of the shared B [paper: open; 8 gives its 1.3 M]")
+    prompt_length: int = option(16, "base", "P, rows of the prompt in every layer [paper: open; 12 gives its 1.3 M]")
+    rank: int = option(8, "base", "r, columns of the shared B [paper: open; 8 gives its 1.3 M]")
     scale: float = option(1.0, "base", "s, scale of a task's step [paper: open]")
     gate_per_head: bool = option(False, "base", "one gate per head instead of one per layer [paper: per layer]")
     regulariser: str = option("cosine", "multitask", "form of the orthogonality term, off = none [paper: printed]",
