@@ -847,6 +847,8 @@ def main() -> None:
             print(page(name, root, options.seed, colour=sys.stdout.isatty()) + "\n")
     except UserError as error:
         parser.exit(2, f"data.py: {error}\n")
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

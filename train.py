@@ -512,6 +512,8 @@ def main(argv: list[str]) -> None:
     cfg, changed = parse(argv, __doc__)
     check(cfg)
     transformers.logging.set_verbosity_error()
+    if not cfg.backbone:  # nothing large to load
+        transformers.logging.disable_progress_bar()
     command, stages = "python train.py " + " ".join(argv), plan(cfg)
     if "pretrain" in stages and cfg.stage != "pretrain":
         cfg.backbone = str(stage_folder(cfg, "pretrain"))  # the run makes its own

@@ -907,3 +907,16 @@ def test_page_shows_counts_example_and_rewriting(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         data.main()
     assert stop.value.code == 2 and "none" in capsys.readouterr().err
+
+
+def test_the_page_may_be_piped_into_head():
+    """A reader that stops reading is no error."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    run = subprocess.Popen([sys.executable, "data.py"], cwd=Path(data.__file__).parent, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE)
+    run.stdout.readline()
+    run.stdout.close()
+    assert "BrokenPipe" not in run.stderr.read().decode() and run.wait() in (0, 1)
