@@ -17,20 +17,20 @@ import torch
 
 import tasks
 import toy
+from baselines import METHODS, VARIANTS, Method
 from data import UserError
 from lowrank import FORMS
 
 ORDER = ("pretrain", "base", "multitask", "target")
-STAGES_OF = {  # the stages of a method, in order
-    "talora": ("base", "multitask", "target"),
-    "deep-spot": ("multitask", "target"),  # one gated prompt for all source tasks, then the start of every target's
-    "deep-pt": ("target",),  # a fresh gated prompt for each target
-}
 NEVER = "never"  # an option that changes how a run goes, not what comes out
 
 
 def option(default, since: str, help: str, choices=None):
     return field(default=default, metadata={"since": since, "help": help, "choices": choices})
+
+
+def named(methods: dict[str, Method]) -> str:
+    return "; ".join(f"{name}: {method.says}" for name, method in methods.items())
 
 
 @dataclass
@@ -39,10 +39,10 @@ class Config:
 
     stage: str = option("multitask", NEVER, "what to run; 'all' is base, multitask, target", (*ORDER, "all"))
     preset: str = option("toy", "pretrain", "a set of defaults for a backbone", ("toy", "qwen2.5-0.5b", "qwen2.5-7b"))
-    method: str = option("talora", "base", "talora; deep-spot: one gated prompt for all tasks, the start of every "
-                         "target; deep-pt: a fresh gated prompt for each target", tuple(STAGES_OF))
-    run: str = option("", NEVER, "folder of the run, one subfolder a stage; runs/<preset>[-method][-seedN] if not "
-                      "given")
+    method: str = option("talora", "base", named(METHODS), tuple(METHODS))
+    variant: str = option("", "base", f"talora but for one thing; {named(VARIANTS)}", tuple(VARIANTS))
+    run: str = option("", NEVER, "folder of the run, one subfolder a stage; runs/<preset>[-method][-variant][-seedN] "
+                      "if not given")
     seed: int = option(0, "pretrain", "changes everything random [paper: number of seeds open]")
     # data
     data_root: str = option("", "pretrain", "folder with <task>/{train,test}.jsonl, instead of downloads or the "
@@ -51,12 +51,14 @@ class Config:
     targets: str = option("", "target", "target tasks, separated by commas; the preset's if not given [paper: 8]")
     base_task: str = option("", "base", "source task of the base stage; the first source if not given [paper: one, "
                             "which is open]")
-    shots: int = option(0, "target", "examples of a target task in all, 0 = full data [paper: up to 32, and full]")
+    shots: str = option("0", "target", "examples of a target task in all, 0 = full data; 8,32,0 for one after another "
+                        "[paper: up to 32, and full]")
     max_length: int = option(128, "pretrain", "tokens of a row at most; longer passages are cut around the answer")
     max_new_tokens: int = option(8, "multitask", "tokens of a generated answer at most")
     dev_rows: int = option(64, "base", "development rows of a task at most; they choose the best checkpoint")
     mixing: str = option("uniform", "multitask", "how source tasks share a step [paper: open]",
                          ("uniform", "proportional"))
+    references: bool = option(True, NEVER, "score the frozen backbone and the instruction in words, too")
     # backbone
     backbone: str = option("", "base", "folder or hub name of a causal language model; the preset's if not given "
                            "[paper: Qwen2.5-7B]")
@@ -74,8 +76,8 @@ class Config:
                               FORMS)
     reg_weight: float = option(0.1, "multitask", "lambda, weight of the orthogonality term [paper: open]")
     # optimisation
-    prompt_rate: float = option(4e-2, "base", "learning rate of theta0 and gates where they learn alone: the base "
-                                "stage, and deep-spot on the sources [paper: open]")
+    prompt_rate: float = option(4e-2, "base", "learning rate of theta0 and gates in the base stage, and of the other "
+                                "methods on the sources [paper: open]")
     slow_rate: float = option(6e-2, "multitask", "learning rate of theta0 and B in the multitask stage [paper: open]")
     fast_rate: float = option(8e-2, "multitask", "learning rate of u, v and the gates in the multitask stage [paper: "
                               "open, but higher than the slow one]")
@@ -111,6 +113,21 @@ PRESETS = {
 }
 
 
+# Options of a method, by the kind of preset. The micro-world's rates: the best of the grid in suite.py on development
+# rows. The large ones are unswept, after the sources in brackets.
+METHOD_OPTIONS = {
+    "toy": {},
+    "large": {
+        **{name: dict(prompt_length=100) for name in ("pt", "spot", "spot-nearest", "mpt")},  # [Lester et al. 2021]
+        "attempt": dict(prompt_length=100, rank=100),  # [Asai et al. 2022]
+        "adapter": dict(rank=64, prompt_rate=2e-4, target_rate=2e-4),  # [Houlsby et al. 2019]
+        "lora": dict(rank=8, prompt_rate=2e-4, target_rate=2e-4),  # [Hu et al. 2022]
+        "bitfit": dict(dtype="float32", autocast=True, prompt_rate=1e-3, target_rate=1e-3),
+        "ft": dict(dtype="float32", autocast=True, prompt_rate=1e-5, target_rate=1e-5),
+    },
+}
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; python train.py --help lists every option")
@@ -129,12 +146,21 @@ def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:
             type=f.type, choices=f.metadata["choices"])
         parser.add_argument(flag(f.name), default=None, help=text.replace("%", "%%"), **kind)
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    changed = {**PRESETS[typed.get("preset", "toy")], **typed}
+    preset, method = typed.get("preset", "toy"), typed.get("method", "talora")
+    changed = {**PRESETS[preset], **METHOD_OPTIONS["toy" if preset == "toy" else "large"].get(method, {}), **typed}
     cfg = Config(**changed)
+    wanted = method_of(cfg).options
+    wanted = {name: getattr(cfg, value, value) if isinstance(value, str) else value for name, value in wanted.items()}
+    for name, value in wanted.items():
+        if typed.get(name, value) != value:
+            raise UserError(f"--variant {cfg.variant} sets {flag(name)} {value}, the command {typed[name]}; leave one "
+                            "of them out")
+    cfg, changed = dataclasses.replace(cfg, **wanted), {**changed, **wanted}
 
     # what follows from other options
     if not cfg.run:
-        parts = [cfg.preset] + [cfg.method] * (cfg.method != "talora") + [f"seed{cfg.seed}"] * (cfg.seed != 0)
+        parts = [cfg.preset] + [cfg.method] * (cfg.method != "talora") + [cfg.variant] * bool(cfg.variant)
+        parts += [f"seed{cfg.seed}"] * (cfg.seed != 0)
         cfg.run = "runs/" + "-".join(parts)
     if cfg.device == "auto":
         cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,7 +179,7 @@ def check(cfg: Config) -> None:
     problems = []
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
-        least = 0 if f.name in ("seed", "shots", "warmup", "tokens_per_batch") else 1
+        least = 0 if f.name in ("seed", "warmup", "tokens_per_batch") else 1
         if f.type is int and value < least:
             problems.append(f"{flag(f.name)} is {value}, but must be at least {least}")
         if f.type is float and not (math.isfinite(value) and value >= 0 and (value > 0 or "rate" not in f.name)):
@@ -163,7 +189,17 @@ def check(cfg: Config) -> None:
                         "so a larger rank adds nothing; lower it")
     if cfg.data_root and not Path(cfg.data_root).is_dir():
         problems.append(f"--data-root '{cfg.data_root}' is no folder; it should hold <task>/train.jsonl and test.jsonl")
-    stages = STAGES_OF[cfg.method]
+    try:
+        shots_of(cfg)
+    except ValueError:
+        problems.append(f"--shots is '{cfg.shots}', but must be numbers from 0 (all examples), such as 32 or 8,32,0")
+    if cfg.variant and cfg.method != "talora":
+        problems.append(f"--variant {cfg.variant} is one of talora and does not go with --method {cfg.method}; leave "
+                        "one of them out")
+    if cfg.method in ("ft", "bitfit") and cfg.dtype != "float32":
+        problems.append(f"--method {cfg.method} changes weights of the backbone, and --dtype {cfg.dtype} rounds small "
+                        "steps away; use --dtype float32 --autocast")
+    stages = method_of(cfg).stages
     if cfg.stage not in ("pretrain", "all", *stages):
         problems.append(f"--method {cfg.method} has no stage '{cfg.stage}'; its stages are {', '.join(stages)}")
     sources, targets = split_names(cfg.sources), split_names(cfg.targets)
@@ -177,7 +213,7 @@ def check(cfg: Config) -> None:
     for names in (sources, targets):
         problems += [f"task '{name}' is named twice" for name in sorted({n for n in names if names.count(n) > 1})]
     both = [name for name in targets if name in sources]
-    if both and cfg.method != "deep-pt":
+    if both and "multitask" in stages:
         problems.append(f"{', '.join(both)} is a source and a target; leave it out of one of them")
     if 0 < cfg.tokens_per_batch < cfg.max_length:
         problems.append(f"--tokens-per-batch is {cfg.tokens_per_batch}, less than one row of --max-length "
@@ -199,7 +235,7 @@ def plan(cfg: Config) -> list[str]:
     if cfg.stage == "pretrain":
         return ["pretrain"]
     last = "target" if cfg.stage == "all" else cfg.stage
-    stages = STAGES_OF[cfg.method]
+    stages = method_of(cfg).stages
     first = ["pretrain"] if cfg.data_root and not cfg.backbone else []  # the micro-world's backbone reads no Chinese
     return first + list(stages[: stages.index(last) + 1])
 
@@ -210,9 +246,22 @@ def depends(stage: str) -> list[str]:
     return [f.name for f in dataclasses.fields(Config) if f.metadata["since"] in until]
 
 
+def method_of(cfg: Config) -> Method:
+    """The method of these options, or the variant of it."""
+    return VARIANTS[cfg.variant] if cfg.variant else METHODS[cfg.method]
+
+
+def shots_of(cfg: Config) -> list[int]:
+    """The numbers of --shots; ValueError for anything else."""
+    shots = [int(part) for part in cfg.shots.split(",")]
+    if min(shots) < 0 or len(set(shots)) < len(shots):
+        raise ValueError
+    return shots
+
+
 def stage_folder(cfg: Config, stage: str) -> Path:
     """The subfolder of a stage; the target stage has one for each number of shots."""
-    name = (f"target-{cfg.shots}-shot" if cfg.shots else "target-full") if stage == "target" else stage
+    name = (f"target-{cfg.shots}-shot" if cfg.shots != "0" else "target-full") if stage == "target" else stage
     return Path(cfg.run) / name
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 from data import Encoded, Example, task_of
-from model import TALoRA, evaluating
+from frozen import FrozenLM, evaluating
 
 # --------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -137,7 +137,7 @@ def score_task(task: str, predictions: Sequence[str], examples: Sequence[Example
 EVAL_TOKENS = 8192  # padded tokens of a forward pass; evaluation keeps no activations
 
 
-def predict(model: TALoRA, tokenizer, examples: Sequence[Example], task_id: int, max_length: int,
+def predict(model: FrozenLM, tokenizer, examples: Sequence[Example], task_id: int, max_length: int,
             max_new_tokens: int) -> list[str]:
     """The model's answer to every example, in order.
 
@@ -148,7 +148,7 @@ def predict(model: TALoRA, tokenizer, examples: Sequence[Example], task_id: int,
     answers = [""] * len(rows)
     for part in length_batches(rows):
         closed = bool(examples[part[0]].choices)  # a task has choices in all of its rows or in none
-        ids, mask = (t.to(model.theta0.device) for t in data.collate_prompts([rows[i] for i in part],
+        ids, mask = (t.to(model.device) for t in data.collate_prompts([rows[i] for i in part],
                                                                              tokenizer.pad_token_id))
         task_ids = torch.full((len(part),), task_id)
         if closed:
@@ -174,7 +174,7 @@ def length_batches(rows: Sequence[Encoded]) -> list[list[int]]:
     return batches
 
 
-def evaluate_tasks(model: TALoRA, tokenizer, tests: dict[str, list[Example]], task_ids: dict[str, int],
+def evaluate_tasks(model: FrozenLM, tokenizer, tests: dict[str, list[Example]], task_ids: dict[str, int],
                    cfg) -> dict[str, dict[str, float]]:
     """Every metric of every task: {task: {"score": ..., "accuracy": ...}}; tests and task_ids are by task name."""
     with progress(sum(map(len, tests.values())), "evaluating") as bar:
@@ -197,7 +197,7 @@ def majority_scores(task: str, train: Sequence[Example], tests: Sequence[Example
 
 
 @torch.no_grad()
-def dev_score(model: TALoRA, dev: dict[str, list[Encoded]], task_ids: dict[str, int]) -> tuple[float, float]:
+def dev_score(model: FrozenLM, dev: dict[str, list[Encoded]], task_ids: dict[str, int]) -> tuple[float, float]:
     """Share of rows that greedy decoding would answer exactly, and mean loss; a mean over tasks of a mean over rows.
 
     One forward pass over prompt and answer, so it is cheap enough to repeat during training.
@@ -207,7 +207,7 @@ def dev_score(model: TALoRA, dev: dict[str, list[Encoded]], task_ids: dict[str, 
         for task, rows in dev.items():
             outputs = []
             for part in length_batches(rows):
-                batch = data.collate([rows[i] for i in part], [task_ids[task]] * len(part), 0).to(model.theta0.device)
+                batch = data.collate([rows[i] for i in part], [task_ids[task]] * len(part), 0).to(model.device)
                 outputs.append(model(batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels))
             right.append(torch.cat([o.correct for o in outputs]).float().mean().item())
             loss.append(torch.cat([o.losses for o in outputs]).mean().item())
@@ -238,14 +238,20 @@ def table(columns: dict[str, dict[str, dict[str, float]]], metrics: dict[str, st
     return "\n".join([*lines, f"| {'macro average':{width}} | {'':11} | " + " | ".join(cells) + " |"]) + "\n"
 
 
-def draw_run(folder: Path) -> None:
-    """Pictures of a stage from its metrics.jsonl: loss.png, gates.png and, with several tasks, cosines.png."""
+def pyplot():
+    """matplotlib's pyplot, drawing into files: no display needed."""
     import matplotlib
 
-    matplotlib.use("Agg")  # no display needed
+    matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return plt
+
+
+def draw_run(folder: Path) -> None:
+    """Pictures of a stage from its metrics.jsonl: loss.png, and of a gated method gates.png and cosines.png."""
+    plt = pyplot()
+    rows = read_metrics(folder)
     steps = [row for row in rows if "loss" in row]
     dev = [row for row in rows if "dev_loss" in row]
 
@@ -257,14 +263,17 @@ def draw_run(folder: Path) -> None:
     figure.savefig(folder / "loss.png", dpi=120)
     plt.close(figure)
 
-    gates = [(row["step"], row["gates"]) for row in rows if "rates" in row or row["step"] == 0]
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    image = axis.pcolormesh([step for step, _ in gates], range(len(gates[0][1])), list(zip(*(g for _, g in gates))),
-                            shading="nearest", cmap="viridis", vmin=0)
-    axis.set(xlabel="step", ylabel="layer", yticks=range(len(gates[0][1])), title="How far each layer's gate is open")
-    figure.colorbar(image, label="|tanh g|")
-    figure.savefig(folder / "gates.png", dpi=120)
-    plt.close(figure)
+    gates = [(row["step"], row["gates"]) for row in rows
+             if "gates" in row and ("rates" in row or row["step"] == 0)]
+    if gates:
+        figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
+        layers = range(len(gates[0][1]))
+        image = axis.pcolormesh([step for step, _ in gates], layers, list(zip(*(g for _, g in gates))),
+                                shading="nearest", cmap="viridis", vmin=0)
+        axis.set(xlabel="step", ylabel="layer", yticks=layers, title="How far each layer's gate is open")
+        figure.colorbar(image, label="|tanh g|")
+        figure.savefig(folder / "gates.png", dpi=120)
+        plt.close(figure)
 
     cosines = [row for row in rows if "cosines" in row]
     if cosines:
@@ -280,6 +289,25 @@ def draw_run(folder: Path) -> None:
         figure.colorbar(image, ax=axes, label="|cos(A_i, A_j)|, mean over layers")
         figure.savefig(folder / "cosines.png", dpi=120)
         plt.close(figure)
+
+
+def draw_targets(folder: Path, tasks: Sequence[str]) -> None:
+    """Picture of a target stage: targets.png, the share of development rows that are right, for every task."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 1.6 * len(tasks), 2.6), layout="constrained", sharey=True,
+                                squeeze=False)
+    for axis, task in zip(axes[0], tasks):
+        dev = [row for row in read_metrics(folder / task) if "dev_loss" in row]
+        axis.plot([row["step"] for row in dev], [100 * row["dev_accuracy"] for row in dev], "o-", color="#0072B2")
+        axis.set(xlabel="step", title=task, ylim=(0, 103))
+        axis.title.set_size("small")
+    axes[0][0].set_ylabel("development rows right (%)")
+    figure.savefig(folder / "targets.png", dpi=120)
+    plt.close(figure)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 # --------------------------------------------------------------------------------------------------------------------

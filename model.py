@@ -10,8 +10,7 @@ Everything that learns is in five tensors, stacked over the L layers of the back
 
 One forward pass is:  task ids -> theta_i of every layer, Eq. (1) -> its keys and values through the layer's own frozen
 projections -> handed to the backbone as an argument -> every layer adds gated attention to them, Eq. (2).
-The same path serves training, scoring, generation and the notebooks. Nothing of a call is kept on a module: with
-gradient checkpointing a layer runs a second time in backward, and would then find what some other call left there.
+The same path serves training, scoring, generation and the notebooks (frozen.py).
 
 The factors of a task are parameters of their own, not rows of one big tensor: an optimizer with momentum moves every
 row of a tensor that has a gradient, so a task that is absent from a batch would drift.
@@ -20,81 +19,32 @@ B batch (as a shape; the weight B is always (L, P, r)), T text tokens, P prompt 
 K key/value heads, h head size, L layers, N tasks, r rank, V vocabulary.
 """
 
-import hashlib
-import json
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from gating import GATED_PREFIX, prefix_key_value
-from lowrank import task_prompt
+from frozen import FAMILIES, NO_TASK, FrozenLM, Output, TALoRAConfig, describe, evaluating, positions
+from gating import prefix_key_value
+from lowrank import orthogonality, task_cosines, task_prompt
 
-# Backbones whose attention has separate k_proj and v_proj and calls transformers' attention interface.
-FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
-NO_TASK = -1  # the task id of a row that sees theta0 alone
-
-
-@dataclass(frozen=True)
-class TALoRAConfig:
-    prompt_length: int = 12  # P; with r = 8 and one gate per layer: 1.3 M numbers for one task at 7B, as in the paper
-    rank: int = 8  # r
-    scale: float = 1.0  # s
-    gate_per_head: bool = False  # the paper's g^l has one gate per layer
-
-    def __post_init__(self):
-        sizes = (self.prompt_length, self.rank)
-        if not all(type(size) is int and size > 0 for size in sizes) or not isinstance(self.scale, (int, float)):
-            raise ValueError(f"prompt length {self.prompt_length} and rank {self.rank} must be whole numbers above 0, "
-                             f"and the scale {self.scale} a number")
+__all__ = ["FAMILIES", "NO_TASK", "Output", "TALoRA", "TALoRAConfig", "describe", "evaluating", "positions"]
 
 
-@dataclass
-class Output:
-    logits: Tensor | None = None  # (B, T, V), when no labels are given
-    loss: Tensor | None = None  # mean of losses
-    losses: Tensor | None = None  # (B,) mean cross-entropy of each row's answer tokens
-    correct: Tensor | None = None  # (B,) bool: greedy decoding would give exactly the answer
-
-
-class TALoRA(nn.Module):
+class TALoRA(FrozenLM):
     """A frozen causal language model with a gated, task-adaptive low-rank prompt in every layer."""
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
-        """Wrap ``backbone``, a causal language model of one of FAMILIES, for the tasks of these names.
+        """Wrap ``backbone``, which is frozen, for the tasks of these names.
 
-        The backbone's weights are frozen, in whatever dtype they are; all tensors of ours are fp32 on its device.
-        Called by itself the backbone goes on computing what it did before (its attention stays torch's fused one, under
-        our name), so that several wrappers can share it. Raises ValueError for a backbone of another family and for a
-        task named twice.
+        Raises ValueError for a backbone of a family that is not supported and for a task named twice.
         """
-        super().__init__()
-        shape = backbone.config
-        if getattr(shape, "model_type", None) not in FAMILIES or backbone.get_output_embeddings() is None:
-            raise ValueError(
-                f"the backbone is a {type(backbone).__name__} (model type '{getattr(shape, 'model_type', '?')}'), but "
-                f"the gated prefix needs a causal language model of one of the families {', '.join(FAMILIES)}"
-            )
-        self.backbone = backbone.requires_grad_(False)
-        self.config = config
-        self.tasks: list[str] = []
-        L, P, r = shape.num_hidden_layers, config.prompt_length, config.rank
+        super().__init__(backbone, config)
+        shape, P, r = backbone.config, config.prompt_length, config.rank
+        L = shape.num_hidden_layers
 
-        # A new prompt reads like random words. A layer's projections expect normed inputs, so the words pass the
-        # layer's own norm; raw embeddings are far smaller (paper: open).
-        words = backbone.get_input_embeddings().weight  # (V, d)
-        chosen = torch.randint(len(words), (L, P), device=words.device)  # (L, P)
-        with torch.no_grad():
-            theta0 = [layer.input_layernorm(words[row]) for row, layer in zip(chosen, backbone.model.layers)]
         heads = (L, shape.num_attention_heads) if config.gate_per_head else (L,)
-        new = dict(dtype=torch.float32, device=words.device)
-        self.theta0 = nn.Parameter(torch.stack(theta0).to(torch.float32))  # (L, P, d)
+        new = dict(dtype=torch.float32, device=self.device)
+        self.theta0 = nn.Parameter(random_words(backbone, P))  # (L, P, d)
         self.B = nn.Parameter(torch.randn(L, P, r, **new) * r**-0.5)
         self.gate = nn.Parameter(torch.zeros(heads, **new))  # the one zero of every path: see gating.py
         self.u = nn.ParameterList()
@@ -108,14 +58,12 @@ class TALoRA(nn.Module):
         u has variance 1/r, so that (B u)[p] has variance 1/r as well; v is small but not zero. Raises ValueError if
         the name is taken.
         """
-        if name in self.tasks:
-            raise ValueError(f"task '{name}' is there already; the tasks are {', '.join(self.tasks)}")
+        new_id = super().add_task(name)
         L, d, r = len(self.theta0), self.theta0.shape[-1], self.config.rank
         new = dict(dtype=torch.float32, device=self.theta0.device)
-        self.tasks.append(name)
         self.u.append(nn.Parameter(torch.randn(L, r, **new) * r**-0.5))
         self.v.append(nn.Parameter(torch.randn(L, d, **new) * 0.02))
-        return len(self.tasks) - 1
+        return new_id
 
     def factors(self, task_ids: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """The fast weights of these tasks (all, if None) side by side: u (L, N, r) and v (L, N, d).
@@ -123,10 +71,16 @@ class TALoRA(nn.Module):
         A row for the id NO_TASK is zero: theta0 + s * B 0 = theta0.
         """
         task_ids = range(len(self.tasks)) if task_ids is None else task_ids
-        zero_u, zero_v = torch.zeros_like(self.B[:, 0]), torch.zeros_like(self.theta0[:, 0])  # (L, r), (L, d)
+        zero_v = torch.zeros_like(self.theta0[:, 0])  # (L, d)
+        zero_u = zero_v[:, :1].expand(-1, self.config.rank)  # (L, r)
         u = [zero_u if i == NO_TASK else self.u[i] for i in task_ids]
         v = [zero_v if i == NO_TASK else self.v[i] for i in task_ids]
         return torch.stack(u, 1), torch.stack(v, 1)
+
+    def prompts(self, ids: list[int]) -> Tensor:
+        """The prompts of these tasks in every layer, (L, n, P, d); theta0 itself for NO_TASK."""
+        u, v = self.factors(ids)  # (L, n, r), (L, n, d)
+        return task_prompt(self.theta0[:, None], self.B[:, None], u, v, self.config.scale)  # Eq. (1)
 
     def prefix(self, task_ids: Tensor, rows: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Keys, values and gate of every layer's prompt for ``rows`` rows; task_ids (B,) -> L x ((B,K,P,h) x 2, gate).
@@ -134,217 +88,43 @@ class TALoRA(nn.Module):
         Computed anew in every call, once for each *distinct* task. Raises ValueError for an id that is no task's and
         unless there is one id for each row.
         """
-        if task_ids.shape != (rows,):
-            raise ValueError(f"task ids have shape {tuple(task_ids.shape)}, but {rows} rows need one number each")
-        distinct, row = torch.unique(task_ids, return_inverse=True)  # (n,), (B,)
-        ids = distinct.tolist()
-        if ids[0] < NO_TASK or ids[-1] >= len(self.tasks):
-            raise ValueError(f"task ids {ids} are not all among the {len(self.tasks)} tasks ({NO_TASK} = theta0 alone)")
-        u, v = self.factors(ids)
-        row = row.to(self.theta0.device)
-        theta = task_prompt(self.theta0[:, None], self.B[:, None], u, v, self.config.scale)  # (L, n, P, d)  Eq. (1)
-        layers = zip(self.backbone.model.layers, theta.unbind(), self.gate.unbind())
-        key_values = [(*prefix_key_value(layer.self_attn, theta_l), g) for layer, theta_l, g in layers]
+        ids, row = self.check_tasks(task_ids, rows)
+        layers = zip(self.backbone.model.layers, self.prompts(ids).unbind(), self.gate.unbind())
+        key_values = [(*prefix_key_value(layer.self_attn, theta), g) for layer, theta, g in layers]
         return [(K[row], V[row], g) for K, V, g in key_values]
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor) -> Tensor:
-        """The backbone's last hidden states with the tasks' prompts; (B, T) x 3, (B,) -> (B, T, d)."""
-        self._use_gated_attention()
-        return self.backbone.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False,
-            prefix=self.prefix(task_ids, len(input_ids)),
-        ).last_hidden_state
+    def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
+               text: Tensor) -> dict:
+        """The text as it is, and the prompts beside it: every layer finds its own under its number, Eq. (2)."""
+        return dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                    prefix=self.prefix(task_ids, len(input_ids)))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor,
-                labels: Tensor | None = None) -> Output:
-        """Logits of a batch, or with labels its loss; rows may belong to different tasks and be padded on any side.
+    def orthogonality(self, form: str) -> Tensor:
+        """The regulariser R over all tasks, a scalar, Eq. (4)."""
+        return orthogonality(*self.factors(), form)
 
-        input_ids, attention_mask, labels (B, T), task_ids (B,), all long; labels are -100 where nothing is asked.
-        Without labels: ``.logits`` (B, T, V). With labels: ``.losses`` (B,), cross-entropy averaged within each
-        example over its answer tokens, and ``.loss``, their mean: L_PLM of Eq. (3); ``.correct`` (B,), whether
-        greedy decoding would give the answer. Only hidden states that predict an answer token pass the output layer:
-        with a vocabulary of 152,064 that is most of the memory of a step.
-        Raises ValueError for a row without any label.
-        """
-        hidden = self.hidden(input_ids, attention_mask, positions(attention_mask), task_ids)  # (B, T, d)
-        if labels is None:
-            return Output(logits=self.backbone.get_output_embeddings()(hidden))
-        asked = labels[:, 1:] != -100  # (B, T-1): the state at t predicts the token at t + 1
-        count = asked.sum(1)  # (B,)
-        if not count.all():
-            raise ValueError(f"row {int(count.argmin())} of the batch has no answer token: every label is -100")
-        logits = self.backbone.get_output_embeddings()(hidden[:, :-1][asked]).float()  # (answer tokens, V)
-        token_losses = F.cross_entropy(logits, labels[:, 1:][asked], reduction="none")  # (answer tokens,)
-        row = asked.nonzero()[:, 0]  # (answer tokens,): the example of each token
-        losses = token_losses.new_zeros(len(labels)).index_add(0, row, token_losses) / count  # (B,)
-        wrong = torch.zeros_like(count).index_add(0, row, (logits.argmax(-1) != labels[:, 1:][asked]).long())  # (B,)
-        return Output(loss=losses.mean(), losses=losses, correct=wrong == 0)
+    def cosines(self) -> Tensor:
+        """cos(A_i, A_j) of every two tasks in every layer, (L, N, N)."""
+        return task_cosines(*self.factors())
 
     @torch.no_grad()
-    def generate(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy continuation of left-padded prompts; (B, T) x 2, (B,) -> (B, T + max_new_tokens).
-
-        The last max_new_tokens columns are the new tokens; after its end-of-sequence token a row is filled with
-        padding. Raises ValueError if a prompt does not end in the last column.
-        """
-        if not attention_mask[:, -1].all():
-            raise ValueError("generate needs prompts padded on the left: every row must end with a token of its own")
-        # Qwen pads with its end token; a model that names neither runs to max_new_tokens.
-        settings = self.backbone.generation_config
-        eos = settings.eos_token_id if settings.eos_token_id is not None else self.backbone.config.eos_token_id
-        pad = next((i for i in (settings.pad_token_id, eos, 0) if i is not None), 0)
-        pad = pad[0] if isinstance(pad, list) else pad
-        # All settings are given: a model's own (sampling, a repetition penalty) would make the answer another one.
-        greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-                                  eos_token_id=eos, pad_token_id=pad, use_cache=True)
-        # `generate` refuses unknown arguments, so a hook adds the prompt to each of its forward calls, and is removed.
-        prefix = self.prefix(task_ids, len(input_ids))
-        hook = self.backbone.model.register_forward_pre_hook(
-            lambda module, args, kwargs: (args, {**kwargs, "prefix": prefix}), with_kwargs=True
-        )
-        self._use_gated_attention()
-        own, self.backbone.generation_config = self.backbone.generation_config, greedy
-        try:
-            with evaluating(self.backbone):
-                tokens = self.backbone.generate(input_ids, attention_mask=attention_mask, generation_config=greedy)
-        finally:
-            hook.remove()
-            self.backbone.generation_config = own
-        return F.pad(tokens, (0, input_ids.shape[1] + max_new_tokens - tokens.shape[1]), value=pad)
-
-    @torch.no_grad()
-    def score(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor,
-              choices: list[list[list[int]]]) -> Tensor:
-        """log p(choice | prompt) of whole choices; (B, T) x 2, (B,), choices[b][c] token ids -> (B, C) in fp32.
-
-        C is the largest number of choices of a row; a row with fewer has -inf in the rest. A choice is scored
-        exactly as given: end it with the end-of-sequence token to ask for the whole answer. All choices of a row
-        are read in one forward pass behind one copy of the text: each sees the text and itself, not its siblings,
-        and starts at the position that follows the text. Raises ValueError for an empty choice, a row without text or
-        choices, and a text longer than the sliding window of a backbone that has one.
-        """
-        if len(choices) != len(input_ids) or not all(row and all(row) for row in choices):
-            raise ValueError("every row needs at least one choice, and every choice at least one token")
-        if not attention_mask.any(1).all():
-            raise ValueError("every row needs at least one token of text")
-        T, device = input_ids.shape[1], input_ids.device
-        text = attention_mask.bool()  # (B, T)
-        S = T + max(sum(len(c) - 1 for c in row) for row in choices)  # a choice's last token predicts nothing asked
-        window = getattr(self.backbone.config, "sliding_window", None)
-        if window and S > window:  # a mask of our own is taken as it is, so the layers would look further back
-            raise ValueError(f"text and choices take {S} tokens, but the backbone's sliding window is {window}, which "
-                             "score cannot keep to; shorten the text")
-        ids = F.pad(input_ids, (0, S - T))  # (B, S)
-        position = F.pad(positions(attention_mask), (0, S - T))  # (B, S)
-        allowed = torch.eye(S, dtype=torch.bool, device=device).repeat(len(ids), 1, 1)  # (B, S, S); no row all False
-        allowed[:, :T, :T] |= text[:, None] & torch.ones(T, T, dtype=torch.bool, device=device).tril()
-        where = []  # (row, choice, position of the state that predicts the token, token)
-        for b, row in enumerate(choices):
-            last, start, length = int(text[b].nonzero()[-1]), T, int(text[b].sum())
-            for c, choice in enumerate(row):
-                end = start + len(choice) - 1
-                ids[b, start:end] = torch.tensor(choice[:-1], device=device)
-                position[b, start:end] = torch.arange(length, length + end - start, device=device)
-                allowed[b, start:end, :T] = text[b]
-                allowed[b, start:end, start:end] = allowed.new_ones(end - start, end - start).tril()
-                states = [last, *range(start, end)]
-                where += [(b, c, state, token) for state, token in zip(states, choice)]
-                start = end
-        with evaluating(self.backbone):
-            hidden = self.hidden(ids, allowed[:, None], position, task_ids)  # (B, S, d)
-        rows, columns, states, tokens = torch.tensor(where, device=device).T  # 4 x (answer tokens,)
-        head = self.backbone.get_output_embeddings()
-        log_p = torch.cat([  # in slices: (answer tokens, V) would be gigabytes at V = 152,064
-            -F.cross_entropy(head(hidden[rows[part], states[part]]).float(), tokens[part], reduction="none")
-            for part in torch.arange(len(where), device=device).split(1024)
-        ])  # (answer tokens,)
-        scores = torch.zeros(len(ids), max(map(len, choices)), device=device)  # (B, C)
-        scores.index_put_((rows, columns), log_p, accumulate=True)
-        counts = torch.tensor([len(row) for row in choices], device=device)
-        return scores.masked_fill(torch.arange(scores.shape[1], device=device) >= counts[:, None], -torch.inf)
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        """All tensors of ours by name, none of the backbone's."""
-        return {name: p.detach() for name, p in self.named_parameters() if not name.startswith("backbone.")}
-
-    def save(self, folder: str | Path) -> None:
-        """Write adapter.safetensors (tensors of ours alone) and adapter.json (what they mean) into ``folder``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.cpu().contiguous() for name, t in self.adapter_state().items()},
-                  folder / "adapter.safetensors")
-        about = {"method": "talora", "config": asdict(self.config), "tasks": self.tasks,
-                 "backbone": describe(self.backbone)}
-        (folder / "adapter.json").write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: str | Path, backbone: PreTrainedModel) -> "TALoRA":
-        """Read what ``save`` wrote, bit for bit.
-
-        Raises ValueError if files are missing or unreadable, if the backbone is not the one the adapter was trained
-        on, or if tensors are missing, unknown or of another shape. Nothing is changed then.
-        """
-        folder = Path(folder)
-        try:
-            about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-            state = load_file(folder / "adapter.safetensors")
-            config, tasks, trained_on = TALoRAConfig(**about["config"]), about["tasks"], dict(about["backbone"])
-            if about["method"] != "talora" or type(tasks) is not list or len(set(map(str, tasks))) < len(tasks):
-                raise ValueError(f"method {about['method']}, tasks {tasks} are not talora and a list of distinct names")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise ValueError(f"no adapter can be read from '{folder}' ({error}); it should hold adapter.json and "
-                             "adapter.safetensors as written by a training run") from error
-        for key, value in describe(backbone).items():
-            if trained_on.get(key) != value:
-                raise ValueError(f"the adapter in '{folder}' was trained on a backbone with {key} = "
-                                 f"{trained_on.get(key)}, but this one has {value}; load it with its own backbone")
-        model = cls(backbone, tasks, config)
-        own = {name: tuple(t.shape) for name, t in model.adapter_state().items()}
-        found = {name: tuple(t.shape) for name, t in state.items()}
-        if own != found:
-            name = sorted(set(own.items()) ^ set(found.items()))[0][0]
-            raise ValueError(f"the adapter in '{folder}' does not fit its own adapter.json: tensor '{name}' should "
-                             f"have shape {own.get(name, 'none')} and has {found.get(name, 'none')}")
-        model.load_state_dict(state, strict=False)  # names and shapes were compared above; the backbone has its own
-        return model
-
-    def _use_gated_attention(self) -> None:
-        # For good, not for the call: under checkpointing the layers run again in backward, after forward has returned.
-        if self.backbone.config._attn_implementation != GATED_PREFIX:
-            self.backbone.set_attn_implementation(GATED_PREFIX)
+    def diagnose(self) -> dict:
+        """What training logs of the adapter: |tanh g| of every layer, |cos(A_i, A_j)| of the tasks over the layers."""
+        gates = torch.tanh(self.gate).abs().flatten(1).mean(1) if self.gate.dim() > 1 else torch.tanh(self.gate).abs()
+        state = {"gates": [round(g, 5) for g in gates.tolist()]}
+        if len(self.tasks) > 1:
+            cosines = self.cosines().abs().mean(0)  # (N, N), mean over layers
+            state |= {"tasks": self.tasks, "cosines": [[round(c, 5) for c in row] for row in cosines.tolist()]}
+        return state
 
 
-def positions(attention_mask: Tensor) -> Tensor:
-    """Position of every token counted over real tokens, so that padding moves nothing; (B, T) -> (B, T)."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+def random_words(backbone: PreTrainedModel, P: int) -> Tensor:
+    """A new prompt for every layer that reads like random words, (L, P, d) in fp32.
 
-
-@contextmanager
-def evaluating(module: nn.Module):
-    """Run in eval mode and go back to what was before (in training mode, checkpointing would refuse a cache)."""
-    before = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(before)
-
-
-def describe(backbone: PreTrainedModel) -> dict:
-    """What makes a backbone the one an adapter was trained on: its family, its shape, and a hash of some weights.
-
-    The hash is taken in bf16, so that the same weights loaded in fp32 and in bf16 are the same backbone. Weights on
-    the meta device have no values and hash as "meta".
+    A layer's projections expect normed inputs, so the words pass the layer's own norm; raw embeddings are far smaller
+    (paper: open).
     """
-    shape = backbone.config
-    about = {name: getattr(shape, name) for name in (
-        "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")}
-    layers = backbone.model.layers
-    some = [backbone.model.norm.weight, layers[0].self_attn.k_proj.weight, layers[-1].self_attn.k_proj.weight,
-            backbone.get_input_embeddings().weight[:64]]
-    if some[0].is_meta:
-        return {**about, "weights": "meta"}
-    digest = hashlib.sha256()
-    for weight in some:
-        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-    return {**about, "weights": digest.hexdigest()[:16]}
+    layers, words = backbone.model.layers, backbone.get_input_embeddings().weight  # (V, d)
+    chosen = torch.randint(len(words), (len(layers), P), device=words.device)  # (L, P)
+    with torch.no_grad():
+        return torch.stack([layer.input_layernorm(words[row]) for row, layer in zip(chosen, layers)]).float()

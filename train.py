@@ -33,47 +33,36 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import data
 import evaluate
 import pretrain
-import toy
-from config import ORDER, Config, check, depends, flag, parse, plan, split_names, stage_folder
+from backbone import load_backbone
+from baselines import Method
+from config import ORDER, Config, check, depends, flag, method_of, parse, plan, shots_of, split_names, stage_folder
 from data import Batch, Encoded, UserError
-from lowrank import orthogonality, task_cosines
-from model import NO_TASK, TALoRA, TALoRAConfig
+from frozen import NO_TASK, FrozenLM, TALoRAConfig
 
-# Which tensors learn in which stage, and at which rate; everything else is frozen. Eq. (5)
-LEARNS = {
-    ("talora", "base"): {"theta0": "prompt", "gate": "prompt"},
-    ("talora", "multitask"): {"theta0": "slow", "B": "slow", "u": "fast", "v": "fast", "gate": "fast"},
-    ("talora", "target"): {"u": "target", "v": "target"},
-    ("deep-spot", "multitask"): {"theta0": "prompt", "gate": "prompt"},
-    ("deep-spot", "target"): {"theta0": "target", "gate": "target"},
-    ("deep-pt", "target"): {"theta0": "target", "gate": "target"},
-}
+ALL_TASKS = "all tasks"  # the one name of methods that have one set of weights for all source tasks
 
 # ---------------------------------------------------------------------------------------------------- the loop
 
-def learning_tensors(model: TALoRA, method: str, stage: str, task_ids: list[int]) -> dict[str, str]:
-    """Name of every tensor that learns in this stage -> its rate (--slow-rate and so on).
+def learning_tensors(model: FrozenLM, method: Method, stage: str, task_ids: list[int]) -> dict[str, str]:
+    """Name of every tensor that learns in this stage -> its rate (--slow-rate and so on), by the method's table.
 
-    The one place that says so: freezing, the optimizer's groups and the printed table follow it. Of the factors
-    u.i, v.i only those of ``task_ids`` learn.
+    Freezing, the optimizer's groups and the printed table follow it. Of the tensors that each task has one of (u.i,
+    v.i) only those of ``task_ids`` learn.
     """
-    rates = LEARNS[method, stage]
-    own = {str(i) for i in task_ids}
+    rates = method.learns[stage]
     learns = {}
     for name in model.adapter_state():
         tensor, _, task = name.partition(".")
-        if tensor in rates and (not task or task in own):
+        if tensor in rates and (not task.isdigit() or int(task) in task_ids):
             learns[name] = rates[tensor]
     return learns
 
 
-def build_optimizer(model: TALoRA, learns: dict[str, str], cfg: Config) -> torch.optim.AdamW:
+def build_optimizer(model: FrozenLM, learns: dict[str, str], cfg: Config) -> torch.optim.AdamW:
     """AdamW with one group per rate, and freeze everything that is in no group. Eq. (5)
 
     Weight decay spares the gates: pulled towards zero they would close. Each group remembers its rate as "initial".
@@ -82,7 +71,7 @@ def build_optimizer(model: TALoRA, learns: dict[str, str], cfg: Config) -> torch
     groups = []
     for rate in dict.fromkeys(learns.values()):
         for decay in (True, False):
-            names = [n for n in learns if learns[n] == rate and (n != "gate") == decay]
+            names = [n for n in learns if learns[n] == rate and n.startswith("gate") != decay]
             if names:
                 groups.append({"name": rate, "params": [model.get_parameter(n) for n in names], "lr": rates[rate],
                                "initial": rates[rate], "weight_decay": cfg.weight_decay if decay else 0.0})
@@ -99,7 +88,7 @@ def rate_factor(step: int, steps: int, warmup: int) -> float:
     return (step + 1) / (warmup + 1) if step < warmup else (steps - step) / (steps - warmup)
 
 
-def train_step(model: TALoRA, optimizer: torch.optim.Optimizer, batches: list[Batch], cfg: Config,
+def train_step(model: FrozenLM, optimizer: torch.optim.Optimizer, batches: list[Batch], cfg: Config,
                regularise: bool) -> dict[str, float]:
     """One optimisation step over the micro-batches ``batches``; returns what it measured. Eq. (3)
 
@@ -108,17 +97,16 @@ def train_step(model: TALoRA, optimizer: torch.optim.Optimizer, batches: list[Ba
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     examples = sum(len(batch.task_ids) for batch in batches)
     optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW then leaves a task alone that nothing asks to move
-    task_loss = torch.zeros((), device=model.theta0.device)
+    task_loss = torch.zeros((), device=model.device)
     for batch in batches:
-        with autocast(cfg, model.theta0.device):
+        with autocast(cfg, model.device):
             losses = model(batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels).losses  # (B,)
         loss = losses.sum() / examples  # L_PLM: a mean over the examples of the whole step, however it was cut
         loss.backward()
         task_loss += loss.detach()
     reg = torch.zeros(())
     if regularise:
-        u, v = model.factors()  # (L, N, r), (L, N, d)
-        reg = orthogonality(u, v, cfg.regulariser)  # Eq. (4)
+        reg = model.orthogonality(cfg.regulariser)  # Eq. (4)
         if reg.requires_grad:
             (cfg.reg_weight * reg).backward()  # Eq. (3)
     norm = torch.nn.utils.clip_grad_norm_(learning, cfg.clip)
@@ -135,31 +123,26 @@ def autocast(cfg: Config, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16) if cfg.autocast else nullcontext()
 
 
-def fit(model: TALoRA, cfg: Config, stage: str, train: dict[str, list[Encoded]], dev: dict[str, list[Encoded]],
-        task_ids: dict[str, int], steps: int, batch_size: int, folder: Path, log: "Log") -> TALoRA:
-    """The one loop. Trains what LEARNS says for this stage, keeps the best checkpoint on ``dev``, returns it.
+def fit(model: FrozenLM, cfg: Config, stage: str, train: dict[str, list[Encoded]], dev: dict[str, list[Encoded]],
+        task_ids: dict[str, int], steps: int, batch_size: int, folder: Path, log: "Log") -> None:
+    """The one loop. Trains what the method's table says for this stage and keeps the best checkpoint on ``dev``.
 
     train, dev: encoded examples by task; task_ids: the id a task's rows are given (NO_TASK: theta0 alone). Writes
     metrics.jsonl, best/ and last/ into ``folder``.
     """
-    device = model.theta0.device
-    learns = learning_tensors(model, cfg.method, stage, list(task_ids.values()))
+    device, method = model.device, method_of(cfg)
+    learns = learning_tensors(model, method, stage, list(task_ids.values()))
     optimizer = build_optimizer(model, learns, cfg)
-    if stage == "multitask" and cfg.method == "talora":
+    if stage == "multitask" and method.fresh_gates:
         torch.nn.init.zeros_(model.gate)  # the warm-up of zero-init attention begins anew (paper: open)
     log(what_learns(model, learns, optimizer))
     sampler = data.Sampler(train, batch_size, cfg.seed, cfg.mixing, cfg.tokens_per_batch or None)
-    regularise = stage == "multitask" and cfg.method == "talora"
+    regularise = stage == "multitask" and method.regularised
     metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8")
     best, started, tokens = (-1.0, -math.inf), time.perf_counter(), 0
 
     def record(**row):
-        gates = torch.tanh(model.gate.detach()).abs().reshape(len(model.gate), -1).mean(1)  # (L,)
-        row = {**row, "gates": [round(g, 5) for g in gates.tolist()]}
-        if len(model.tasks) > 1:
-            cosines = task_cosines(*(f.detach() for f in model.factors())).abs().mean(0)  # (N, N), mean over layers
-            row["tasks"] = model.tasks
-            row["cosines"] = [[round(c, 5) for c in line] for line in cosines.tolist()]
+        row = {**row, **model.diagnose()}
         metrics.write(json.dumps(row) + "\n")
         metrics.flush()
         return row
@@ -179,7 +162,8 @@ def fit(model: TALoRA, cfg: Config, stage: str, train: dict[str, list[Encoded]],
             row = record(step=done, **measured, rates=rates, tokens_per_s=round(tokens / seconds))
             log(f"{stage:9} {done:>5}/{steps}  {done / steps:4.0%}  loss {measured['loss']:.4f}  "
                 f"reg {measured['reg']:.5f}  " + "  ".join(f"{n} {r:.1e}" for n, r in rates.items()) +
-                f"  |tanh g| {sum(row['gates']) / len(row['gates']):.3f}  {tokens / seconds:,.0f} tok/s  "
+                (f"  |tanh g| {sum(row['gates']) / len(row['gates']):.3f}" if "gates" in row else "") +
+                f"  {tokens / seconds:,.0f} tok/s  "
                 f"ETA {clock(seconds / done * (steps - done))}")
         if done % cfg.eval_every == 0 or done == steps:
             right, loss = evaluate.dev_score(model, dev, task_ids)
@@ -189,26 +173,25 @@ def fit(model: TALoRA, cfg: Config, stage: str, train: dict[str, list[Encoded]],
                 model.save(folder / "best")
     model.save(folder / "last")
     metrics.close()
-    evaluate.draw_run(folder)
     log(f"{stage:9} done in {clock(time.perf_counter() - started)}; best on development rows: "
         f"{best[0]:.1%} exactly right, loss {-best[1]:.4f}; {sampler.padding:.1%} of the tokens were padding")
-    return TALoRA.load(folder / "best", model.backbone)
 
 
-def what_learns(model: TALoRA, learns: dict[str, str], optimizer: torch.optim.Optimizer) -> str:
-    """A table of what learns (name, shape, count, rate) and what is frozen; a task's u.i and v.i share a line."""
+def what_learns(model: FrozenLM, learns: dict[str, str], optimizer: torch.optim.Optimizer) -> str:
+    """A table of what learns (name, shape, count, rate) and what is frozen; the tensors of a list share a line."""
     rates = {group["name"]: group["initial"] for group in optimizer.param_groups}
     lines = [f"{'learns':12} {'shape':>16} {'count':>12}  rate"]
     for tensor in dict.fromkeys(name.partition(".")[0] for name in learns):
         members = [n for n in learns if n.partition(".")[0] == tensor]
-        shape = "x".join(map(str, model.get_parameter(members[0]).shape))
+        shapes = ["x".join(map(str, model.get_parameter(n).shape)) for n in members]
+        shape = shapes[0] if len(set(shapes)) == 1 else "several"
         shape = f"{len(members)} x {shape}" if "." in members[0] else shape
         count = sum(model.get_parameter(n).numel() for n in members)
         lines.append(f"{tensor:12} {shape:>16} {count:>12,}  {learns[members[0]]} {rates[learns[members[0]]]:.1e}")
     total = sum(model.get_parameter(n).numel() for n in learns)
     lines.append(f"{'in all':12} {'':>16} {total:>12,}")
     adapter = sum(t.numel() for t in model.adapter_state().values()) - total
-    frozen = sum(p.numel() for p in model.backbone.parameters())
+    frozen = sum(p.numel() for p in model.backbone.parameters() if not p.requires_grad)
     lines.append(f"{'frozen':12} {'':>16} {frozen:>12,}  backbone, and {adapter:,} of the adapter")
     return "\n".join(lines)
 
@@ -219,11 +202,11 @@ class Run:
     """A run: its options, its folder, its backbone and tokenizer, loaded once for all stages."""
 
     def __init__(self, cfg: Config, command: str):
-        self.cfg, self.command = cfg, command
+        self.cfg, self.command, self.method = cfg, command, method_of(cfg)
         self.folder = Path(cfg.run)
         self.device = torch.device(cfg.device)
         self.log = Log(self.folder / "log.txt")
-        self.backbone, self.tokenizer = load_backbone(cfg, self.device)
+        self.backbone, self.tokenizer = load_backbone(cfg.backbone, cfg.dtype, self.device)
         if cfg.checkpointing:
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -256,14 +239,18 @@ class Run:
             for split in ("train", "dev", "test"):
                 self.rows(task, split)
 
-    def new_model(self, tasks: list[str]) -> TALoRA:
+    def new_model(self, tasks: list[str]) -> FrozenLM:
         cfg = self.cfg
-        return TALoRA(self.backbone, tasks, TALoRAConfig(cfg.prompt_length, cfg.rank, cfg.scale, cfg.gate_per_head))
-
-    def load(self, stage: str) -> TALoRA:
-        """The best adapter of a finished stage of this run."""
+        sizes = TALoRAConfig(cfg.prompt_length, cfg.rank, cfg.scale, cfg.gate_per_head)
         try:
-            return TALoRA.load(stage_folder(self.cfg, stage) / "best", self.backbone)
+            return self.method.model(self.backbone, tasks, sizes)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def load(self, folder: Path) -> FrozenLM:
+        """The best adapter that training left in a folder."""
+        try:
+            return self.method.model.load(folder / "best", self.backbone)
         except ValueError as error:
             raise UserError(str(error)) from error
 
@@ -289,29 +276,33 @@ def base_stage(run: Run) -> None:
     train = {task: run.rows(task, "train")}
     fit(model, cfg, "base", train, {task: run.rows(task, "dev")}, {task: NO_TASK}, cfg.base_steps, cfg.base_batch,
         folder, run.log)
+    evaluate.draw_run(folder)
     write_json(folder / "results.json", {"stage": "base", "task": task, "seed": cfg.seed})
 
 
 def multitask_stage(run: Run) -> None:
     """All source tasks at once; then every one of them on its test rows, beside the references."""
-    cfg, sources = run.cfg, split_names(run.cfg.sources)
-    if cfg.method == "talora":
-        model = run.load("base")
+    cfg, method, sources = run.cfg, run.method, split_names(run.cfg.sources)
+    if "base" in method.learns:
+        model = run.load(stage_folder(cfg, "base"))
     folder = run.open("multitask")
-    if cfg.method != "talora":
-        model = run.new_model([])
-    ids = {task: model.tasks.index(task) if task in model.tasks else NO_TASK for task in sources}
+    if "base" not in method.learns:
+        model = run.new_model(sources if method.per_task else [ALL_TASKS])
+    ids = {task: model.tasks.index(task if method.per_task else ALL_TASKS) for task in sources}
     train = {task: run.rows(task, "train") for task in sources}
     dev = {task: run.rows(task, "dev") for task in sources}
-    model = fit(model, cfg, "multitask", train, dev, ids, cfg.multitask_steps, cfg.multitask_batch, folder, run.log)
+    fit(model, cfg, "multitask", train, dev, ids, cfg.multitask_steps, cfg.multitask_batch, folder, run.log)
+    model = run.load(folder)
+    numbers = count(model, learning_tensors(model, method, "multitask", list(ids.values())))
     columns = references(run, sources)
     columns |= score_columns(run, model, sources, ids)
-    report(run, folder, "multitask", columns)
+    evaluate.draw_run(folder)
+    report(run, folder, "multitask", columns, numbers=numbers)
 
 
 def target_stage(run: Run) -> None:
     """Each target task from --shots examples (or all), one after another, with everything shared frozen."""
-    cfg, targets = run.cfg, split_names(run.cfg.targets)
+    cfg, method, targets = run.cfg, run.method, split_names(run.cfg.targets)
     folder = run.open("target")
     columns, starts = references(run, targets), {}
     for task in targets:
@@ -319,62 +310,73 @@ def target_stage(run: Run) -> None:
         run.log(f"\n-- {task}")
         (folder / task).mkdir()
         rows, dev = run.rows(task, "train"), run.rows(task, "dev")
-        if cfg.shots:
+        if int(cfg.shots):
             pool = run.examples(task, "train")
-            train, held = data.k_shot(pool, cfg.shots, cfg.seed)
+            train, held = data.k_shot(pool, int(cfg.shots), cfg.seed)
             rows, dev = run.encode(train), run.encode(held, keep_answer=False)
-            write_json(folder / task / "shots.json", data.k_shot_record(pool, cfg.shots, cfg.seed))
+            write_json(folder / task / "shots.json", data.k_shot_record(pool, int(cfg.shots), cfg.seed))
             answers, known = {e.answer for e in train}, data.task_of(task, pool).answers
             if len(answers) < len(known):
                 run.log(f"{cfg.shots} examples cover {len(answers)} of its {len(known)} answers")
-        model = run.new_model([]) if cfg.method == "deep-pt" else run.load("multitask")
-        task_id, new = NO_TASK, {}
+        model = (run.load(stage_folder(cfg, "multitask")) if "multitask" in method.learns else
+                 run.new_model([task]))
+        task_id, new = 0, {}
         if cfg.method == "talora":
             new["theta0 (k = 0)"] = evaluate.evaluate_tasks(model, run.tokenizer, test_rows(run, [task]),
                                                             {task: NO_TASK}, cfg)
+        if method.per_task:
             task_id, starts[task] = nearest_start(model, task, rows)
-            run.log(f"starts from {starts[task]}, the source whose u, v give the lowest loss on its examples")
-        model = fit(model, cfg, "target", {task: rows}, {task: dev}, {task: task_id}, cfg.target_steps,
-                    cfg.target_batch, folder / task, run.log)
+            run.log(f"starts from {starts[task]}, the source whose own weights give the lowest loss on its examples")
+        numbers = count(model, learning_tensors(model, method, "target", [task_id]))
+        fit(model, cfg, "target", {task: rows}, {task: dev}, {task: task_id}, cfg.target_steps, cfg.target_batch,
+            folder / task, run.log)
+        model = run.load(folder / task)
         for name, column in (new | score_columns(run, model, [task], {task: task_id})).items():
             columns.setdefault(name, {}).update(column)
-    report(run, folder, "target", columns, shots=cfg.shots, starts=starts)
+    evaluate.draw_targets(folder, targets)
+    report(run, folder, "target", columns, shots=int(cfg.shots), starts=starts, numbers=numbers)
 
 
-def nearest_start(model: TALoRA, task: str, rows: list[Encoded]) -> tuple[int, str]:
-    """Add ``task`` with the u, v of the source task whose prompt gives the lowest loss on ``rows``; (id, source)."""
+def nearest_start(model: FrozenLM, task: str, rows: list[Encoded]) -> tuple[int, str]:
+    """Add ``task`` with the weights of the source task that give the lowest loss on ``rows``; (id, source)."""
     losses = [evaluate.dev_score(model, {task: rows[:64]}, {task: i})[1] for i in range(len(model.tasks))]
     nearest = min(range(len(losses)), key=losses.__getitem__)
     new = model.add_task(task)
-    with torch.no_grad():
-        model.u[new].copy_(model.u[nearest])
-        model.v[new].copy_(model.v[nearest])
+    model.copy_task(nearest, new)
     return new, model.tasks[nearest]
+
+
+def count(model: FrozenLM, names) -> int:
+    return sum(model.get_parameter(name).numel() for name in names)
 
 
 def references(run: Run, tasks: list[str]) -> dict[str, dict]:
     """What to compare with: the most frequent answer, the frozen backbone, and the instruction put in words."""
-    frozen = run.new_model([])  # its gates are zero: exactly the backbone
-    ids = dict.fromkeys(tasks, NO_TASK)
     tests = test_rows(run, tasks)
-    columns = {
-        "majority": {t: evaluate.majority_scores(t, run.examples(t, "train"), tests[t]) for t in tasks},
-        "frozen backbone": evaluate.evaluate_tasks(frozen, run.tokenizer, tests, ids, run.cfg),
-    }
+    columns = {"majority": {t: evaluate.majority_scores(t, run.examples(t, "train"), tests[t]) for t in tasks}}
+    if not run.cfg.references:
+        return columns
+    frozen, ids = FrozenLM(run.backbone, TALoRAConfig()), dict.fromkeys(tasks, NO_TASK)
+    columns["frozen backbone"] = evaluate.evaluate_tasks(frozen, run.tokenizer, tests, ids, run.cfg)
     if all(rows[0].hard_prompt for rows in tests.values()):  # the micro-world's tasks hide it; real templates hold it
         asked = {t: [dataclasses.replace(e, prompt=e.hard_prompt) for e in rows] for t, rows in tests.items()}
         columns["hard instruction"] = evaluate.evaluate_tasks(frozen, run.tokenizer, asked, ids, run.cfg)
     return columns
 
 
-def score_columns(run: Run, model: TALoRA, tasks: list[str], ids: dict[str, int]) -> dict[str, dict]:
+def score_columns(run: Run, model: FrozenLM, tasks: list[str], ids: dict[str, int]) -> dict[str, dict]:
     """The method's scores on the test rows, and on the same rows rewritten as training never shows them."""
     tests = test_rows(run, tasks)
     unseen = {task: [data.perturb(example, run.cfg.seed) for example in rows] for task, rows in tests.items()}
     run.log("rewritten test rows: " + ", ".join(
         f"{task} {sum(bool(e.operations) for e in rows) / len(rows):.0%}" for task, rows in unseen.items()))
     return {name: evaluate.evaluate_tasks(model, run.tokenizer, rows, ids, run.cfg)
-            for name, rows in ((run.cfg.method, tests), (f"{run.cfg.method}, rewritten", unseen))}
+            for name, rows in ((label(run.cfg), tests), (f"{label(run.cfg)}, rewritten", unseen))}
+
+
+def label(cfg: Config) -> str:
+    """What a method is called in tables: talora, deep-pt, talora without a base stage: talora no-base."""
+    return cfg.method + f" {cfg.variant}" * bool(cfg.variant)
 
 
 def test_rows(run: Run, tasks: list[str]) -> dict[str, list[data.Example]]:
@@ -383,7 +385,7 @@ def test_rows(run: Run, tasks: list[str]) -> dict[str, list[data.Example]]:
 
 def report(run: Run, folder: Path, stage: str, columns: dict[str, dict], **more) -> None:
     """Write results.json last: a stage is finished when it has one."""
-    results = {"stage": stage, "method": run.cfg.method, "seed": run.cfg.seed, "command": run.command, **more,
+    results = {"stage": stage, "method": label(run.cfg), "seed": run.cfg.seed, "command": run.command, **more,
                "columns": columns}
     metrics = {task: data.task_of(task, run.examples(task, "test")).metric for task in columns["majority"]}
     table = evaluate.table(columns, metrics)
@@ -393,49 +395,6 @@ def report(run: Run, folder: Path, stage: str, columns: dict[str, dict], **more)
 
 
 # ---------------------------------------------------------------------------------------------------- the program
-
-def load_backbone(cfg: Config, device: torch.device):
-    """The frozen backbone and its tokenizer; a folder or hub name, or the micro-world's own where none is given."""
-    if not cfg.backbone:
-        try:
-            backbone, tokenizer = toy.load_backbone()
-        except FileNotFoundError as error:
-            raise UserError(str(error)) from error
-        return backbone.to(device, getattr(torch, cfg.dtype)), tokenizer
-    try:
-        tokenizer = load_tokenizer(cfg.backbone)
-        backbone, loaded = AutoModelForCausalLM.from_pretrained(cfg.backbone, dtype=getattr(torch, cfg.dtype),
-                                                                output_loading_info=True)
-        if loaded["missing_keys"]:
-            raise ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}")
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"'{cfg.backbone}' is no causal language model that can be loaded ({reason}); --backbone takes "
-                        "a folder with config.json, weights and tokenizer, or the hub's name of one") from error
-    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of '{cfg.backbone}' has no pad or no end token; any token can pad, since "
-                        "padding is masked by position: set tokenizer.pad_token = tokenizer.eos_token and save it")
-    if len(tokenizer) > backbone.config.vocab_size:
-        raise UserError(f"the tokenizer of '{cfg.backbone}' has {len(tokenizer):,} tokens but its model only "
-                        f"{backbone.config.vocab_size:,}; they do not belong together")
-    try:
-        TALoRA(backbone, [])
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    return backbone.to(device), tokenizer
-
-
-def load_tokenizer(name: str):
-    """The tokenizer of a folder or hub name, as the class its own tokenizer_config.json declares.
-
-    AutoTokenizer goes by the model's type instead, and takes the tokenizer of a Qwen2 made from scratch (words or
-    characters) for Qwen's byte-level one.
-    """
-    about = Path(name) / "tokenizer_config.json"
-    declared = json.loads(about.read_text(encoding="utf-8")).get("tokenizer_class") if about.exists() else None
-    plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")  # the name before and since transformers 5
-    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(name)
-
 
 class Log:
     """Prints a line and appends it to a file, which it makes at the first line."""
@@ -517,27 +476,32 @@ def main(argv: list[str]) -> None:
     command, stages = "python train.py " + " ".join(argv), plan(cfg)
     if "pretrain" in stages and cfg.stage != "pretrain":
         cfg.backbone = str(stage_folder(cfg, "pretrain"))  # the run makes its own
-    todo = [stage for stage in stages if not finished(cfg, stage)]
+    jobs = [(stage, dataclasses.replace(cfg, shots=str(shots)) if stage == "target" else cfg)
+            for stage in stages for shots in (shots_of(cfg) if stage == "target" else [0])]
+    todo = [(stage, stage_cfg) for stage, stage_cfg in jobs if not finished(stage_cfg, stage)]
     print(f"run {cfg.run}/ on {cfg.device}; options: " + ", ".join(f"{flag(n)} {v}" for n, v in changed.items()))
-    needed = split_names(cfg.sources) * (cfg.method != "deep-pt") + split_names(cfg.targets) * ("target" in stages)
-    for task in needed if stages != ["pretrain"] else []:
+    sources, targets = split_names(cfg.sources), split_names(cfg.targets)
+    needed = sources * ("multitask" in stages) + targets * ("target" in stages)
+    for task in needed:
         for split in ("train", "dev", "test"):
             rows = data.load_task(task, split, cfg.data_root or None)
-            if split == "train" and cfg.shots and "target" in todo and task in split_names(cfg.targets):
-                data.k_shot(rows, cfg.shots, cfg.seed)
-    for stage in todo:
-        if stage != cfg.stage and cfg.stage != "all":
+            for shots in shots_of(cfg) if split == "train" and task in targets else ():
+                if shots:
+                    data.k_shot(rows, shots, cfg.seed)
+    for stage, _ in todo:
+        if stage not in (cfg.stage, "target") and cfg.stage != "all":
             print(f"'{cfg.stage}' builds on stage '{stage}', which {cfg.run}/ does not hold yet: it runs first")
-    if "pretrain" in todo:
+    if todo and todo[0][0] == "pretrain":
         pretrain_stage(cfg, command)
-        todo.remove("pretrain")
+        todo.pop(0)
     if todo:
         run = Run(cfg, command)
         run.check_rows(needed)
-        for stage in todo:
+        for stage, run.cfg in todo:
             {"base": base_stage, "multitask": multitask_stage, "target": target_stage}[stage](run)
-    else:
-        folder = stage_folder(cfg, stages[-1])
+        return
+    for stage, stage_cfg in jobs:
+        folder = stage_folder(stage_cfg, stage)
         print(f"{folder}/ is finished, nothing more to do")
         if (folder / "table.md").exists():
             print((folder / "table.md").read_text(encoding="utf-8"))

@@ -1,0 +1,59 @@
+r"""Where a backbone comes from: a folder, the hub, or the micro-world's own, and what makes one unusable."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import toy
+from data import UserError
+from frozen import FrozenLM, TALoRAConfig
+
+
+def load_backbone(name: str, dtype: str, device: torch.device | str):
+    """The backbone ``name`` (a folder, a hub name, or "" for the micro-world's own) and its tokenizer.
+
+    dtype: "float32" or "bfloat16". Raises UserError for what is no causal language model of a supported family, and for
+    a tokenizer that does not belong to it.
+    """
+    if not name:
+        try:
+            backbone, tokenizer = toy.load_backbone()
+        except FileNotFoundError as error:
+            raise UserError(str(error)) from error
+        return backbone.to(device, getattr(torch, dtype)), tokenizer
+    try:
+        tokenizer = load_tokenizer(name)
+        backbone, loaded = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype),
+                                                                output_loading_info=True)
+        if loaded["missing_keys"]:
+            raise ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}")
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"'{name}' is no causal language model that can be loaded ({reason}); --backbone takes "
+                        "a folder with config.json, weights and tokenizer, or the hub's name of one") from error
+    if tokenizer.pad_token_id is None or tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of '{name}' has no pad or no end token; any token can pad, since "
+                        "padding is masked by position: set tokenizer.pad_token = tokenizer.eos_token and save it")
+    if len(tokenizer) > backbone.config.vocab_size:
+        raise UserError(f"the tokenizer of '{name}' has {len(tokenizer):,} tokens but its model only "
+                        f"{backbone.config.vocab_size:,}; they do not belong together")
+    try:
+        FrozenLM(backbone, TALoRAConfig())
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return backbone.to(device), tokenizer
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a folder or hub name, as the class its own tokenizer_config.json declares.
+
+    AutoTokenizer goes by the model's type instead, and takes the tokenizer of a Qwen2 made from scratch (words or
+    characters) for Qwen's byte-level one.
+    """
+    about = Path(name) / "tokenizer_config.json"
+    declared = json.loads(about.read_text(encoding="utf-8")).get("tokenizer_class") if about.exists() else None
+    plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")  # the name before and since transformers 5
+    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(name)
