@@ -149,10 +149,10 @@ def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:
     preset, method = typed.get("preset", "toy"), typed.get("method", "talora")
     changed = {**PRESETS[preset], **METHOD_OPTIONS["toy" if preset == "toy" else "large"].get(method, {}), **typed}
     cfg = Config(**changed)
-    wanted = method_of(cfg).options
-    wanted = {name: getattr(cfg, value, value) if isinstance(value, str) else value for name, value in wanted.items()}
+    sets = method_of(cfg).options
+    wanted = {name: getattr(cfg, value, value) if isinstance(value, str) else value for name, value in sets.items()}
     for name, value in wanted.items():
-        if typed.get(name, value) != value:
+        if value == sets[name] and typed.get(name, value) != value:  # not one that follows another option
             raise UserError(f"--variant {cfg.variant} sets {flag(name)} {value}, the command {typed[name]}; leave one "
                             "of them out")
     cfg, changed = dataclasses.replace(cfg, **wanted), {**changed, **wanted}

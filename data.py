@@ -682,7 +682,7 @@ class Sampler:
     """
 
     WINDOW = 32  # steps
-    PART = 32  # rows
+    PART = 16  # rows
 
     def __init__(
         self, examples_by_task: dict[str, Sequence[Encoded]], batch_size: int, seed: int,

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from data import Encoded, Example, task_of
+from data import Encoded, Example, UserError, task_of
 from frozen import FrozenLM, evaluating
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -361,22 +361,17 @@ def tables(records: Sequence[dict]) -> str:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Gather finished runs into one table.")
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, such as runs/toy runs/toy-seed1")
-    parser.add_argument("--out", type=Path, required=True, help="folder for results.jsonl and tables.md")
+    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--suite", metavar="NAME", help="run the experiment of this name (suite.py): quick, full")
+    parser.add_argument("--jobs", type=int, default=2, help="cells of the suite at a time, one thread each")
     options = parser.parse_args(argv)
-    records = collect(options.runs)
-    if not records:
-        parser.error(f"no finished stage in {', '.join(map(str, options.runs))}; run train.py first")
-    try:
-        text = tables(records)
-    except ValueError as error:
-        parser.error(str(error))
-    options.out.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    (options.out / "results.jsonl").write_text(lines, encoding="utf-8")
-    (options.out / "tables.md").write_text(text, encoding="utf-8")
-    print(text)
+    if options.suite:
+        import suite  # it starts train.py, which imports this file
+
+        if options.suite not in suite.SUITES:
+            raise UserError(f"there is no suite '{options.suite}'; there are {', '.join(suite.SUITES)}")
+        suite.run_suite(options.suite, suite.SUITES[options.suite], Path("results") / options.suite,
+                        Path("runs") / "suite" / options.suite, options.jobs)
 
 
 if __name__ == "__main__":
