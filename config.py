@@ -59,6 +59,7 @@ class Config:
     mixing: str = option("uniform", "multitask", "how source tasks share a step [paper: open]",
                          ("uniform", "proportional"))
     references: bool = option(True, NEVER, "score the frozen backbone and the instruction in words, too")
+    pictures: bool = option(True, NEVER, "draw losses, gates and cosines of a stage")
     # backbone
     backbone: str = option("", "base", "folder or hub name of a causal language model; the preset's if not given "
                            "[paper: Qwen2.5-7B]")

@@ -277,18 +277,25 @@ def draw_run(folder: Path) -> None:
 
     cosines = [row for row in rows if "cosines" in row]
     if cosines:
-        names, ends = cosines[0]["tasks"], (cosines[0]["cosines"], cosines[-1]["cosines"])
-        others = [[[c if i != j else math.nan for j, c in enumerate(line)] for i, line in enumerate(m)] for m in ends]
-        top = max(c for matrix in others for line in matrix for c in line if c == c)  # c != c: the diagonal's nan
-        figure, axes = plt.subplots(1, 2, figsize=(10, 5.4), layout="constrained", sharey=True)
-        for axis, matrix, row, when in zip(axes, others, (cosines[0], cosines[-1]), ("before", "after")):
-            image = axis.imshow(matrix, cmap="viridis", vmin=0, vmax=top)
-            axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
-            axis.set_yticks(range(len(names)), names)
-            axis.set_title(f"{when} training (step {row['step']})")
-        figure.colorbar(image, ax=axes, label="|cos(A_i, A_j)|, mean over layers")
-        figure.savefig(folder / "cosines.png", dpi=120)
-        plt.close(figure)
+        draw_cosines(folder / "cosines.png", cosines[0], cosines[-1])
+
+
+def draw_cosines(path: Path, first: dict, last: dict) -> None:
+    """Picture of |cos(A_i, A_j)|, the mean over layers, at two steps; first, last: rows of metrics.jsonl."""
+    plt = pyplot()
+    names = first["tasks"]
+    others = [[[c if i != j else math.nan for j, c in enumerate(line)] for i, line in enumerate(row["cosines"])]
+              for row in (first, last)]
+    top = max(c for matrix in others for line in matrix for c in line if c == c)  # c != c: the diagonal's nan
+    figure, axes = plt.subplots(1, 2, figsize=(10, 5.4), layout="constrained", sharey=True)
+    for axis, matrix, row, when in zip(axes, others, (first, last), ("before", "after")):
+        image = axis.imshow(matrix, cmap="viridis", vmin=0, vmax=top)
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axis.set_yticks(range(len(names)), names)
+        axis.set_title(f"{when} training (step {row['step']})")
+    figure.colorbar(image, ax=axes, label="|cos(A_i, A_j)|, mean over layers")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def draw_targets(folder: Path, tasks: Sequence[str]) -> None:
@@ -375,4 +382,8 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

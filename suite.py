@@ -15,23 +15,26 @@ line "from the results" is made from results/<name>/results.jsonl alone.
 """
 
 import json
-import os
+import math
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
+import torch
+
+import train
 from baselines import METHODS, VARIANTS
 from data import UserError
+from evaluate import draw_cosines, pyplot
 
-ROOT = Path(__file__).parent
 SWEEP_SEED = 100  # for choosing rates, and for nothing else
-TRAINED = ("talora", "pt", "deep-pt", "deep-spot", "deep-spot-nearest", "deep-mpt")  # at every k
+EVERY_K = ("talora", "pt", "deep-pt", "deep-spot", "deep-mpt")  # the other methods: 8, 32 and all examples
 
 # (--slow-rate and --fast-rate, or --prompt-rate) on the sources, --target-rate on a target: three values each.
 INPUT, DEEP = (0.01, 0.03, 0.1), (0.05, 0.1, 0.2)
@@ -66,7 +69,8 @@ class Suite:
 SUITES = {
     "quick": Suite({"talora": "8", "deep-pt": "8", "deep-spot": "8", "lora": "8"}, ("reg-off",), seeds=(0, 1),
                    options=("--multitask-steps", "100", "--target-steps", "60")),
-    "full": Suite({name: "4,8,16,32,0" if name in TRAINED else "8,32,0" for name in METHODS}, tuple(VARIANTS),
+    "full": Suite({name: "4,8,16,32,0" if name in EVERY_K else "8,32,0" for name in METHODS
+                   if name != "spot-nearest"}, tuple(VARIANTS),
                   seeds=(0, 1, 2, 3, 4), backbones=(0, 1, 2), sweep=True,
                   options=("--multitask-steps", "400", "--multitask-batch", "32")),
 }
@@ -110,9 +114,10 @@ def run_suite(name: str, suite: Suite, out: Path, work: Path, jobs: int) -> None
 
 def run_cells(cells: Sequence[Cell], out: Path, work: Path, jobs: int) -> None:
     """Run cells, ``jobs`` at a time, and append what each one found to results.jsonl as soon as it is finished."""
-    started, done, waiting, failed = time.perf_counter(), 0, list(cells), []
-    with ThreadPoolExecutor(jobs) as pool:
-        running = {}
+    started, done, failed = time.perf_counter(), 0, []
+    # Processes that live on: to start Python and to make the micro-world's rows takes as long as a short cell.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        waiting, running = list(cells), {}
         while running or (waiting and not failed):
             while waiting and len(running) < jobs and not failed:
                 cell = waiting.pop(0)
@@ -120,7 +125,7 @@ def run_cells(cells: Sequence[Cell], out: Path, work: Path, jobs: int) -> None:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 cell, error = running.pop(future), future.exception()
                 if error:
-                    failed.append(f"{cell.name}: {error}")
+                    failed.append(f"{cell.name}: {error} (see {work / cell.folder}/output.txt)")
                     continue
                 with open(out / "results.jsonl", "a", encoding="utf-8") as file:
                     file.writelines(json.dumps(record) + "\n" for record in future.result())
@@ -133,22 +138,17 @@ def run_cells(cells: Sequence[Cell], out: Path, work: Path, jobs: int) -> None:
 
 
 def run_cell(cell: Cell, work: Path) -> list[dict]:
-    """One run of train.py in a process of its own; its records, one a stage."""
+    """One run of train.py; its records, one a stage."""
     folder = work / cell.folder
     if folder.exists():
         shutil.rmtree(folder)  # what an interrupted suite left
-    if cell.start:
-        for stage in ("base", "multitask"):
-            if (cell.start / stage).exists():
-                shutil.copytree(cell.start / stage, folder / stage)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
+    for stage in ("base", "multitask") if cell.start else ():
+        if (cell.start / stage).exists():
+            shutil.copytree(cell.start / stage, folder / stage)
     started = time.perf_counter()
-    with open(folder / "output.txt", "w", encoding="utf-8") as output:
-        code = subprocess.run([sys.executable, *cell.command], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
-    if code:
-        last = (folder / "output.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
-        raise RuntimeError(f"exit code {code}, {''.join(last)} (all of it in {folder}/output.txt)")
+    with open(folder / "output.txt", "w", encoding="utf-8") as output, redirect_stdout(output):
+        train.main(list(cell.command[1:]))
     records = records_of(cell, folder, round(time.perf_counter() - started))
     if cell.kind in ("method", "variant", "sweep-target"):
         shutil.rmtree(folder)  # all that is needed is in the records
@@ -199,7 +199,7 @@ def backbone_cells(suite: Suite, records: Sequence[dict], work: Path) -> list[Ce
 def source_sweep_cells(suite: Suite, records: Sequence[dict], work: Path) -> list[Cell]:
     methods = [name for name in suite.methods if suite.sweep and "multitask" in METHODS[name].stages]
     return [cell(f"sweep {name} {i}", "sweep-source", name, SWEEP_SEED, work, "--stage", "multitask",
-                 "--no-references", *suite.options, rates=source_rates(rate))
+                 "--no-references", "--no-pictures", *suite.options, rates=source_rates(rate))
             for name in methods for i, rate in enumerate(GRIDS[name][0])]
 
 
@@ -212,8 +212,8 @@ def target_sweep_cells(suite: Suite, records: Sequence[dict], work: Path) -> lis
                         and r["rates"] == rates)
             start = work / best["cell"].replace(" ", "-")
         cells += [cell(f"sweep {name} target {i}", "sweep-target", name, SWEEP_SEED, work, "--stage", "target",
-                       "--shots", "16", "--no-references", *suite.options, rates={**rates, "target_rate": rate},
-                       start=start) for i, rate in enumerate(GRIDS[name][1])]
+                       "--shots", "16", "--no-references", "--no-pictures", *suite.options,
+                       rates={**rates, "target_rate": rate}, start=start) for i, rate in enumerate(GRIDS[name][1])]
     return cells
 
 
@@ -230,7 +230,7 @@ def method_cells(suite: Suite, records: Sequence[dict], work: Path) -> list[Cell
                 more += ("--variant", name) if kind == "variant" else ()
                 more += () if name == "talora" else ("--no-references",)
                 cells.append(cell(f"{name} seed {seed}", kind, method, seed, work, "--stage", "all", "--shots", k,
-                                  *more, *suite.options, rates=rates))
+                                  "--no-pictures", *more, *suite.options, rates=rates))
     return cells
 
 
@@ -253,10 +253,265 @@ def chosen(records: Sequence[dict], method: str, kind: str) -> dict[str, float]:
     return max(tried, key=lambda r: r["dev"])["rates"] if tried else {}
 
 
+# ------------------------------------------------------------------------------------------------ from the results
+
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # by degrees of freedom, from 1
+SOURCE, REWRITTEN = ("multitask", None, ""), ("multitask", None, ", rewritten")  # (stage, shots, which test rows)
+PLOT = dict(layout="constrained")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+
+
 def read(out: Path) -> list[dict]:
-    path = out / "results.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The records in results.jsonl; a line that an interruption cut off is left out, its cell runs again."""
+    path, records = out / "results.jsonl", []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            print(f"{path}: a broken line is left out")
+    return records
+
+
+def target(k: int, rows: str = "") -> tuple:
+    return ("target", k, rows)
+
+
+def by_seed(records: Iterable[dict], column: str, setting: tuple) -> dict[int, float]:
+    """Macro average over tasks in percent of a column ("talora", "talora reg-off", "frozen backbone"), by seed."""
+    stage, shots, rows = setting
+    return {r["seed"]: 100 * statistics.mean(r["scores"][column + rows].values()) for r in records
+            if r["kind"] in ("method", "variant") and (r["stage"], r["shots"]) == (stage, shots)
+            and column + rows in r["scores"]}
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval (nan for a single value)."""
+    if len(values) < 2:
+        return statistics.mean(values), math.nan
+    t = T_975[len(values) - 2] if len(values) <= len(T_975) + 1 else 1.96 + 2.5 / (len(values) - 1)
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def paired(one: dict[int, float], other: dict[int, float]) -> tuple[float, float, int] | None:
+    """Mean of one - other over the seeds both have, half its 95 % interval, and their number; None without any."""
+    seeds = sorted(one.keys() & other.keys())
+    return (*interval([one[s] - other[s] for s in seeds]), len(seeds)) if seeds else None
+
+
+def verdict(difference: tuple[float, float, int] | None) -> str:
+    """Of a paired difference: higher or lower if its 95 % interval leaves out 0, otherwise "no effect seen"."""
+    if difference is None or math.isnan(difference[1]):
+        return "too few seeds"
+    mean, half, _ = difference
+    return "higher" if mean - half > 0 else "lower" if mean + half < 0 else "no effect seen"
+
+
+def shown(values: Sequence[float] | tuple, signed: bool = False) -> str:
+    mean, half = values[:2]
+    return f"{mean:{'+' if signed else ''}.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def label(record: dict) -> str:
+    return next(name for name in record["scores"] if name.startswith("talora") or name == record["method"])
+
+
+def methods_in(records: Iterable[dict], kind: str) -> list[str]:
+    """Columns of the methods or variants that have results, in the order of their tables."""
+    there = {label(r).removesuffix(", rewritten") for r in records if r["kind"] == kind}
+    order = list(METHODS) if kind == "method" else [f"talora {name}" for name in VARIANTS]
+    return [name for name in order if name in there]
+
+
+def shots_in(records: Iterable[dict]) -> list[int]:
+    """Numbers of examples that have results, the full data (0) last."""
+    return sorted({r["shots"] for r in records if r["kind"] == "method" and r["stage"] == "target"},
+                  key=lambda k: k or math.inf)
+
+
+def numbers_of(records: Iterable[dict], column: str) -> int:
+    """Numbers that learn for one target task: what is stored for it."""
+    return next(r["numbers"] for r in records if r["stage"] == "target" and column in r["scores"])
+
+
+def main_table(records: Sequence[dict]) -> str:
+    settings = [SOURCE, REWRITTEN, *map(target, shots_in(records))]
+    names = {SOURCE: "sources", REWRITTEN: "sources, rewritten"} | {
+        target(k): f"targets, k = {k}" if k else "targets, full" for k in shots_in(records)}
+    rows = []
+    for column in ["majority", "frozen backbone", "hard instruction", *methods_in(records, "method")]:
+        values = [by_seed(records, column, setting) for setting in settings]
+        if any(values):
+            stored = f"{numbers_of(records, column):,}" if column in METHODS else ""
+            cells = [f"{shown(interval(list(v.values())))} ({len(v)})" if v else "" for v in values]
+            rows.append([f"**{column}**" if column == "talora" else column, stored, *cells])
+    return table(["method", "stored for a target", *(names[setting] for setting in settings)], rows)
+
+
+def variant_table(records: Sequence[dict]) -> str:
+    ks = sorted({r["shots"] for r in records if r["kind"] == "variant" and r["stage"] == "target"})
+    settings = {"sources": SOURCE, "sources, rewritten": REWRITTEN} | {f"targets, k = {k}": target(k) for k in ks}
+    rows = []
+    for column in methods_in(records, "variant"):
+        cells = []
+        for setting in settings.values():
+            d = paired(by_seed(records, column, setting), by_seed(records, "talora", setting))
+            cells.append(f"{shown(d, signed=True)} ({d[2]}): {verdict(d)}" if d else "")
+        rows.append([column.removeprefix("talora "), VARIANTS[column.removeprefix("talora ")].says, *cells])
+    return table(["variant", "what is other", *settings], rows)
+
+
+def task_table(records: Sequence[dict], stage: str, shots: int | None) -> str:
+    """Mean over seeds of every task, by method."""
+    chosen_ = [r for r in records if r["kind"] == "method" and (r["stage"], r["shots"]) == (stage, shots)]
+    columns = [c for c in methods_in(records, "method") if any(c in r["scores"] for r in chosen_)]
+    tasks = list(next(iter(chosen_[0]["scores"].values())))
+    rows = [[task, *(f"{100 * statistics.mean(r['scores'][c][task] for r in chosen_ if c in r['scores']):.1f}"
+                     for c in columns)] for task in tasks]
+    return table(["task", *columns], rows)
+
+
+def rate_table(records: Sequence[dict]) -> str:
+    rows = []
+    for kind, what in (("sweep-source", "sources"), ("sweep-target", "targets, k = 16")):
+        for method in METHODS:
+            tried = [r for r in records if (r["kind"], r["method"]) == (kind, method)]
+            if tried:
+                best, key = chosen(records, method, kind), ("target_rate" if kind == "sweep-target" else None)
+                rows.append([method, what, *(
+                    "/".join(f"{v:g}" for n, v in r["rates"].items() if (n == "target_rate") == (key is not None))
+                    + f": {100 * r['dev'][0]:.1f}" + " (chosen)" * (r["rates"] == best) for r in tried)])
+    return table(["method", "development rows of", "low", "middle", "high"], rows)
+
+
+def claims(records: Sequence[dict]) -> str:
+    """The paper's claims, each with yes, no or unclear here, and the numbers."""
+    others = [m for m in methods_in(records, "method") if m != "talora"]
+    rows = []
+
+    def against(claim: str, setting: tuple) -> None:
+        found = {m: paired(by_seed(records, "talora", setting), by_seed(records, m, setting)) for m in others}
+        found = {m: d for m, d in found.items() if d}
+        if not found:
+            return
+        verdicts = {m: verdict(d) for m, d in found.items()}
+        answer = "yes" if set(verdicts.values()) == {"higher"} else "no" if "lower" in verdicts.values() else "unclear"
+        rows.append([claim, answer, "; ".join(f"{m} {shown(d, signed=True)}" for m, d in found.items())])
+
+    against("better than every baseline on unseen data (rewritten sources)", REWRITTEN)
+    for k in shots_in(records):
+        against(f"better than every baseline on unseen tasks, {f'k = {k}' if k else 'full data'}", target(k))
+    few = paired(by_seed(records, "talora", target(32)), by_seed(records, "talora", target(0)))
+    if few and not math.isnan(few[1]):
+        answer = "yes" if few[0] - few[1] > -5 else "no" if few[0] + few[1] < -5 else "unclear"
+        rows.append(["32 examples come close to full data (within 5 points)", answer, shown(few, signed=True)])
+    if others:
+        sizes = {m: numbers_of(records, m) for m in ("talora", *others)}
+        fewer = [m for m in others if sizes[m] < sizes["talora"]]
+        rows.append(["fewest numbers stored for a task", "no" if fewer else "yes",
+                     f"{sizes['talora']:,}" + "".join(f"; {m} {sizes[m]:,}" for m in fewer)])
+    for names, part in ((("equal-rates", "rates-swapped"), "fast and slow rates"),
+                        (("open-gate", "one-softmax"), "zero-initialised attention"),
+                        (("reg-off",), "the regulariser")):
+        found = {(n, what): paired(by_seed(records, f"talora {n}", s), by_seed(records, "talora", s)) for n in names
+                 for what, s in (("sources", SOURCE), ("rewritten", REWRITTEN), ("k = 8", target(8)))}
+        found = {key: d for key, d in found.items() if d}
+        if found:
+            verdicts = {verdict(d) for d in found.values()}
+            answer = ("unclear" if verdicts >= {"lower", "higher"} else "yes" if "lower" in verdicts else
+                      "no" if "higher" in verdicts else "no effect seen")
+            rows.append([f"{part} are needed", answer,
+                         "; ".join(f"{n}, {what} {shown(d, signed=True)}" for (n, what), d in found.items())])
+    return table(["claim", "here", "paired differences in points, with 95 % intervals"], rows)
 
 
 def write_report(out: Path) -> None:
-    (out / "tables.md").write_text("", encoding="utf-8")
+    """tables.md and the pictures, from results.jsonl alone."""
+    records = read(out)
+    cells = {r["cell"]: r["seconds"] for r in records}
+    parts = [f"{len(cells)} cells, {sum(cells.values()) / 3600:.1f} core hours, torch {records[0]['torch']}, started "
+             f"{min(r['started'] for r in records)[:16]}. Scores in %, macro averages over tasks; mean ± half the 95 % "
+             "interval over seeds (number of seeds).\n",
+             "**Methods**\n", main_table(records), "**Which claims hold here**\n", claims(records)]
+    if methods_in(records, "variant"):
+        parts += ["**Variants of TA-LoRA**, paired differences to it in points\n", variant_table(records)]
+    parts += ["**Source tasks, by task**\n", task_table(records, "multitask", None)]
+    parts += [part for k in shots_in(records) for part in (
+        f"**Target tasks, {f'{k} examples' if k else 'full data'}, by task**\n", task_table(records, "target", k))]
+    if any(r["kind"].startswith("sweep") for r in records):
+        parts += ["**Rates**: tried, with exact answers on development rows in %\n", rate_table(records)]
+    (out / "tables.md").write_text("\n".join(parts), encoding="utf-8")
+    draw(records, out)
+
+
+def draw(records: Sequence[dict], out: Path) -> None:
+    """fewshot.png, size.png, variants.png, gates.png, cosines.png."""
+    plt = pyplot()
+    methods, ks = methods_in(records, "method"), shots_in(records)
+
+    figure, axis = plt.subplots(figsize=(7, 4.2), **PLOT)
+    curves = [m for m in methods if sum(bool(by_seed(records, m, target(k))) for k in ks) > 2] or methods
+    for i, method in enumerate(curves):
+        values = [by_seed(records, method, target(k)) for k in ks]
+        x, mean, half = zip(*((x, *interval(list(v.values()))) for x, v in enumerate(values) if v))
+        axis.errorbar([at + 0.03 * (i - len(curves) / 2) for at in x], mean, [0 if math.isnan(h) else h for h in half],
+                      fmt=("o-", "s--", "^-.", "v:", "D-", "x--", "P-.")[i % 7], color=COLOURS[i % 7], capsize=2,
+                      label=f"{method} ({numbers_of(records, method):,})")
+    axis.set(xticks=range(len(ks)), xticklabels=[k or "full" for k in ks], xlabel="examples of a target task",
+             ylabel="accuracy, mean of the target tasks (%)", title="From few examples (numbers stored for a task)")
+    axis.legend(fontsize="small")
+    figure.savefig(out / "fewshot.png", dpi=150)
+    plt.close(figure)
+
+    middle = [k for k in (8, 32) if k in ks]
+    figure, axes = plt.subplots(1, max(1, len(middle)), figsize=(11, 4.2), squeeze=False, sharey=True, **PLOT)
+    for axis, k in zip(axes[0], middle):
+        for method in methods:
+            if values := by_seed(records, method, target(k)):
+                mean, half = interval(list(values.values()))
+                colour = COLOURS[1] if method == "talora" else COLOURS[0]
+                size = numbers_of(records, method)
+                axis.errorbar(size, mean, 0 if math.isnan(half) else half, fmt="D" if method == "talora" else "o",
+                              color=colour, capsize=2)
+                axis.annotate(method, (size, mean), (5, 4), textcoords="offset points", fontsize="small")
+        axis.set(xscale="log", xlabel="numbers stored for a target task", title=f"k = {k}")
+    axes[0][0].set_ylabel("accuracy, mean of the target tasks (%)")
+    figure.savefig(out / "size.png", dpi=150)
+    plt.close(figure)
+
+    variants = methods_in(records, "variant")
+    if variants:
+        k = next(r["shots"] for r in records if r["kind"] == "variant" and r["stage"] == "target")
+        settings = {"sources": SOURCE, "sources, rewritten": REWRITTEN, f"targets, k = {k}": target(k)}
+        figure, axes = plt.subplots(1, 3, figsize=(11, 1 + 0.3 * len(variants)), sharey=True, **PLOT)
+        for axis, (title, setting) in zip(axes, settings.items()):
+            talora = by_seed(records, "talora", setting)
+            for y, name in enumerate(variants):
+                if difference := paired(by_seed(records, name, setting), talora):
+                    colour = {"higher": COLOURS[2], "lower": COLOURS[1]}.get(verdict(difference), "#888888")
+                    axis.barh(y, difference[0], color=colour, hatch="//" if colour == COLOURS[1] else None,
+                              xerr=0 if math.isnan(difference[1]) else difference[1], capsize=2)
+            axis.axvline(0, color="black", linewidth=0.8)
+            axis.set(title=title, xlabel="points against TA-LoRA", yticks=range(len(variants)),
+                     yticklabels=[name.removeprefix("talora ") for name in variants])
+        axes[0].invert_yaxis()
+        figure.savefig(out / "variants.png", dpi=150)
+        plt.close(figure)
+
+    run = next((r for r in records if r["cell"].startswith("talora seed") and r["stage"] == "multitask"), None)
+    if run:
+        gated = [(name, [r["last"]["gates"] for r in records if r["stage"] == "multitask" and name in r["scores"]
+                         and r["kind"] in ("method", "variant")]) for name in ["talora", *variants]]
+        gated = [(name, [statistics.mean(layer) for layer in zip(*gates)]) for name, gates in gated if gates]
+        figure, axis = plt.subplots(figsize=(6, 1 + 0.28 * len(gated)), **PLOT)
+        image = axis.imshow([gates for _, gates in gated], aspect="auto", cmap="viridis", vmin=0)
+        axis.set(xlabel="layer", xticks=range(len(gated[0][1])), yticks=range(len(gated)),
+                 yticklabels=[name for name, _ in gated], title="Gates after the multitask stage, mean over seeds")
+        figure.colorbar(image, label="|tanh g|")
+        figure.savefig(out / "gates.png", dpi=150)
+        plt.close(figure)
+        draw_cosines(out / "cosines.png", run["first"], run["last"])

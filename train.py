@@ -276,7 +276,8 @@ def base_stage(run: Run) -> None:
     train = {task: run.rows(task, "train")}
     fit(model, cfg, "base", train, {task: run.rows(task, "dev")}, {task: NO_TASK}, cfg.base_steps, cfg.base_batch,
         folder, run.log)
-    evaluate.draw_run(folder)
+    if cfg.pictures:
+        evaluate.draw_run(folder)
     write_json(folder / "results.json", {"stage": "base", "task": task, "seed": cfg.seed})
 
 
@@ -296,7 +297,8 @@ def multitask_stage(run: Run) -> None:
     numbers = count(model, learning_tensors(model, method, "multitask", list(ids.values())))
     columns = references(run, sources)
     columns |= score_columns(run, model, sources, ids)
-    evaluate.draw_run(folder)
+    if cfg.pictures:
+        evaluate.draw_run(folder)
     report(run, folder, "multitask", columns, numbers=numbers)
 
 
@@ -333,7 +335,8 @@ def target_stage(run: Run) -> None:
         model = run.load(folder / task)
         for name, column in (new | score_columns(run, model, [task], {task: task_id})).items():
             columns.setdefault(name, {}).update(column)
-    evaluate.draw_targets(folder, targets)
+    if cfg.pictures:
+        evaluate.draw_targets(folder, targets)
     report(run, folder, "target", columns, shots=int(cfg.shots), starts=starts, numbers=numbers)
 
 
