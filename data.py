@@ -162,7 +162,8 @@ def _choices(values: dict[str, str], row: dict, where: str) -> tuple[str, int]:
     return "\n".join(lines), options.index(gold)
 
 
-def _fill(template: str, values: dict[str, str]) -> tuple[str, tuple[tuple[str, int, int], ...]]:
+def fill(template: str, values: dict[str, str]) -> tuple[str, tuple[tuple[str, int, int], ...]]:
+    """A template with its fields filled in, and where in the prompt each field stands: (name, start, end)."""
     prompt, fields = "", []
     for literal, name, _, _ in string.Formatter().parse(template):
         prompt += literal
@@ -190,7 +191,7 @@ def to_example(task: Task, row: dict, where: str = "") -> Example:
     else:
         answer = _label(task, row, where)
         protected = tuple(values[name] for name in ("head", "tail") if name in values)
-    prompt, fields = _fill(task.template, values)
+    prompt, fields = fill(task.template, values)
     group = group_of(*(values[name] for name in task.group or (task.passage,)))
     return Example(task.name, prompt, answer, choices, references, protected, group, fields=fields, row=where)
 

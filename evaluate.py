@@ -19,16 +19,22 @@ import json
 import math
 import re
 import statistics
+import string
+import subprocess
 import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
+import transformers
 from tqdm import tqdm
 
 import data
+from backbone import load_backbone
+from config import Config, method_of
 from data import Encoded, Example, UserError, task_of
 from frozen import FrozenLM, evaluating
 
@@ -318,67 +324,166 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Several runs together
+# One finished run
 
-def collect(runs: Sequence[Path]) -> list[dict]:
-    """What is finished in these run folders: one record a stage, with the score of every task and method."""
-    records = []
-    for path in sorted(path for run in runs for path in run.glob("*/results.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if "columns" in result:
-            env = json.loads((path.parent / "env.json").read_text(encoding="utf-8"))
-            scores = {name: {t: s["score"] for t, s in column.items()} for name, column in result["columns"].items()}
-            records.append({key: result.get(key) for key in ("stage", "shots", "method", "seed", "command")} | {
-                "commit": env["commit"], "torch": env["torch"], "started": env["started"], "scores": scores})
-    return records
+class Trained:
+    """A stage of a finished run, opened: its options, backbone, tokenizer and, for each task, its adapter."""
+
+    def __init__(self, folder: Path):
+        """folder: a stage's, such as runs/toy/multitask. Raises UserError if no finished stage is there."""
+        try:
+            options = json.loads((folder / "options.json").read_text(encoding="utf-8"))
+            tasks = next(iter(json.loads((folder / "results.json").read_text(encoding="utf-8"))["columns"].values()))
+            self.cfg = Config(**options)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"'{folder}' is no finished stage of a run ({error!r}); give a folder that train.py made, "
+                            "such as runs/toy or runs/toy/multitask") from error
+        self.folder, self.tasks, self.method = folder, list(tasks), method_of(self.cfg)
+        device = self.cfg.device if torch.cuda.is_available() else "cpu"
+        self.backbone, self.tokenizer = load_backbone(self.cfg.backbone, self.cfg.dtype, device)
+
+    @cache  # noqa: B019 (lives as long as the program)
+    def adapter(self, task: str) -> tuple[FrozenLM, int]:
+        """The adapter that answers a task, and the task's id in it."""
+        if task not in self.tasks:
+            raise UserError(f"the run '{self.folder}' has no task '{task}'; it has {', '.join(self.tasks)}")
+        own = self.folder / task  # a target has an adapter of its own, the source tasks share one
+        try:
+            model = self.method.model.load((own if own.exists() else self.folder) / "best", self.backbone)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        return model.eval(), model.tasks.index(task) if task in model.tasks else 0
+
+    def rows(self, task: str, split: str) -> list[Example]:
+        return data.load_task(task, split, self.cfg.data_root or None)
 
 
-def tables(records: Sequence[dict]) -> str:
-    """Markdown tables, one for each (stage, shots): mean +- standard deviation over seeds in percent, by task.
+def open_run(run: Path) -> list[Trained]:
+    """The finished stages of a run's folder, or the one stage whose folder it is."""
+    stages = [run] if (run / "options.json").exists() else sorted(p.parent for p in run.glob("*/table.md"))
+    if not stages:
+        raise UserError(f"'{run}' holds no finished stage; python train.py --run {run} makes one")
+    return [Trained(stage) for stage in stages]
 
-    A column's name carries its number of seeds; references such as the frozen backbone do not depend on the method and
-    are taken from all runs. Raises ValueError for two runs of one method and seed, and for runs over other tasks.
+
+def evaluate_run(stage: Trained) -> str:
+    """Answer all test rows again: the table, and predictions.jsonl in the stage's folder."""
+    scores, cfg, path = {}, stage.cfg, stage.folder / "predictions.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for task in stage.tasks:
+            rows, (model, task_id) = stage.rows(task, "test"), stage.adapter(task)
+            answers = predict(model, stage.tokenizer, rows, task_id, cfg.max_length, cfg.max_new_tokens)
+            scores[task] = score_task(task, answers, rows)
+            for row, answer in zip(rows, answers):
+                gold = row.references or (row.answer,)
+                right = answer in gold if row.choices else bool(exact_match(answer, gold))
+                file.write(json.dumps({"task": task, "prompt": row.prompt, "answer": row.answer, "prediction": answer,
+                                       "right": right}, ensure_ascii=False) + "\n")
+    metrics = {task: task_of(task, stage.rows(task, "test")).metric for task in stage.tasks}
+    return table({cfg.variant or cfg.method: scores}, metrics) + f"every answer: {path}\n"
+
+
+def ask(stage: Trained, task: str, texts: Sequence[str]) -> str:
+    """One input from the shell: the answer, and the probability of every choice.
+
+    texts: the fields of the task's template in its order; for a task without a template its whole prompt.
     """
-    text = []
-    for stage, shots in sorted({(r["stage"], r["shots"] or 0) for r in records}):
-        by_seed = {}  # column -> seed -> {task: score}
-        chosen = [r for r in records if (r["stage"], r["shots"] or 0) == (stage, shots)]
-        for r in sorted(chosen, key=lambda r: (-len(r["scores"]), r["seed"])):
-            for name, scores in r["scores"].items():
-                if name.startswith(r["method"]) and r["seed"] in by_seed.get(name, {}):
-                    raise ValueError(f"two runs of {r['method']} with seed {r['seed']} in one table; one is "
-                                     f"'{r['command']}': give only one of them")
-                by_seed.setdefault(name, {})[r["seed"]] = scores
-        tasks = list(next(iter(next(iter(by_seed.values())).values())))
-        if any(list(scores) != tasks for of in by_seed.values() for scores in of.values()):
-            raise ValueError(f"the runs of stage {stage} are over different tasks; a table needs the same ones")
-        title = {"multitask": "Source tasks"}.get(stage, f"Target tasks, {shots or 'all'} examples")
-        text.append(f"**{title}** (score in %, mean ± standard deviation over n seeds)\n")
-        text.append("| task | " + " | ".join(f"{name} (n = {len(of)})" for name, of in by_seed.items()) + " |")
-        text.append("|---|" + "---:|" * len(by_seed))
-        for row in [*tasks, "macro average"]:
-            cells = []
-            for of in by_seed.values():
-                values = [scores[row] if row in tasks else statistics.mean(scores.values()) for scores in of.values()]
-                spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-                cells.append(f"{100 * statistics.mean(values):.1f}{spread}")
-            text.append(f"| {row} | " + " | ".join(cells) + " |")
-        text.append("")
-    return "\n".join(text)
+    model, task_id = stage.adapter(task)
+    rows = stage.rows(task, "test")
+    spec = task_of(task, rows)
+    choices = spec.answers
+    if spec.template:
+        names = [name for name in spec.fields if name != "options"]
+        if len(texts) != len(names):
+            raise UserError(f"{task} reads {len(names)} texts ({', '.join(names)}), but --ask has {len(texts)}")
+        prompt, _ = data.fill(spec.template, {**dict(zip(names, texts)), "options": "、".join(spec.answers)})
+        if spec.kind == "choice":  # lettered options, one a line
+            choices = tuple(string.ascii_uppercase[: texts[names.index("choices")].count("\n") + 1])
+    else:
+        prompt = " ".join(texts) + " =>" * (rows[0].prompt.endswith(" =>") and not texts[-1].endswith("=>"))
+    example = Example(task, prompt, (*choices, rows[0].answer)[0], choices)
+    if not choices:
+        return predict(model, stage.tokenizer, [example], task_id, stage.cfg.max_length, stage.cfg.max_new_tokens)[0]
+    row = data.encode(example, stage.tokenizer, stage.cfg.max_length, keep_answer=False)
+    ids, mask = (t.to(model.device) for t in data.collate_prompts([row], stage.tokenizer.pad_token_id))
+    scores = model.score(ids, mask, torch.tensor([task_id]), [row.choice_ids])[0].exp()  # (C,) p(choice | prompt)
+    best, width = int(scores.argmax()), max(map(len, choices))
+    lines = [f"{choice:{width}}  {p:6.1%}{'  <-' if i == best else ''}"
+             for i, (choice, p) in enumerate(zip(choices, scores.tolist()))]
+    return "\n".join([choices[best], "", *lines, f"{'another':{width}}  {max(0.0, 1 - float(scores.sum())):6.1%}"])
 
+
+def diagnose(stage: Trained) -> str:
+    """Does the adapter do anything? Gates, prompts, cosines, and development rows with a layer's gate closed."""
+    rows = {task: stage.rows(task, "dev")[:16] for task in stage.tasks}
+    rows = {task: [data.encode(e, stage.tokenizer, stage.cfg.max_length, False) for e in examples]
+            for task, examples in rows.items()}
+
+    def dev(layers: Sequence[int] = ()) -> tuple[float, float]:
+        """dev_score with the gates of these layers closed, a mean over the tasks."""
+        found = []
+        for task in stage.tasks:
+            model, task_id = stage.adapter(task)
+            before = model.gate.detach().clone()
+            with torch.no_grad():
+                model.gate[list(layers)] = 0.0
+                found.append(dev_score(model, {task: rows[task]}, {task: task_id}))
+                model.gate.copy_(before)
+        return tuple(statistics.mean(column) for column in zip(*found))
+
+    model, task_id = stage.adapter(stage.tasks[0])
+    if not hasattr(model, "gate"):
+        raise UserError(f"method {model.method} has no gates to look at; --diagnose is for prompts in every layer")
+    L = len(model.gate)
+    on, off, closed = dev(), dev(range(L)), [dev([layer]) for layer in range(L)]
+    norms = model.prompts([task_id])[:, 0].norm(dim=-1).mean(-1).tolist()  # (L,)
+    lines = [f"{stage.folder}: of {sum(map(len, rows.values()))} development rows {on[0]:.1%} are right (loss "
+             f"{on[1]:.3f}), with all gates closed {off[0]:.1%} (loss {off[1]:.3f})"]
+    if on[1] > off[1] - 0.01:
+        lines.append("the adapter changes next to nothing: train longer, or at higher rates")
+    lines += ["", "layer  |tanh g|  norm of a prompt row  right if this layer's gate is closed"]
+    for layer, (gate, norm, (right, loss)) in enumerate(zip(model.diagnose()["gates"], norms, closed)):
+        lines.append(f"{layer:>5}  {gate:8.3f}  {norm:20.2f}  {right:7.1%} (loss {loss:.3f})")
+    if "cosines" in model.diagnose():
+        lines += ["", "|cos(A_i, A_j)|, mean over layers"]
+        lines += [f"{task:16} " + " ".join(f"{c:5.2f}" for c in row)
+                  for task, row in zip(model.tasks, model.diagnose()["cosines"])]
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The program
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("--run", type=Path, help="a run or one of its stages: answer its test rows, save the answers")
+    parser.add_argument("--ask", nargs="+", metavar="TEXT", help="with --run and --task: answer one input (a task that "
+                        "reads a pair takes two texts)")
+    parser.add_argument("--task", help="the task of --ask")
+    parser.add_argument("--diagnose", type=Path, metavar="RUN", help="what the adapter does: gates, prompts, cosines")
     parser.add_argument("--suite", metavar="NAME", help="run the experiment of this name (suite.py): quick, full")
     parser.add_argument("--jobs", type=int, default=2, help="cells of the suite at a time, one thread each")
     options = parser.parse_args(argv)
-    if options.suite:
-        import suite  # it starts train.py, which imports this file
-
-        if options.suite not in suite.SUITES:
-            raise UserError(f"there is no suite '{options.suite}'; there are {', '.join(suite.SUITES)}")
-        suite.run_suite(options.suite, suite.SUITES[options.suite], Path("results") / options.suite,
-                        Path("runs") / "suite" / options.suite, options.jobs)
+    if not (options.run or options.diagnose or options.suite) or bool(options.ask) != bool(options.task):
+        raise UserError("say what to do: --run RUN, --run RUN --ask TEXT --task NAME, --diagnose RUN or --suite NAME")
+    if options.ask and not options.run:
+        raise UserError("--ask needs the run that is to answer: --run RUN")
+    if options.jobs < 1:
+        raise UserError(f"--jobs is {options.jobs}, but must be at least 1")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if options.ask:
+        stages = [stage for stage in open_run(options.run) if options.task in stage.tasks] or open_run(options.run)
+        print(ask(stages[0], options.task, options.ask))
+    elif options.run:
+        for stage in open_run(options.run):
+            print(evaluate_run(stage))
+    if options.diagnose:
+        for stage in open_run(options.diagnose):
+            print(diagnose(stage) + "\n")
+    if options.suite:  # a program of its own: it starts train.py, which needs this file
+        command = [sys.executable, str(Path(__file__).parent / "suite.py"), options.suite, "--jobs", str(options.jobs)]
+        sys.exit(subprocess.run(command, check=False).returncode)
 
 
 if __name__ == "__main__":

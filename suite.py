@@ -14,10 +14,12 @@ rows, with a seed that is used for nothing else; test rows are read once, at the
 line "from the results" is made from results/<name>/results.jsonl alone.
 """
 
+import argparse
 import json
 import math
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -334,8 +336,8 @@ def shots_in(records: Iterable[dict]) -> list[int]:
 
 
 def numbers_of(records: Iterable[dict], column: str) -> int:
-    """Numbers that learn for one target task: what is stored for it."""
-    return next(r["numbers"] for r in records if r["stage"] == "target" and column in r["scores"])
+    """Numbers that learn for one target task: what is stored for it; 0 as long as no target is finished."""
+    return next((r["numbers"] for r in records if r["stage"] == "target" and column in r["scores"]), 0)
 
 
 def main_table(records: Sequence[dict]) -> str:
@@ -411,7 +413,7 @@ def claims(records: Sequence[dict]) -> str:
         rows.append(["32 examples come close to full data (within 5 points)", answer, shown(few, signed=True)])
     if others:
         sizes = {m: numbers_of(records, m) for m in ("talora", *others)}
-        fewer = [m for m in others if sizes[m] < sizes["talora"]]
+        fewer = [m for m in others if 0 < sizes[m] < sizes["talora"]]
         rows.append(["fewest numbers stored for a task", "no" if fewer else "yes",
                      f"{sizes['talora']:,}" + "".join(f"; {m} {sizes[m]:,}" for m in fewer)])
     for names, part in ((("equal-rates", "rates-swapped"), "fast and slow rates"),
@@ -515,3 +517,25 @@ def draw(records: Sequence[dict], out: Path) -> None:
         figure.savefig(out / "gates.png", dpi=150)
         plt.close(figure)
         draw_cosines(out / "cosines.png", run["first"], run["last"])
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="suite.py", description="Run an experiment; python evaluate.py --suite NAME.")
+    parser.add_argument("name", help=", ".join(SUITES))
+    parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
+    options = parser.parse_args(argv)
+    if options.name not in SUITES:
+        raise UserError(f"there is no suite '{options.name}'; there are {', '.join(SUITES)}")
+    run_suite(options.name, SUITES[options.name], Path("results") / options.name,
+              Path("runs") / "suite" / options.name, options.jobs)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; finished cells are kept, repeat the command to go on", file=sys.stderr)
+        sys.exit(130)

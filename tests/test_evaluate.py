@@ -1,6 +1,9 @@
 """Predictions, development scores, tables and pictures (the metrics themselves: test_metrics.py)."""
 
+import dataclasses
 import json
+import math
+import re
 
 import pytest
 import torch
@@ -8,8 +11,9 @@ import torch
 import data
 import evaluate
 import toy
+from config import parse
 from data import Example
-from model import NO_TASK
+from model import NO_TASK, TALoRA, TALoRAConfig
 
 TOKENIZER = toy.tokenizer()
 
@@ -124,45 +128,83 @@ def test_pictures_are_drawn_from_the_metrics_file_alone(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def finished_stage(folder, seed, method, score):
-    folder.mkdir(parents=True)
-    scores = {"x": {"score": score}, "y": {"score": score / 2}}
-    (folder / "results.json").write_text(json.dumps({
-        "stage": "multitask", "method": method, "seed": seed, "command": "c", "columns": {"majority": {
-            "x": {"score": 0.5}, "y": {"score": 0.5}}, method: scores}}))
-    (folder / "env.json").write_text(json.dumps({"commit": "abc", "torch": "2", "started": "now"}))
+# ------------------------------------------------------------------------------------------------- one finished run
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on the shipped backbone, its adapter made by hand: the gates are open, nothing is zero."""
+    folder = tmp_path_factory.mktemp("runs") / "toy" / "multitask"
+    cfg = parse(["--prompt-length", "3", "--rank", "2", "--sources", ",".join(TASKS)])[0]
+    backbone, _ = toy.load_backbone()
+    torch.manual_seed(0)
+    model = TALoRA(backbone, list(TASKS), TALoRAConfig(3, 2))
+    torch.nn.init.constant_(model.gate, 0.3)
+    model.save(folder / "best")
+    (folder / "options.json").write_text(json.dumps(dataclasses.asdict(cfg)))
+    (folder / "results.json").write_text(json.dumps({"columns": {"majority": {task: {} for task in TASKS}}}))
+    (folder / "table.md").write_text("")
+    return folder.parent
 
 
-def test_tables_of_several_seeds_hold_mean_and_deviation(tmp_path, capsys):
-    for seed, score in enumerate((0.8, 0.9, 1.0)):
-        finished_stage(tmp_path / f"a{seed}" / "multitask", seed, "talora", score)
-    finished_stage(tmp_path / "b" / "multitask", 0, "deep-spot", 0.6)
-    (tmp_path / "a0" / "base").mkdir()  # a stage that is not finished
-    evaluate.main([*map(str, tmp_path.glob("[ab]*")), "--out", str(tmp_path / "out")])
-    lines = (tmp_path / "out" / "tables.md").read_text().splitlines()
-    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 4
-    split = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "|" in line]
-    rows = {first: rest for first, *rest in split}
-    column = rows["task"].index("talora (n = 3)"), rows["task"].index("deep-spot (n = 1)")
-    assert (rows["x"][column[0]], rows["x"][column[1]]) == ("90.0 ± 10.0", "60.0")
-    assert rows["macro average"][column[0]] == "67.5 ± 7.5"
+TASKS = ("toy-amazon", "toy-cote_mfw")
 
 
-def test_collecting_nothing_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        evaluate.main([str(tmp_path), "--out", str(tmp_path / "out")])
-    assert caught.value.code == 2 and "no finished stage" in capsys.readouterr().err and not (tmp_path / "out").exists()
+def test_a_run_answers_its_test_rows_again(run, capsys, monkeypatch):
+    rows = {task: data.load_task(task, "test")[:12] for task in TASKS}
+    monkeypatch.setattr(evaluate.data, "load_task", lambda task, split, root=None: rows[task])
+    evaluate.main(["--run", str(run)])
+    out = capsys.readouterr().out
+    found = [json.loads(line) for line in (run / "multitask" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in found] == [example.prompt for task in TASKS for example in rows[task]]
+    for task, line in zip(TASKS, out.splitlines()[2:]):
+        right = [row["right"] for row in found if row["task"] == task]
+        if task == "toy-amazon":
+            assert f"{100 * sum(right) / len(right):.1f}" in line
+            assert all(row["right"] == (row["prediction"] == row["answer"]) for row in found if row["task"] == task)
 
 
-def test_tables_refuse_runs_that_do_not_go_together(tmp_path, capsys):
-    finished_stage(tmp_path / "a" / "multitask", 0, "talora", 0.5)
-    finished_stage(tmp_path / "b" / "multitask", 0, "talora", 0.7)  # the same method and seed again
-    with pytest.raises(ValueError, match="two runs of talora with seed 0"):
-        evaluate.tables(evaluate.collect([tmp_path / "a", tmp_path / "b"]))
-    with pytest.raises(SystemExit):
-        evaluate.main([str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
-    assert not (tmp_path / "out").exists()
-    records = evaluate.collect([tmp_path / "a"])
-    other = {**records[0], "seed": 1, "scores": {"talora": {"x": 0.5}}}
-    with pytest.raises(ValueError, match="different tasks"):
-        evaluate.tables([*records, other])
+def test_ask_answers_one_text_with_probabilities(run, capsys):
+    stage, = evaluate.open_run(run)
+    text = "ann found the soup very awful at the oslo cafe"
+    evaluate.main(["--run", str(run), "--task", "toy-amazon", "--ask", text])
+    lines = capsys.readouterr().out.splitlines()
+    shares = {line.split()[0]: float(line.split()[1].rstrip("%")) for line in lines[2:]}
+    assert list(shares) == ["one", "two", "three", "four", "five", "another"]
+    assert sum(shares.values()) == pytest.approx(100, abs=0.5)
+    assert shares[lines[0]] == max(list(shares.values())[:5])
+    assert next(line for line in lines if "<-" in line).startswith(f"{lines[0]} ")
+    model, task_id = stage.adapter("toy-amazon")
+    ids = stage.tokenizer(text + " =>", return_tensors="pt")
+    logits = model(ids.input_ids, ids.attention_mask, torch.tensor([task_id])).logits[0, -1].softmax(-1)
+    first = logits[stage.tokenizer.convert_tokens_to_ids("two")].item()
+    assert shares["two"] <= 100 * first + 0.06, "a whole answer is never likelier than its first word"
+    evaluate.main(["--run", str(run), "--task", "toy-cote_mfw", "--ask", text])
+    assert len(capsys.readouterr().out.splitlines()) == 1  # generated
+
+
+def test_diagnose_closes_the_gates(run, capsys):
+    evaluate.main(["--diagnose", str(run)])
+    out = capsys.readouterr().out
+    stage, = evaluate.open_run(run)
+    rows = {t: [data.encode(e, stage.tokenizer, 128, False) for e in data.load_task(t, "dev")[:16]] for t in TASKS}
+    plain = TALoRA(stage.backbone, ["a"], TALoRAConfig(3, 2))  # its gates are zero
+    off = [evaluate.dev_score(plain, {t: rows[t]}, {t: 0})[1] for t in TASKS]
+    assert f"(loss {sum(off) / 2:.3f})" in out.splitlines()[0]
+    layers = [line for line in out.splitlines() if re.match(r" +\d ", line)]
+    assert len(layers) == 4 and all(f"{math.tanh(0.3):.3f}" in line for line in layers)
+    assert len({line.split("loss")[1] for line in layers}) == 4, "closing another layer costs another loss"
+    model, _ = stage.adapter(TASKS[0])
+    assert torch.equal(model.gate, torch.full((4,), 0.3)), "the gates are as they were"
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--run", "nowhere"], ["nowhere", "no finished stage"]),
+    (["--run", "RUN", "--task", "toy-bq", "--ask", "x"], ["toy-bq", "toy-amazon, toy-cote_mfw"]),
+    (["--run", "RUN", "--ask", "x"], ["--task"]),
+    (["--ask", "x", "--task", "toy-bq"], ["--run"]),
+    ([], ["--run", "--suite"]),
+])
+def test_what_cannot_be_answered_is_refused(run, arguments, words):
+    with pytest.raises(data.UserError) as caught:
+        evaluate.main([str(run) if a == "RUN" else a for a in arguments])
+    assert all(word in str(caught.value) for word in words)

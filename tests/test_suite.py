@@ -1,0 +1,248 @@
+"""The suite: what it runs, what it keeps when it is stopped, and what it makes of hand-made results."""
+
+import json
+import math
+import pickle
+import statistics
+
+import pytest
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+import data
+import suite
+import toy
+from baselines import METHODS, VARIANTS
+from config import check, method_of, parse
+from suite import REWRITTEN, SOURCE, Suite, by_seed, interval, paired, target, verdict
+
+
+def record(method, seed, score, stage="multitask", shots=None, kind="method", rewritten=None, numbers=544, **more):
+    scores = {method: {"x": score / 100, "y": score / 100},
+              f"{method}, rewritten": {"x": (score if rewritten is None else rewritten) / 100, "y": score / 100}}
+    return {"cell": f"{method} seed {seed}", "kind": kind, "method": method.split()[0], "seed": seed, "rates": {},
+            "stage": stage, "shots": shots, "numbers": numbers, "scores": scores, "seconds": 60, "command": "c",
+            "commit": "abc", "torch": "2", "started": "2026-01-01 00:00:00", "dev": [0.5, -1.0], **more}
+
+
+def write(folder, records):
+    folder.mkdir(exist_ok=True)
+    (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+def test_intervals_are_students():
+    """The 97.5 % quantiles against scipy's, and one interval by hand."""
+    stats = pytest.importorskip("scipy.stats", reason="scipy, which brings Student's t, is not installed")
+    for df, t in enumerate(suite.T_975, start=1):
+        assert t == pytest.approx(stats.t.ppf(0.975, df), abs=1e-3)
+    values = [3.0, 5.0, 4.0, 8.0]
+    low, high = stats.t.interval(0.95, 3, loc=5.0, scale=statistics.stdev(values) / 2)
+    mean, half = interval(values)
+    assert (mean - half, mean + half) == pytest.approx((low, high), abs=1e-3)
+    assert interval([7.0])[0] == 7.0 and math.isnan(interval([7.0])[1])
+    mean, half = interval(list(range(40)))
+    assert half == pytest.approx(stats.t.ppf(0.975, 39) * statistics.stdev(range(40)) / math.sqrt(40), rel=0.01)
+
+
+def test_differences_are_paired_by_seed_and_judged_by_their_interval():
+    talora = {0: 80.0, 1: 60.0, 2: 70.0, 7: 10.0}
+    mean, half, n = paired({0: 82.0, 1: 62.5, 2: 71.5, 9: 99.0}, talora)
+    assert (mean, n) == (2.0, 3) and half == pytest.approx(4.303 * 0.5 / math.sqrt(3))
+    assert verdict((mean, half, n)) == "higher" and verdict((-mean, half, n)) == "lower"
+    assert verdict((1.0, half, n)) == "no effect seen"
+    assert verdict(paired({0: 81.0}, talora)) == "too few seeds" and verdict(None) == "too few seeds"
+    assert paired({5: 1.0}, talora) is None
+
+
+def test_scores_are_macro_averages_by_seed_of_one_setting():
+    records = [record("talora", 0, 90, rewritten=70), record("talora", 0, 50, "target", 8),
+               record("talora", 1, 40, "target", 8), record("lora", 1, 30, "target", 8),
+               record("talora", 3, 99, "target", 8, kind="sweep-target")]
+    assert by_seed(records, "talora", SOURCE) == {0: 90} and by_seed(records, "talora", REWRITTEN) == {0: 80}
+    assert by_seed(records, "talora", target(8)) == {0: 50, 1: 40}, "a sweep is no result"
+    assert by_seed(records, "talora", target(32)) == {}
+
+
+def test_rates_are_chosen_on_development_rows():
+    tried = [record("lora", 100, score, kind="sweep-source", rates={"prompt_rate": rate}, dev=dev)
+             for rate, dev, score in ((0.1, [0.8, -0.5], 99), (0.2, [0.9, -0.7], 10), (0.3, [0.9, -0.6], 10))]
+    assert suite.chosen(tried, "lora", "sweep-source") == {"prompt_rate": 0.3}, "accuracy, then loss; never test rows"
+    assert suite.chosen(tried, "pt", "sweep-source") == {}
+
+
+# ------------------------------------------------------------------------------------------------------------ report
+
+def seeds(method, scores, *rest, **more):
+    return [record(method, seed, score, *rest, **more) for seed, score in enumerate(scores)]
+
+
+BEFORE = {"step": 0, "tasks": ["a", "b"], "cosines": [[1, 0.1], [0.1, 1]]}
+AFTER = {"step": 9, "gates": [0.1, 0.2], "tasks": ["a", "b"], "cosines": [[1, 0.2], [0.2, 1]]}
+RECORDS = [*seeds("talora", (90, 91, 92), rewritten=80, first=BEFORE, last=AFTER),
+           *seeds("lora", (95, 96, 98), numbers=14336, last={"step": 9}), *seeds("pt", (), numbers=2048),
+           *seeds("talora", (60, 62, 61), "target", 8), *seeds("lora", (50, 51, 53), "target", 8, numbers=14336),
+           *seeds("pt", (60, 61, 63), "target", 8, numbers=512), *seeds("talora", (70, 71, 72), "target", 32),
+           *seeds("talora", (72, 73, 73.5), "target", 0),
+           *seeds("talora open-gate", (85, 86, 86.5), kind="variant", last={"step": 9, "gates": [1, 1]}),
+           *seeds("talora open-gate", (60, 62, 61), "target", 8, kind="variant"),
+           record("lora", 100, 9, kind="sweep-source", rates={"prompt_rate": 0.1}, dev=[0.5, -1])]
+
+
+def row_of(table, name):
+    return next([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+                if line.startswith((f"| {name} |", f"| **{name}** |")))
+
+
+def test_tables_hold_means_intervals_and_counts():
+    table = suite.main_table(RECORDS)
+    assert table.splitlines()[0] == ("| method | stored for a target | sources | sources, rewritten | targets, k = 8 | "
+                                     "targets, k = 32 | targets, full |")
+    assert row_of(table, "talora")[1:4] == ["544", "91.0 ± 2.5 (3)", "85.5 ± 1.2 (3)"]
+    assert row_of(table, "pt") == ["pt", "512", "", "", "61.3 ± 3.8 (3)", "", ""]
+    variants = row_of(suite.variant_table(RECORDS), "open-gate")
+    assert variants[1] == VARIANTS["open-gate"].says and variants[2] == "-5.2 ± 0.7 (3): lower"
+    assert variants[4] == "+0.0 ± 0.0 (3): no effect seen"
+    assert row_of(suite.task_table(RECORDS, "target", 8), "x") == ["x", "61.0", "61.3", "51.3"]
+
+
+def test_claims_are_answered_by_the_numbers():
+    lines = [line.split(" | ") for line in suite.claims(RECORDS).splitlines()[2:]]
+    claims = {claim.strip("| "): rest for claim, *rest in lines}
+    assert claims["better than every baseline on unseen data (rewritten sources)"][0] == "no"
+    assert claims["better than every baseline on unseen tasks, k = 8"][0] == "unclear", "above lora, level with pt"
+    assert claims["32 examples come close to full data (within 5 points)"][0] == "yes"
+    assert claims["fewest numbers stored for a task"][:2] == ["no", "544; pt 512 |"]
+    assert claims["zero-initialised attention are needed"][0] == "yes"
+
+
+def test_the_report_is_made_from_the_result_file_alone(tmp_path, monkeypatch):
+    out = write(tmp_path / "out", RECORDS)
+    with open(out / "results.jsonl", "a") as file:
+        file.write('{"cell": "cut o')  # what a crash leaves behind
+    suite.write_report(out)
+    text = (out / "tables.md").read_text()
+    for part in (suite.main_table, suite.claims, suite.variant_table, suite.rate_table):
+        assert part(RECORDS) in text
+    for name in ("fewshot", "size", "variants", "gates", "cosines"):
+        assert (out / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# ------------------------------------------------------------------------------------------------------------- cells
+
+def test_every_cell_of_the_declared_suites_is_a_command_that_can_run(tmp_path, monkeypatch):
+    sweeps = [record(m, 100, 9, kind=kind, rates=rates, cell=f"{kind} {m}") for m in METHODS for kind, rates in (
+        ("sweep-source", suite.source_rates(suite.GRIDS[m][0][0])),
+        ("sweep-target", {**suite.source_rates(suite.GRIDS[m][0][0]), "target_rate": 0.5}))]
+    for declared in suite.SUITES.values():
+        records = sweeps if declared.sweep else []
+        cells = [cell for phase in (suite.source_sweep_cells, suite.target_sweep_cells, suite.backbone_cells,
+                                    suite.method_cells) for cell in phase(declared, records, tmp_path)]
+        assert len({cell.name for cell in cells}) == len(cells)
+        for cell in cells:
+            cfg, _ = parse(list(cell.command[1:]))
+            check(cfg)
+            assert cfg.seed == cell.seed and cfg.run == str(tmp_path / cell.folder)
+            if cell.kind == "variant":
+                assert method_of(cfg) is VARIANTS[cfg.variant] and cfg.method == "talora"
+            if cell.kind in ("method", "variant") and declared.sweep:
+                assert cfg.target_rate == 0.5 and cfg.seed != suite.SWEEP_SEED
+            assert pickle.loads(pickle.dumps(cell)) == cell, "it travels to a worker"
+        budgets = {(cfg.multitask_steps, cfg.multitask_batch, cfg.target_steps, cfg.target_batch)
+                   for cfg in (parse(list(cell.command[1:]))[0] for cell in cells if cell.kind != "backbone")}
+        assert len(budgets) == 1, "every method has the same steps and batches"
+
+
+@pytest.fixture
+def tiny_world(tmp_path, monkeypatch):
+    """The shipped backbone's place is taken by a random one, the world has few rows, and the worker is this process."""
+    monkeypatch.setattr(suite, "ProcessPoolExecutor", Here)
+    for name, rows in (("TRAIN_ROWS", 400), ("TEST_ROWS", 40)):
+        monkeypatch.setattr(toy, name, rows)
+    for cached in (toy._rows, data.load_splits):
+        cached.cache_clear()
+    tokenizer = toy.tokenizer()
+    Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id)).save_pretrained(tmp_path / "backbone")
+    tokenizer.save_pretrained(tmp_path / "backbone")
+    yield ("--backbone", str(tmp_path / "backbone"), "--sources", "toy-amazon,toy-cote_mfw", "--targets", "toy-finre",
+           "--multitask-steps", "3", "--base-steps", "2", "--target-steps", "2", "--multitask-batch", "4",
+           "--eval-every", "2", "--dev-rows", "4", "--prompt-length", "2", "--rank", "1")
+    for cached in (toy._rows, data.load_splits):
+        cached.cache_clear()
+
+
+def test_a_suite_runs_end_to_end_and_goes_on_where_it_was_stopped(tiny_world, tmp_path, capsys, monkeypatch):
+    declared = Suite({"talora": "8", "bitfit": "8"}, ("reg-off",), sweep=True, options=tiny_world)
+    monkeypatch.setattr(suite, "GRIDS", {"talora": (((0.01, 0.02),), (0.03,)), "bitfit": ((0.01,), (0.02,))})
+    out, work = tmp_path / "results", tmp_path / "work"
+    suite.run_suite("tiny", declared, out, work, jobs=1)
+    records = suite.read(out)
+    assert [(r["cell"], r["stage"], r["shots"]) for r in records] == [
+        ("sweep talora 0", "multitask", None), ("sweep bitfit 0", "multitask", None),
+        ("sweep talora target 0", "target", 16), ("sweep bitfit target 0", "target", 16),
+        ("talora seed 0", "multitask", None), ("talora seed 0", "target", 8),
+        ("bitfit seed 0", "multitask", None), ("bitfit seed 0", "target", 8),
+        ("reg-off seed 0", "multitask", None), ("reg-off seed 0", "target", 8)]
+    assert records[4]["rates"] == {"slow_rate": 0.01, "fast_rate": 0.02, "target_rate": 0.03}
+    for r in records:
+        assert all(f"--{name.replace('_', '-')} {value}" in r["command"] for name, value in r["rates"].items())
+    assert "hard instruction" in records[4]["scores"] and "hard instruction" not in records[6]["scores"]
+    assert not list(work.glob("*seed-0")), "what a finished cell left is in its records"
+    table = (out / "tables.md").read_text()
+    assert "bitfit" in table and "reg-off" in table
+
+    kept = "".join(json.dumps(r) + "\n" for r in records if r["cell"] != "bitfit seed 0")
+    (out / "results.jsonl").write_text(kept)  # as if it had been stopped before
+    capsys.readouterr()
+    suite.run_suite("tiny", declared, out, work, jobs=1)
+    assert "1 cells to run" in capsys.readouterr().out
+    again = suite.read(out)
+    assert len(again) == len(records)
+    old = next(r for r in records if r["cell"] == "bitfit seed 0")["scores"]
+    assert next(r for r in again if r["cell"] == "bitfit seed 0")["scores"] == old, "the same seed, the same numbers"
+
+
+def test_a_failing_cell_is_named_and_the_others_are_kept(tiny_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "run_cell", fail_second)
+    declared = Suite({"talora": "8", "bitfit": "8"}, seeds=(0,), options=tiny_world)
+    with pytest.raises(data.UserError, match="bitfit seed 0: the disk is full") as caught:
+        suite.run_suite("tiny", declared, tmp_path / "out", tmp_path / "work", jobs=1)
+    assert "repeat the command" in str(caught.value)
+    assert [r["cell"] for r in suite.read(tmp_path / "out")] == ["talora seed 0"]
+
+
+def fail_second(cell, work):
+    if cell.method == "bitfit":
+        raise OSError("the disk is full")
+    return [record("talora", 0, 50)]
+
+
+class Here:
+    """A pool that does the work at once, in this process."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def submit(self, function, *arguments):
+        from concurrent.futures import Future
+        future = Future()
+        try:
+            future.set_result(function(*arguments))
+        except OSError as error:
+            future.set_exception(error)
+        return future
+
+
+def test_an_unknown_suite_is_refused():
+    with pytest.raises(data.UserError, match="quick, full"):
+        suite.main(["everything"])
