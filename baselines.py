@@ -46,6 +46,7 @@ class InputPrompts(FrozenLM):
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
         super().__init__(backbone, config)
+        self.in_front = config.prompt_length
         self.make()
         for task in tasks:
             self.add_task(task)
@@ -427,7 +428,7 @@ class SumOfTerms(TALoRA):
     def orthogonality(self, form: str) -> Tensor:
         """The form "cosine", the only one here: the mean squared cosine of the task matrices."""
         pairs = ~torch.eye(len(self.tasks), dtype=torch.bool, device=self.device)
-        return self.cosines()[:, pairs].square().mean()
+        return self.cosines()[:, pairs].square().mean() if len(self.tasks) > 1 else self.theta0.new_zeros(())
 
 
 class TwoTerms(SumOfTerms):
@@ -552,7 +553,8 @@ VARIANTS = {
     "gate-per-head": variant("a gate per head [paper: per layer]", options={"gate_per_head": True}),
     "keep-gates": variant("gates of the base stage kept, not from zero again [paper: open]", fresh_gates=False),
     "gate-on-the-step": variant("the gate on the low-rank part only, beside one for theta0 [paper: open]",
-                                GateOnTheStep, also={"base": {"gate0": "prompt"}, "multitask": {"gate0": "fast"}}),
+                                GateOnTheStep, without={"base": ("gate",)},  # without a task there is no step
+                                also={"base": {"gate0": "prompt"}, "multitask": {"gate0": "fast"}}),
     "frozen-theta0": variant("theta0 frozen after the base stage [paper: open]", without={"multitask": ("theta0",)}),
     "2-terms": variant("A_i a sum of 2 rank-1 terms [paper: one]", TwoTerms, options={"regulariser": "cosine"}),
     "4-terms": variant("A_i a sum of 4 rank-1 terms [paper: one]", FourTerms, options={"regulariser": "cosine"}),

@@ -58,6 +58,7 @@ class FrozenLM(nn.Module):
     """A frozen causal language model and the tensors of a method; subclasses add the tensors and override `inputs`."""
 
     method = ""  # the name in adapter.json
+    in_front = 0  # rows that `inputs` puts in front of the text
     attention = GATED_PREFIX  # the attention function of the backbone's layers; without a prompt it is the plain one
 
     def __init__(self, backbone: PreTrainedModel, config: TALoRAConfig):
@@ -210,9 +211,9 @@ class FrozenLM(nn.Module):
         text = attention_mask.bool()  # (B, T)
         S = T + max(sum(len(c) - 1 for c in row) for row in choices)  # a choice's last token predicts nothing asked
         window = getattr(self.backbone.config, "sliding_window", None)
-        if window and S > window:  # a mask of our own is taken as it is, so the layers would look further back
-            raise ValueError(f"text and choices take {S} tokens, but the backbone's sliding window is {window}, which "
-                             "score cannot keep to; shorten the text")
+        if window and self.in_front + S > window:  # our own mask is taken as it is: the layers would look further back
+            raise ValueError(f"prompt, text and choices take {self.in_front + S} tokens, but the backbone's sliding "
+                             f"window is {window}, which score cannot keep to; shorten the text")
         ids = F.pad(input_ids, (0, S - T))  # (B, S)
         position = F.pad(positions(attention_mask), (0, S - T))  # (B, S)
         allowed = torch.eye(S, dtype=torch.bool, device=device).repeat(len(ids), 1, 1)  # (B, S, S); no row all False

@@ -861,6 +861,19 @@ def test_token_budget_keeps_the_budget_the_mixture_and_little_padding():
     assert plain.padding > 0.4
 
 
+def test_without_a_budget_a_step_is_read_in_parts_of_similar_length():
+    rng, part = random.Random(0), Sampler.PART
+    rows = {task: numbered(task, 5 * part, lambda i: rng.randint(10, 100)) for task in "ab"}
+    sampler = Sampler(rows, 2 * part + 4, seed=0)
+    steps = [sampler.next() for _ in range(4)]
+    assert all([len(batch) for batch in step] == [part, part, 4] for step in steps)
+    assert all(sorted(map(len, flat(step))) == [*map(len, flat(step))] for step in steps)
+    drawn = [(row.task, row.prompt_ids[0]) for step in steps for row in flat(step)]
+    assert len(set(drawn)) == len(drawn) == 4 * (2 * part + 4)  # sorting loses no row and repeats none
+    assert sampler.padded_tokens < 0.9 * sum(len(flat(step)) * max(map(len, flat(step))) for step in steps)
+    assert [len(batch) for batch in Sampler(rows, 4, seed=0).next()] == [4]
+
+
 def test_token_budget_visits_every_row_once_an_epoch():
     rows = {"a": numbered("a", 64, lambda i: 3 + i % 9)}
     sampler = Sampler(rows, 2, seed=0, tokens_per_batch=30)
@@ -896,7 +909,7 @@ def test_page_shows_counts_example_and_rewriting(tmp_path, capsys, monkeypatch):
         "cote_bd: target task, span",
         "27 train, 3 dev",
         "of 31 train rows: 1 answer not in the text",
-        "对象：长城",
+        "对象：\n  answer      长城",
         "100 % of the test rows: 4 clause_order",
         "mine: source task, closed",
         "好 100 %",

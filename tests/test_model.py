@@ -49,38 +49,53 @@ def rotate(x, position, theta):
     return out
 
 
-def reference_logits(model, tokens, task):
+def slow_logits(backbone, tokens, mix):
     """The whole forward pass of one unpadded row, head by head and token by token; -> (T, V).
 
-    Uses the backbone's linear layers and norms, nothing of gating.py or lowrank.py, and no attention of the library.
+    mix(n, head, query, K, V) -> (h,) is what a token takes in layer n from the text so far, and from what else there
+    is. Uses the backbone's linear layers and norms, and no attention of the library.
     """
-    backbone, config = model.backbone.model, model.backbone.config
-    H, K, T = config.num_attention_heads, config.num_key_value_heads, len(tokens)
-    base = config.rope_parameters["rope_theta"]
-    x = backbone.embed_tokens(torch.tensor(tokens))  # (T, d)
-    for n, layer in enumerate(backbone.layers):
+    config, T = backbone.config, len(tokens)
+    H, K, base = config.num_attention_heads, config.num_key_value_heads, config.rope_parameters["rope_theta"]
+    x = backbone.model.embed_tokens(torch.tensor(tokens))  # (T, d)
+    for n, layer in enumerate(backbone.model.layers):
         attend, normed = layer.self_attn, layer.input_layernorm(x)
-        h = attend.head_dim
-        theta = model.theta0[n]  # (P, d)
-        if task != NO_TASK:
-            theta = theta + model.config.scale * model.B[n] @ torch.outer(model.u[task][n], model.v[task][n])
-        q, k, v = (f(normed).view(T, -1, h) for f in (attend.q_proj, attend.k_proj, attend.v_proj))
-        prompt_k, prompt_v = attend.k_proj(theta).view(-1, K, h), attend.v_proj(theta).view(-1, K, h)
+        q, k, v = (f(normed).view(T, -1, attend.head_dim) for f in (attend.q_proj, attend.k_proj, attend.v_proj))
         if hasattr(attend, "q_norm"):  # Qwen3
-            q, k, prompt_k = attend.q_norm(q), attend.k_norm(k), attend.k_norm(prompt_k)
-        gate = model.gate[n].tanh().expand(H)
-        heads = torch.zeros(T, H, h)
+            q, k = attend.q_norm(q), attend.k_norm(k)
+        heads = torch.zeros(T, H, attend.head_dim)
         for head in range(H):
             group = head // (H // K)
             keys = torch.stack([rotate(k[t, group], t, base) for t in range(T)])  # (T, h)
             for t in range(T):
-                query = rotate(q[t, head], t, base)
-                text = (keys[:t + 1] @ query / h**0.5).softmax(0) @ v[:t + 1, group]
-                prompt = (prompt_k[:, group] @ query / h**0.5).softmax(0) @ prompt_v[:, group]
-                heads[t, head] = text + gate[head] * prompt
+                heads[t, head] = mix(n, head, rotate(q[t, head], t, base), keys[:t + 1], v[:t + 1, group])
         x = x + attend.o_proj(heads.flatten(1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
-    return model.backbone.lm_head(backbone.norm(x))
+    return backbone.lm_head(backbone.model.norm(x))
+
+
+def soft(query, K, V):
+    return (K @ query / len(query)**0.5).softmax(0) @ V
+
+
+def slow_prefix(backbone, n, head, theta):
+    """Keys and values of a prompt for one head of layer n; theta (P, d) -> (P, h) x 2."""
+    config, attend = backbone.config, backbone.model.layers[n].self_attn
+    group = head // (config.num_attention_heads // config.num_key_value_heads)
+    K, V = (f(theta).view(len(theta), -1, attend.head_dim)[:, group] for f in (attend.k_proj, attend.v_proj))
+    return (attend.k_norm(K) if hasattr(attend, "k_norm") else K), V  # Qwen3
+
+
+def reference_logits(model, tokens, task):
+    """The forward pass of TA-LoRA, slowly; uses nothing of gating.py or lowrank.py."""
+    def mix(n, head, query, K, V):
+        theta = model.theta0[n]  # (P, d)
+        if task != NO_TASK:
+            theta = theta + model.config.scale * model.B[n] @ torch.outer(model.u[task][n], model.v[task][n])
+        gate = model.gate[n].tanh().expand(model.backbone.config.num_attention_heads)[head]
+        return soft(query, K, V) + gate * soft(query, *slow_prefix(model.backbone, n, head, theta))
+
+    return slow_logits(model.backbone, tokens, mix)
 
 
 def gradients(model):

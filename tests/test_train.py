@@ -16,12 +16,36 @@ import evaluate
 import tasks
 import toy
 import train
-from config import STAGES_OF, Config, check, depends, parse, plan
+from baselines import METHODS, VARIANTS
+from config import ORDER, Config, check, depends, parse, plan
 from data import UserError
+from lowrank import orthogonality
 from model import NO_TASK, TALoRA, TALoRAConfig
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("toy-amazon", "toy-sanwen", "toy-cote_mfw")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_rows():
+    """A smaller micro-world: what a run does is the same with 300 rows of a task as with 2,000, and much quicker."""
+    whole = toy.TRAIN_ROWS, toy.TEST_ROWS
+    caches = (toy._rows, data.load_splits)
+
+    def resize(train_rows, test_rows):
+        toy.TRAIN_ROWS, toy.TEST_ROWS = train_rows, test_rows
+        [cached.cache_clear() for cached in caches]
+
+    resize(300, 40)
+    yield
+    resize(*whole)
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Drawing takes longer than the run itself; `finished_run` (a fixture of the module, so made before this) draws."""
+    monkeypatch.setattr(evaluate, "draw_run", lambda *_: None)
+    monkeypatch.setattr(evaluate, "draw_targets", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +90,10 @@ def rows_of(task, count, start=0):
     return [data.encode(e, toy.tokenizer(), 128) for e in data.load_task(task, "train")[start:start + count]]
 
 
+def multitask_tensors(model):
+    return train.learning_tensors(model, METHODS["talora"], "multitask", [0, 1, 2])
+
+
 def batch_of(*pairs):
     rows = [row for task, count in pairs for row in rows_of(task, count)]
     return data.collate(rows, [TASKS.index(row.task) for row in rows], 0)
@@ -73,25 +101,51 @@ def batch_of(*pairs):
 
 # ------------------------------------------------------------------------------------------------ what learns, and how
 
-@pytest.mark.parametrize("method, stage, expected", [
+SHARED = {"theta0", "B", "gate"}
+OWN = {"u.0", "v.0", "u.1", "v.1", "u.2", "v.2"}
+
+
+@pytest.mark.parametrize("name, stage, expected", [
     ("talora", "base", {"theta0", "gate"}),
-    ("talora", "multitask", {"theta0", "B", "gate", "u.0", "v.0", "u.1", "v.1", "u.2", "v.2"}),
+    ("talora", "multitask", SHARED | OWN),
     ("talora", "target", {"u.1", "v.1"}),
-    ("deep-spot", "multitask", {"theta0", "gate"}),
-    ("deep-pt", "target", {"theta0", "gate"}),
+    ("frozen-theta0", "multitask", SHARED - {"theta0"} | OWN),
+    ("open-gate", "base", {"theta0"}),
+    ("open-gate", "multitask", {"theta0", "B"} | OWN),
 ])
-def test_learning_tensors(model, method, stage, expected):
+def test_learning_tensors(model, name, stage, expected):
     ids = {"multitask": [0, 1, 2], "target": [1], "base": [NO_TASK]}[stage]
+    method = (METHODS | VARIANTS)[name]
     assert set(train.learning_tensors(model, method, stage, ids)) == expected
 
 
-def test_methods_and_stages_agree_with_the_table_of_what_learns():
-    assert {(m, s) for m, stages in STAGES_OF.items() for s in stages} == set(train.LEARNS)
+@pytest.mark.parametrize("name, stage, expected", [
+    ("spot", "multitask", {"prompt.0"}),
+    ("pt", "target", {"prompt.0"}),
+    ("spot-nearest", "target", {"prompt.2"}),
+    ("attempt", "multitask", {"prompt.0", "prompt.1", "prompt.2"}),
+    ("attempt", "target", {"prompt.2", "down", "up"}),
+    ("deep-spot", "multitask", {"prompt.0", "gate"}),
+    ("deep-pt", "target", {"prompt.0", "gate"}),
+])
+def test_learning_tensors_of_prompts(backbone_folder, name, stage, expected):
+    """A task id in the name decides, wherever it stands in the list of what the method owns."""
+    method, ids = METHODS[name], sorted(int(n.rpartition(".")[2]) for n in expected if "." in n)
+    model = method.model(Qwen2ForCausalLM.from_pretrained(backbone_folder), list(TASKS), TALoRAConfig(3, 2))
+    assert set(train.learning_tensors(model, method, stage, ids)) == expected
+
+
+def test_stages_come_in_order_and_every_rate_is_an_option():
+    for name, method in (METHODS | VARIANTS).items():
+        assert list(method.stages) == [stage for stage in ORDER if stage in method.stages], name
+        assert "target" in method.stages and all(method.learns.values()), name
+        for rate in {rate for rates in method.learns.values() for rate in rates.values()}:
+            assert f"{rate}_rate" in Config.__dataclass_fields__, (name, rate)
 
 
 def test_optimizer_groups(model, cfg):
     cfg.weight_decay = 0.1
-    learns = train.learning_tensors(model, "talora", "multitask", [0, 1, 2])
+    learns = multitask_tensors(model)
     optimizer = train.build_optimizer(model, learns, cfg)
     rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
@@ -114,7 +168,7 @@ def test_a_step_is_the_same_however_it_is_cut(model, cfg):
     counts = list(zip(TASKS, (1, 2, 4)))
     whole, parts, gradients = batch_of(*counts), [batch_of(count) for count in counts], []
     for batches in ([whole], parts):
-        optimizer = train.build_optimizer(model, train.learning_tensors(model, "talora", "multitask", [0, 1, 2]), cfg)
+        optimizer = train.build_optimizer(model, multitask_tensors(model), cfg)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         measured = train.train_step(model, optimizer, batches, cfg, regularise=True)
@@ -126,7 +180,7 @@ def test_a_step_is_the_same_however_it_is_cut(model, cfg):
 
 
 def test_two_equal_steps_have_equal_gradients(model, cfg):
-    optimizer = train.build_optimizer(model, train.learning_tensors(model, "talora", "multitask", [0, 1, 2]), cfg)
+    optimizer = train.build_optimizer(model, multitask_tensors(model), cfg)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     batch, grads = batch_of((TASKS[0], 3), (TASKS[1], 3)), []
@@ -139,19 +193,19 @@ def test_two_equal_steps_have_equal_gradients(model, cfg):
 def test_regulariser_enters_with_its_weight(model, cfg):
     """Without the task loss' share: the difference of two gradients is lambda times the regulariser's own."""
     cfg.clip, batch, grads = 1e9, batch_of((TASKS[0], 2), (TASKS[1], 2), (TASKS[2], 2)), []
-    optimizer = train.build_optimizer(model, train.learning_tensors(model, "talora", "multitask", [0, 1, 2]), cfg)
+    optimizer = train.build_optimizer(model, multitask_tensors(model), cfg)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     for cfg.reg_weight in (0.0, 3.0):
         measured = train.train_step(model, optimizer, [batch], cfg, regularise=True)
         grads.append(model.v[1].grad.clone())
-    expected, = torch.autograd.grad(train.orthogonality(*model.factors(), "cosine"), model.v[1])
+    expected, = torch.autograd.grad(orthogonality(*model.factors(), "cosine"), model.v[1])
     torch.testing.assert_close(grads[1] - grads[0], 3.0 * expected, rtol=1e-3, atol=1e-6)
     assert measured["reg"] > 0 and expected.abs().max() > 0
 
 
 def test_an_absent_task_does_not_move(model, cfg):
-    optimizer = train.build_optimizer(model, train.learning_tensors(model, "talora", "multitask", [0, 1, 2]), cfg)
+    optimizer = train.build_optimizer(model, multitask_tensors(model), cfg)
     everyone, without = batch_of(*((t, 2) for t in TASKS)), batch_of((TASKS[0], 2), (TASKS[1], 2))
     for _ in range(3):
         train.train_step(model, optimizer, [everyone], cfg, regularise=False)
@@ -164,7 +218,7 @@ def test_an_absent_task_does_not_move(model, cfg):
 
 @pytest.mark.parametrize("where", ["theta0", "v"])
 def test_bad_numbers_stop_the_run_and_change_nothing(model, cfg, where):
-    optimizer = train.build_optimizer(model, train.learning_tensors(model, "talora", "multitask", [0, 1, 2]), cfg)
+    optimizer = train.build_optimizer(model, multitask_tensors(model), cfg)
     with torch.no_grad():
         (model.theta0 if where == "theta0" else model.v[1]).view(-1)[0] = math.inf
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -198,10 +252,14 @@ def finished_run(backbone_folder, tmp_path_factory):
 
 def test_a_run_leaves_adapters_numbers_and_pictures(finished_run):
     run, _ = finished_run
-    for stage in ("base", "multitask", "target-8-shot/toy-finre", "target-8-shot/toy-drcd"):
-        for file in ("best/adapter.safetensors", "last/adapter.json", "metrics.jsonl", "loss.png", "gates.png"):
+    trained = ("best/adapter.safetensors", "last/adapter.json", "metrics.jsonl")
+    drawn = ("loss.png", "gates.png", "cosines.png")
+    for stage, files in (("base", trained + drawn), ("multitask", trained + drawn),
+                         ("target-8-shot/toy-finre", trained), ("target-8-shot/toy-drcd", trained),
+                         ("target-8-shot", ("targets.png", "table.md"))):
+        for file in files:
             assert (run / stage / file).stat().st_size > 0, f"{stage}/{file}"
-    assert (run / "multitask" / "cosines.png").stat().st_size > 0
+    assert not [*(run / "target-8-shot").glob("*/*.png")]  # eight targets would be sixteen pictures
     results = json.loads((run / "multitask" / "results.json").read_text())
     assert list(results["columns"]) == ["majority", "frozen backbone", "hard instruction", "talora",
                                         "talora, rewritten"]
@@ -302,13 +360,38 @@ def test_other_ways_to_run(backbone_folder, tmp_path, more):
     assert all(p.dtype == torch.float32 for p in adapter.adapter_state().values())
 
 
-@pytest.mark.parametrize("method", ["deep-spot", "deep-pt"])
-def test_the_two_references_run_in_their_stages(backbone_folder, tmp_path, method):
-    train.main(small(backbone_folder, tmp_path / "run", "--method", method, "--stage", "all", "--shots", "4",
-                     "--targets", "toy-finre"))
-    results = json.loads((tmp_path / "run" / "target-4-shot" / "results.json").read_text())
-    assert method in results["columns"]
-    assert (tmp_path / "run" / "multitask").exists() == (method == "deep-spot")
+CLASSES = {method.model: name for name, method in VARIANTS.items() if method.model is not TALoRA}  # one of each
+
+
+@pytest.mark.parametrize("name", [*(name for name in METHODS if name != "talora"), *CLASSES.values(), "no-base"])
+def test_every_method_runs_in_its_stages(backbone_folder, tmp_path, name):
+    method = (METHODS | VARIANTS)[name]
+    options = ("--method", name) if name in METHODS else ("--variant", name)
+    train.main(small(backbone_folder, tmp_path / "run", *options, "--stage", "all", "--shots", "4,2",
+                     "--targets", "toy-finre", "--no-references"))
+    label = name if name in METHODS else f"talora {name}"
+    for shots in (4, 2):
+        results = json.loads((tmp_path / "run" / f"target-{shots}-shot" / "results.json").read_text())
+        assert set(results["columns"]) - {"majority", "theta0 (k = 0)"} == {label, f"{label}, rewritten"}
+        assert results["shots"] == shots and list(results["starts"]) == ["toy-finre"] * method.per_task
+        assert results["numbers"] > 0
+    for stage in ("base", "multitask"):
+        assert (tmp_path / "run" / stage / "results.json").exists() == (stage in method.stages), stage
+
+
+def test_one_set_of_weights_or_one_for_each_source(backbone_folder, tmp_path):
+    """spot learns one prompt for all sources and starts every target from it; spot-nearest learns one for each."""
+    backbone = Qwen2ForCausalLM.from_pretrained(backbone_folder)
+    for name, owners in (("spot", [train.ALL_TASKS]), ("spot-nearest", list(TASKS))):
+        run = tmp_path / name
+        train.main(small(backbone_folder, run, "--method", name, "--stage", "all", "--shots", "4", "--targets",
+                         "toy-finre", "--no-references"))
+        sources, target = (METHODS[name].model.load(run / folder, backbone) for folder in (
+            "multitask/best", "target-4-shot/toy-finre/last"))
+        assert sources.tasks == owners
+        assert target.tasks == owners + ["toy-finre"] * (name == "spot-nearest")
+        moved = [n for n, t in target.adapter_state().items() if not torch.equal(t, sources.adapter_state().get(n, t))]
+        assert moved == (["prompt.0"] if name == "spot" else [])  # a source's own prompt stays as it was
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -391,6 +474,14 @@ BAD = [  # options (a function of a folder and a good backbone) and what the sen
     (["--sources", "toy-afqmc,toy-afqmc"], ["toy-afqmc", "twice"]),
     (["--base-task", "toy-finre"], ["toy-finre", "toy-afqmc"]),
     (["--method", "deep-pt"], ["deep-pt", "multitask", "target"]),
+    (["--method", "lora", "--stage", "base"], ["lora", "base", "multitask, target"]),
+    (["--variant", "no-base", "--stage", "base"], ["base", "multitask, target"]),
+    (["--variant", "magic"], ["magic", "no-base"]),
+    (["--variant", "no-base", "--method", "lora"], ["no-base", "lora"]),
+    (["--variant", "rank-1", "--rank", "2"], ["rank-1", "--rank 1", "2"]),
+    (["--method", "ft", "--dtype", "bfloat16"], ["ft", "bfloat16", "--autocast"]),
+    (["--stage", "target", "--shots", "8,8"], ["--shots", "8,8"]),
+    (["--stage", "target", "--shots", "8,few"], ["--shots", "8,few"]),
     (["--stage", "target", "--shots", "100000"], ["100000"]),
     (["--device", "cuda"], ["cuda", "cpu"]) if not torch.cuda.is_available() else (["--seed", "-1"], ["--seed"]),
     (["--data-root", "{tmp}/nowhere"], ["nowhere", "train.jsonl"]),
@@ -474,10 +565,24 @@ def test_presets_and_overrides():
     check(parse([])[0])
 
 
+def test_options_of_methods_and_variants():
+    assert parse(["--preset", "qwen2.5-7b", "--method", "attempt"])[0].rank == 100
+    assert parse(["--preset", "qwen2.5-7b", "--method", "pt", "--prompt-length", "30"])[0].prompt_length == 30
+    swapped, changed = parse(["--variant", "rates-swapped", "--slow-rate", "0.1", "--fast-rate", "0.3"])
+    assert (swapped.slow_rate, swapped.fast_rate) == (0.3, 0.1) and changed["slow_rate"] == 0.3
+    equal = parse(["--variant", "equal-rates"])[0]
+    assert equal.slow_rate == equal.fast_rate == parse([])[0].fast_rate
+    assert parse(["--variant", "gate-per-head"])[0].gate_per_head and parse(["--variant", "rank-1"])[0].rank == 1
+    runs = [parse(options)[0].run for options in ([], ["--method", "pt"], ["--variant", "rank-1"], ["--seed", "1"])]
+    assert len(set(runs)) == 4
+
+
 def test_plan_names_what_a_stage_builds_on():
     assert plan(Config(stage="target")) == ["base", "multitask", "target"]
     assert plan(Config(stage="multitask")) == ["base", "multitask"]
     assert plan(Config(stage="target", method="deep-pt")) == ["target"]
+    assert plan(Config(stage="all", method="lora")) == ["multitask", "target"]
+    assert plan(Config(stage="all", variant="no-base")) == ["multitask", "target"]
     assert plan(Config(stage="base", data_root="x")) == ["pretrain", "base"]
     assert plan(Config(stage="base", data_root="x", backbone="y")) == ["base"]
 
