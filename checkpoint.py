@@ -38,9 +38,11 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
         os.replace(beside, path)
     except BaseException as error:
         beside.unlink(missing_ok=True)
+        if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
+            error = error.__context__  # torch.save hides a full disk behind an error of its own
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
-        raise
+        raise error
 
 
 def write_json(path: Path, value) -> None:
