@@ -169,7 +169,7 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
         model.save(folder / "last")
         save_checkpoint(checkpoint, model.adapter_state(), optimizer, sampler, now, identity)
 
-    if now["step"] == 0:
+    if not checkpoint.exists():
         record(step=0)
         save()
     model.train()

@@ -140,6 +140,20 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(backbone, tmp_pa
     assert soak.left(run) == soak.left(tmp_path / "whole")
 
 
+def test_what_is_logged_before_the_first_step_is_not_logged_again(backbone, tmp_path, monkeypatch):
+    """Killed between the checkpoint of step 0 and that of step 1."""
+    train.main(soak.command(backbone, tmp_path / "whole"))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_step", killed)
+        assert program(train.main, soak.command(backbone, tmp_path / "run")) == 130
+    train.main(soak.command(backbone, tmp_path / "run"))
+    assert soak.left(tmp_path / "run") == soak.left(tmp_path / "whole")
+
+
 def test_a_second_signal_does_not_wait():
     with checkpoint.Signals() as signals:
         with pytest.raises(Stopped), signals.finishing():
