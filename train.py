@@ -594,7 +594,7 @@ def main(argv: list[str]) -> None:
 def resumed(argv: list[str]) -> list[str]:
     """The command line of ``--resume RUN``: that of the run's own options, followed by whatever else was typed."""
     at = argv.index("--resume")
-    if at + 1 == len(argv):
+    if at + 1 == len(argv) or argv[at + 1].startswith("--"):
         raise UserError("--resume needs the folder of a run, such as runs/toy")
     options = {**read_options(Path(argv[at + 1])), "run": argv[at + 1]}
     again = []
