@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import toy
-from data import UserError
+from errors import UserError
 from frozen import FrozenLM, TALoRAConfig
 
 

@@ -10,6 +10,7 @@ changes, so that a finished stage is used again if, and only if, it would come o
 import argparse
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 import tasks
 import toy
 from baselines import METHODS, VARIANTS, Method
-from data import UserError
+from errors import UserError
 from lowrank import FORMS
 
 ORDER = ("pretrain", "base", "multitask", "target")
@@ -96,6 +97,9 @@ class Config:
     clip: float = option(1.0, "base", "gradient norm at most")
     log_every: int = option(40, NEVER, "steps between two lines of progress")
     eval_every: int = option(100, "base", "steps between two evaluations on development rows")
+    # checkpoints
+    save_every: int = option(100, NEVER, "steps between two checkpoints to go on from")
+    save_minutes: float = option(10.0, NEVER, "minutes between two checkpoints at most")
     # a small backbone from scratch
     pretrain_steps: int = option(1500, "pretrain", "steps of --stage pretrain")
     pretrain_width: int = option(128, "pretrain", "width d of a backbone made from --data-root (micro-world: 128)")
@@ -146,7 +150,11 @@ def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
             type=f.type, choices=f.metadata["choices"])
         parser.add_argument(flag(f.name), default=None, help=text.replace("%", "%%"), **kind)
+    parser.add_argument("--resume", metavar="RUN", help="go on with an interrupted run by its own options and whatever "
+                        "else is given (repeating the command does the same)")
+    parser.add_argument("--debug", action="store_true", help="show where an error came from")
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    typed.pop("debug")  # errors.py takes it
     preset, method = typed.get("preset", "toy"), typed.get("method", "talora")
     changed = {**PRESETS[preset], **METHOD_OPTIONS["toy" if preset == "toy" else "large"].get(method, {}), **typed}
     cfg = Config(**changed)
@@ -211,6 +219,9 @@ def check(cfg: Config) -> None:
         problems.append(f"--base-task '{cfg.base_task}' is not among the sources {', '.join(sources)}")
     if not targets and cfg.stage in ("target", "all") and not problems:
         problems.append(f"no target task was found in '{cfg.data_root}'; name some with --targets")
+    outside = [name for name in [*sources, *targets] if name in (".", "..") or set(name) & set("/\\\0")]
+    if outside:
+        problems.append(f"'{outside[0]}' cannot be a task: a name is a folder's, without / and .. in it")
     for names in (sources, targets):
         problems += [f"task '{name}' is named twice" for name in sorted({n for n in names if names.count(n) > 1})]
     both = [name for name in targets if name in sources]
@@ -221,10 +232,16 @@ def check(cfg: Config) -> None:
                         f"{cfg.max_length}; raise it or lower that")
     if cfg.pretrain_width % 8:
         problems.append(f"--pretrain-width is {cfg.pretrain_width}, but must be a multiple of 8 (4 heads of even size)")
-    if Path(cfg.run).exists() and not Path(cfg.run).is_dir():
-        problems.append(f"--run '{cfg.run}' is a file; name a folder")
+    place = next(folder for folder in (Path(cfg.run).absolute(), *Path(cfg.run).absolute().parents) if folder.exists())
+    if not place.is_dir():
+        problems.append(f"--run '{cfg.run}' is a file, or in one; name a folder")
+    elif not os.access(place, os.W_OK):
+        problems.append(f"--run '{cfg.run}' cannot be written: there is no permission for {place}; name another folder")
     try:
         torch.empty(1, device=cfg.device)
+        if cfg.device.startswith("cuda") and "bfloat16" in (cfg.dtype, "bfloat16" * cfg.autocast):
+            if not torch.cuda.is_bf16_supported(including_emulation=False):
+                problems.append(f"--device {cfg.device} does not know bfloat16; use --dtype float32 --no-autocast")
     except (RuntimeError, AssertionError, NotImplementedError):
         problems.append(f"--device {cfg.device} is not to be had here; use --device cpu, or auto")
     if problems:

@@ -39,13 +39,10 @@ from tqdm import tqdm
 
 import rewrite
 import toy
+from errors import UserError, program
 from tasks import FORMATS, TASKS, Source, Task
 
 DEV_SHARE, DEV_ROWS = 0.1, 1024  # dev is a tenth of train, cut by group, 1024 rows at most
-
-
-class UserError(ValueError):
-    """A mistake the user can mend: one sentence with the value, the limit and the remedy."""
 
 
 def task_of(name: str, examples: Sequence[Example] = ()) -> Task:
@@ -833,28 +830,23 @@ def page(name: str, root: str | None = None, seed: int = 0, colour: bool = False
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description="Show the tasks: one page each.")
     parser.add_argument("--data-root", help="folder with <task>/train.jsonl and test.jsonl (default: the micro-world)")
     parser.add_argument("--task", nargs="+", help="only these tasks; without --data-root from the hub")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rewriting")
-    options = parser.parse_args()
-    try:
-        root, names = options.data_root, options.task or list(toy.SOURCES + toy.TARGETS)
-        if root and not options.task:
-            if not Path(root).is_dir():
-                raise UserError(f"--data-root {root} is no folder; it should hold <task>/train.jsonl and test.jsonl")
-            found = {path.name for path in Path(root).iterdir() if path.is_dir()}
-            names = [name for name in TASKS if name in found] + sorted(found - set(TASKS))
-            if not names:
-                raise UserError(f"--data-root {root} holds no folder; it should hold <task>/train.jsonl and test.jsonl")
-        for name in names:
-            print(page(name, root, options.seed, colour=sys.stdout.isatty()) + "\n")
-    except UserError as error:
-        parser.exit(2, f"data.py: {error}\n")
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    options = parser.parse_args(argv)
+    root, names = options.data_root, options.task or list(toy.SOURCES + toy.TARGETS)
+    if root and not options.task:
+        if not Path(root).is_dir():
+            raise UserError(f"--data-root {root} is no folder; it should hold <task>/train.jsonl and test.jsonl")
+        found = {path.name for path in Path(root).iterdir() if path.is_dir()}
+        names = [name for name in TASKS if name in found] + sorted(found - set(TASKS))
+        if not names:
+            raise UserError(f"--data-root {root} holds no folder; it should hold <task>/train.jsonl and test.jsonl")
+    for name in names:
+        print(page(name, root, options.seed, colour=sys.stdout.isatty()) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program(main, sys.argv[1:]))

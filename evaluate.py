@@ -35,7 +35,8 @@ from tqdm import tqdm
 import data
 from backbone import load_backbone
 from config import Config, method_of
-from data import Encoded, Example, UserError, task_of
+from data import Encoded, Example, task_of
+from errors import UserError, program
 from frozen import FrozenLM, evaluating
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -487,8 +488,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(program(main, sys.argv[1:]))

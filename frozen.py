@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from checkpoint import atomic, write_json
 from gating import GATED_PREFIX
 
 # Backbones whose attention has separate k_proj and v_proj and calls transformers' attention interface.
@@ -256,11 +257,10 @@ class FrozenLM(nn.Module):
         """Write adapter.safetensors (tensors of ours alone) and adapter.json (what they mean) into ``folder``."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.cpu().contiguous() for name, t in self.adapter_state().items()},
-                  folder / "adapter.safetensors")
-        about = {"method": self.method, "config": asdict(self.config), "tasks": self.tasks,
-                 "backbone": self.described}
-        (folder / "adapter.json").write_text(json.dumps(about, indent=2, ensure_ascii=False), encoding="utf-8")
+        with atomic(folder / "adapter.safetensors") as file:
+            file.write(save({name: t.cpu().contiguous() for name, t in self.adapter_state().items()}))
+        write_json(folder / "adapter.json", {"method": self.method, "config": asdict(self.config), "tasks": self.tasks,
+                                             "backbone": self.described})
 
     @classmethod
     def load(cls, folder: str | Path, backbone: PreTrainedModel) -> "FrozenLM":
@@ -285,12 +285,16 @@ class FrozenLM(nn.Module):
                 raise ValueError(f"the adapter in '{folder}' was trained on a backbone with {key} = "
                                  f"{trained_on.get(key)}, but this one has {value}; load it with its own backbone")
         model = cls(backbone, tasks, config)
-        own = {name: tuple(t.shape) for name, t in model.adapter_state().items()}
-        found = {name: tuple(t.shape) for name, t in state.items()}
+        own, found = ({name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
+                      for tensors in (model.adapter_state(), state))
         if own != found:
             name = sorted(set(own.items()) ^ set(found.items()))[0][0]
-            raise ValueError(f"the adapter in '{folder}' does not fit its own adapter.json: tensor '{name}' should "
-                             f"have shape {own.get(name, 'none')} and has {found.get(name, 'none')}")
+            raise ValueError(f"the adapter in '{folder}' does not fit its own adapter.json: tensor '{name}' should be "
+                             f"{own.get(name, 'absent')} and is {found.get(name, 'absent')}")
+        bad = [name for name, t in state.items() if not t.isfinite().all()]
+        if bad:
+            raise ValueError(f"the adapter in '{folder}' holds numbers that are not finite, in {', '.join(bad)}; take "
+                             "another one")
         model.load_state_dict(state, strict=False)  # names and shapes were compared above; the backbone has its own
         return model
 

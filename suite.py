@@ -32,7 +32,7 @@ import torch
 
 import train
 from baselines import METHODS, VARIANTS
-from data import UserError
+from errors import RunFailed, UserError, program
 from evaluate import draw_cosines, pyplot
 
 SWEEP_SEED = 100  # for choosing rates, and for nothing else
@@ -135,7 +135,7 @@ def run_cells(cells: Sequence[Cell], out: Path, work: Path, jobs: int) -> None:
                 left = (time.perf_counter() - started) / done * (len(cells) - done)
                 print(f"  {done:>3}/{len(cells)}  {cell.name:34} ETA {left // 60:.0f}:{left % 60:02.0f}", flush=True)
     if failed:
-        raise UserError(f"{len(failed)} of the cells failed, the others are kept; repeat the command to go on. "
+        raise RunFailed(f"{len(failed)} of the cells failed, the others are kept; repeat the command to go on. "
                         + "; ".join(failed))
 
 
@@ -531,11 +531,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("stopped; finished cells are kept, repeat the command to go on", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(program(main, sys.argv[1:]))

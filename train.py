@@ -21,12 +21,15 @@ task learn at different rates:
 """
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
 import time
+from array import array
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -39,8 +42,10 @@ import evaluate
 import pretrain
 from backbone import load_backbone
 from baselines import Method
+from checkpoint import Signals, load_checkpoint, save_checkpoint, write_json
 from config import ORDER, Config, check, depends, flag, method_of, parse, plan, shots_of, split_names, stage_folder
-from data import Batch, Encoded, UserError
+from data import Batch, Encoded
+from errors import RunFailed, UserError, program
 from frozen import NO_TASK, FrozenLM, TALoRAConfig
 
 ALL_TASKS = "all tasks"  # the one name of methods that have one set of weights for all source tasks
@@ -92,7 +97,7 @@ def train_step(model: FrozenLM, optimizer: torch.optim.Optimizer, batches: list[
                regularise: bool) -> dict[str, float]:
     """One optimisation step over the micro-batches ``batches``; returns what it measured. Eq. (3)
 
-    Raises UserError, before any weight has changed, if the loss or the gradient is not finite.
+    Raises RunFailed, before any weight has changed, if the loss or the gradient is not finite.
     """
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     examples = sum(len(batch.task_ids) for batch in batches)
@@ -113,7 +118,7 @@ def train_step(model: FrozenLM, optimizer: torch.optim.Optimizer, batches: list[
     measured = {"loss": task_loss.item(), "reg": reg.item(), "grad_norm": norm.item()}
     if not all(map(math.isfinite, measured.values())):
         tasks = sorted({model.tasks[i] if i >= 0 else "theta0 alone" for b in batches for i in b.task_ids.tolist()})
-        raise UserError(f"the numbers went bad (loss {measured['loss']:.3g}, gradient norm {norm:.3g}) in a batch of "
+        raise RunFailed(f"the numbers went bad (loss {measured['loss']:.3g}, gradient norm {norm:.3g}) in a batch of "
                         f"{', '.join(tasks)}; no weight was changed: try lower rates, e.g. half of --fast-rate")
     optimizer.step()
     return measured
@@ -123,14 +128,16 @@ def autocast(cfg: Config, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16) if cfg.autocast else nullcontext()
 
 
-def fit(model: FrozenLM, cfg: Config, stage: str, train: dict[str, list[Encoded]], dev: dict[str, list[Encoded]],
-        task_ids: dict[str, int], steps: int, batch_size: int, folder: Path, log: "Log") -> None:
+def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]], dev: dict[str, list[Encoded]],
+        task_ids: dict[str, int], folder: Path) -> None:
     """The one loop. Trains what the method's table says for this stage and keeps the best checkpoint on ``dev``.
 
     train, dev: encoded examples by task; task_ids: the id a task's rows are given (NO_TASK: theta0 alone). Writes
-    metrics.jsonl, best/ and last/ into ``folder``.
+    metrics.jsonl, best/ and last/ into ``folder``, and checkpoint.pt, from which it goes on if it finds one there.
+    Raises Stopped after the step in which a signal arrived, and RunFailed for numbers gone bad or a full GPU.
     """
-    device, method = model.device, method_of(cfg)
+    cfg, method, log, device = run.cfg, run.method, run.log, model.device
+    steps, batch_size = getattr(cfg, f"{stage}_steps"), getattr(cfg, f"{stage}_batch")
     learns = learning_tensors(model, method, stage, list(task_ids.values()))
     optimizer = build_optimizer(model, learns, cfg)
     if stage == "multitask" and method.fresh_gates:
@@ -138,8 +145,17 @@ def fit(model: FrozenLM, cfg: Config, stage: str, train: dict[str, list[Encoded]
     log(what_learns(model, learns, optimizer))
     sampler = data.Sampler(train, batch_size, cfg.seed, cfg.mixing, cfg.tokens_per_batch or None)
     regularise = stage == "multitask" and method.regularised
-    metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8")
-    best, started, tokens = (-1.0, -math.inf), time.perf_counter(), 0
+    now = {"step": 0, "best": [-1.0, -math.inf], "tokens": 0, "seconds": 0.0, "logged": 0}
+    checkpoint, identity = folder / "checkpoint.pt", {"backbone": model.described, "train rows": rows_hash(train)}
+    if checkpoint.exists():
+        try:
+            now = load_checkpoint(checkpoint, model.adapter_state(), optimizer, sampler, identity)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        log(f"{stage:9} goes on after step {now['step']} of {steps}")
+    metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+    metrics.truncate(now["logged"])  # what was logged after the checkpoint comes again
+    started, saved = time.perf_counter() - now["seconds"], time.perf_counter()
 
     def record(**row):
         row = {**row, **model.diagnose()}
@@ -147,34 +163,70 @@ def fit(model: FrozenLM, cfg: Config, stage: str, train: dict[str, list[Encoded]
         metrics.flush()
         return row
 
-    record(step=0)
-    model.train()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial"] * rate_factor(step, steps, cfg.warmup)
-        batches = [data.collate(rows, [task_ids[r.task] for r in rows], 0).to(device) for rows in sampler.next()]
-        measured = train_step(model, optimizer, batches, cfg, regularise)
-        tokens += sum(int(batch.attention_mask.sum()) for batch in batches)
+    def save():
+        os.fsync(metrics.fileno())
+        now.update(seconds=time.perf_counter() - started, logged=os.fstat(metrics.fileno()).st_size)
+        model.save(folder / "last")
+        save_checkpoint(checkpoint, model.adapter_state(), optimizer, sampler, now, identity)
 
-        done, seconds = step + 1, time.perf_counter() - started
-        if done % cfg.log_every == 0 or done == steps:
-            rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-            row = record(step=done, **measured, rates=rates, tokens_per_s=round(tokens / seconds))
-            log(f"{stage:9} {done:>5}/{steps}  {done / steps:4.0%}  loss {measured['loss']:.4f}  "
-                f"reg {measured['reg']:.5f}  " + "  ".join(f"{n} {r:.1e}" for n, r in rates.items()) +
-                (f"  |tanh g| {sum(row['gates']) / len(row['gates']):.3f}" if "gates" in row else "") +
-                f"  {tokens / seconds:,.0f} tok/s  "
-                f"ETA {clock(seconds / done * (steps - done))}")
-        if done % cfg.eval_every == 0 or done == steps:
-            right, loss = evaluate.dev_score(model, dev, task_ids)
-            record(step=done, dev_accuracy=right, dev_loss=loss)
-            if (right, -loss) > best:
-                best = (right, -loss)
-                model.save(folder / "best")
-    model.save(folder / "last")
+    if not checkpoint.exists():
+        record(step=0)
+        save()
+    model.train()
+    while now["step"] < steps:
+        step = now["step"]
+        with run.signals.finishing():
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial"] * rate_factor(step, steps, cfg.warmup)
+            batches = [data.collate(rows, [task_ids[r.task] for r in rows], 0).to(device) for rows in sampler.next()]
+            try:
+                measured = train_step(model, optimizer, batches, cfg, regularise)
+            except (RunFailed, torch.OutOfMemoryError) as error:
+                raise failed(error, stage, step, batches, cfg, checkpoint) from error
+            done = now["step"] = step + 1
+            now["tokens"] += sum(int(batch.attention_mask.sum()) for batch in batches)
+            seconds = time.perf_counter() - started
+            if done % cfg.log_every == 0 or done == steps:
+                rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+                row = record(step=done, **measured, rates=rates, tokens_per_s=round(now["tokens"] / seconds))
+                log(f"{stage:9} {done:>5}/{steps}  {done / steps:4.0%}  loss {measured['loss']:.4f}  "
+                    f"reg {measured['reg']:.5f}  " + "  ".join(f"{n} {r:.1e}" for n, r in rates.items()) +
+                    (f"  |tanh g| {sum(row['gates']) / len(row['gates']):.3f}" if "gates" in row else "") +
+                    f"  {now['tokens'] / seconds:,.0f} tok/s  ETA {clock(seconds / done * (steps - done))}")
+            if done % cfg.eval_every == 0 or done == steps:
+                right, loss = evaluate.dev_score(model, dev, task_ids)
+                record(step=done, dev_accuracy=right, dev_loss=loss)
+                if [right, -loss] > now["best"]:
+                    now["best"] = [right, -loss]
+                    model.save(folder / "best")
+            due = done % cfg.save_every == 0 or time.perf_counter() - saved > 60 * cfg.save_minutes
+            if due or done == steps or run.signals.caught:
+                save()
+                saved = time.perf_counter()
     metrics.close()
-    log(f"{stage:9} done in {clock(time.perf_counter() - started)}; best on development rows: "
-        f"{best[0]:.1%} exactly right, loss {-best[1]:.4f}; {sampler.padding:.1%} of the tokens were padding")
+    log(f"{stage:9} done in {clock(now['seconds'])}; best on development rows: {now['best'][0]:.1%} exactly right, "
+        f"loss {-now['best'][1]:.4f}; {sampler.padding:.1%} of the tokens were padding")
+
+
+def failed(error: Exception, stage: str, step: int, batches: list[Batch], cfg: Config, checkpoint: Path) -> RunFailed:
+    """The sentence for a step that could not be done."""
+    kept = f"; the last good state is in {checkpoint}"
+    if isinstance(error, RunFailed):
+        return RunFailed(f"{stage}, step {step + 1}: {error}{kept}")
+    rows, tokens = max((batch.input_ids.shape for batch in batches), key=math.prod)
+    return RunFailed(f"{stage}, step {step + 1}: the GPU's memory is full with {rows} rows of {tokens} tokens (at the "
+                     f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB); add --checkpointing, or lower "
+                     f"--tokens-per-batch (now {cfg.tokens_per_batch or 'the whole step at once'}){kept}")
+
+
+def rows_hash(rows: dict[str, list[Encoded]]) -> str:
+    """Short hash of tokenised rows: a continuation must find the same ones in the same order."""
+    digest = hashlib.sha256()
+    for task, encoded in rows.items():
+        digest.update(f"{task} {len(encoded)}".encode())
+        for row in encoded:
+            digest.update(array("i", [*row.prompt_ids, -1, *row.answer_ids]).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def what_learns(model: FrozenLM, learns: dict[str, str], optimizer: torch.optim.Optimizer) -> str:
@@ -201,8 +253,8 @@ def what_learns(model: FrozenLM, learns: dict[str, str], optimizer: torch.optim.
 class Run:
     """A run: its options, its folder, its backbone and tokenizer, loaded once for all stages."""
 
-    def __init__(self, cfg: Config, command: str):
-        self.cfg, self.command, self.method = cfg, command, method_of(cfg)
+    def __init__(self, cfg: Config, command: str, signals: Signals):
+        self.cfg, self.command, self.method, self.signals = cfg, command, method_of(cfg), signals
         self.folder = Path(cfg.run)
         self.device = torch.device(cfg.device)
         self.log = Log(self.folder / "log.txt")
@@ -255,12 +307,9 @@ class Run:
             raise UserError(str(error)) from error
 
     def open(self, stage: str) -> Path:
-        """The folder of a stage about to begin, with the options and the machine written into it."""
+        """The folder of a stage about to begin or to go on, with the options and the machine written into it."""
         folder = stage_folder(self.cfg, stage)
-        if folder.exists():  # not finished, or it would have been used; nothing is thrown away
-            n = 1 + len(list(folder.parent.glob(f"{folder.name}.unfinished-*")))
-            folder.rename(folder.with_name(f"{folder.name}.unfinished-{n}"))
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "options.json", dataclasses.asdict(self.cfg))
         write_json(folder / "env.json", environment(self.command))
         torch.manual_seed(10 * self.cfg.seed + ORDER.index(stage))  # the same whatever ran before in this process
@@ -274,11 +323,10 @@ def base_stage(run: Run) -> None:
     folder = run.open("base")
     model = run.new_model(split_names(cfg.sources))
     train = {task: run.rows(task, "train")}
-    fit(model, cfg, "base", train, {task: run.rows(task, "dev")}, {task: NO_TASK}, cfg.base_steps, cfg.base_batch,
-        folder, run.log)
+    fit(run, model, "base", train, {task: run.rows(task, "dev")}, {task: NO_TASK}, folder)
     if cfg.pictures:
         evaluate.draw_run(folder)
-    write_json(folder / "results.json", {"stage": "base", "task": task, "seed": cfg.seed})
+    finish(folder, {"stage": "base", "task": task, "seed": cfg.seed})
 
 
 def multitask_stage(run: Run) -> None:
@@ -292,7 +340,7 @@ def multitask_stage(run: Run) -> None:
     ids = {task: model.tasks.index(task if method.per_task else ALL_TASKS) for task in sources}
     train = {task: run.rows(task, "train") for task in sources}
     dev = {task: run.rows(task, "dev") for task in sources}
-    fit(model, cfg, "multitask", train, dev, ids, cfg.multitask_steps, cfg.multitask_batch, folder, run.log)
+    fit(run, model, "multitask", train, dev, ids, folder)
     model = run.load(folder)
     numbers = count(model, learning_tensors(model, method, "multitask", list(ids.values())))
     columns = references(run, sources)
@@ -304,40 +352,51 @@ def multitask_stage(run: Run) -> None:
 
 def target_stage(run: Run) -> None:
     """Each target task from --shots examples (or all), one after another, with everything shared frozen."""
-    cfg, method, targets = run.cfg, run.method, split_names(run.cfg.targets)
+    cfg, targets = run.cfg, split_names(run.cfg.targets)
     folder = run.open("target")
-    columns, starts = references(run, targets), {}
+    columns, starts, numbers = references(run, targets), {}, 0
     for task in targets:
-        torch.manual_seed(cfg.seed)
-        run.log(f"\n-- {task}")
-        (folder / task).mkdir()
-        rows, dev = run.rows(task, "train"), run.rows(task, "dev")
-        if int(cfg.shots):
-            pool = run.examples(task, "train")
-            train, held = data.k_shot(pool, int(cfg.shots), cfg.seed)
-            rows, dev = run.encode(train), run.encode(held, keep_answer=False)
-            write_json(folder / task / "shots.json", data.k_shot_record(pool, int(cfg.shots), cfg.seed))
-            answers, known = {e.answer for e in train}, data.task_of(task, pool).answers
-            if len(answers) < len(known):
-                run.log(f"{cfg.shots} examples cover {len(answers)} of its {len(known)} answers")
-        model = (run.load(stage_folder(cfg, "multitask")) if "multitask" in method.learns else
-                 run.new_model([task]))
-        task_id, new = 0, {}
-        if cfg.method == "talora":
-            new["theta0 (k = 0)"] = evaluate.evaluate_tasks(model, run.tokenizer, test_rows(run, [task]),
-                                                            {task: NO_TASK}, cfg)
-        if method.per_task:
-            task_id, starts[task] = nearest_start(model, task, rows)
-            run.log(f"starts from {starts[task]}, the source whose own weights give the lowest loss on its examples")
-        numbers = count(model, learning_tensors(model, method, "target", [task_id]))
-        fit(model, cfg, "target", {task: rows}, {task: dev}, {task: task_id}, cfg.target_steps, cfg.target_batch,
-            folder / task, run.log)
-        model = run.load(folder / task)
-        for name, column in (new | score_columns(run, model, [task], {task: task_id})).items():
-            columns.setdefault(name, {}).update(column)
+        if not (folder / task / "results.json").exists():
+            run.log(f"\n-- {task}")
+            one_target(run, task, folder / task)
+        result = json.loads((folder / task / "results.json").read_text(encoding="utf-8"))
+        numbers = result["numbers"]
+        if result["start"]:
+            starts[task] = result["start"]
+        for name, scores in result["scores"].items():
+            columns.setdefault(name, {})[task] = scores
     if cfg.pictures:
         evaluate.draw_targets(folder, targets)
     report(run, folder, "target", columns, shots=int(cfg.shots), starts=starts, numbers=numbers)
+
+
+def one_target(run: Run, task: str, folder: Path) -> None:
+    """One target task: its start, its training, its scores on test rows."""
+    cfg, method, shots = run.cfg, run.method, int(run.cfg.shots)
+    torch.manual_seed(cfg.seed)
+    folder.mkdir(exist_ok=True)
+    rows, dev = run.rows(task, "train"), run.rows(task, "dev")
+    if shots:
+        pool = run.examples(task, "train")
+        train, held = data.k_shot(pool, shots, cfg.seed)
+        rows, dev = run.encode(train), run.encode(held, keep_answer=False)
+        write_json(folder / "shots.json", data.k_shot_record(pool, shots, cfg.seed))
+        answers, known = {e.answer for e in train}, data.task_of(task, pool).answers
+        if len(answers) < len(known):
+            run.log(f"{shots} examples cover {len(answers)} of its {len(known)} answers")
+    model = run.load(stage_folder(cfg, "multitask")) if "multitask" in method.learns else run.new_model([task])
+    task_id, start, columns = 0, "", {}
+    if cfg.method == "talora":
+        columns["theta0 (k = 0)"] = evaluate.evaluate_tasks(model, run.tokenizer, test_rows(run, [task]),
+                                                            {task: NO_TASK}, cfg)
+    if method.per_task:
+        task_id, start = nearest_start(model, task, rows)
+        run.log(f"starts from {start}, the source whose own weights give the lowest loss on its examples")
+    fit(run, model, "target", {task: rows}, {task: dev}, {task: task_id}, folder)
+    model = run.load(folder)
+    columns |= score_columns(run, model, [task], {task: task_id})
+    numbers = count(model, learning_tensors(model, method, "target", [task_id]))
+    finish(folder, {"start": start, "numbers": numbers, "scores": {name: c[task] for name, c in columns.items()}})
 
 
 def nearest_start(model: FrozenLM, task: str, rows: list[Encoded]) -> tuple[int, str]:
@@ -386,14 +445,21 @@ def test_rows(run: Run, tasks: list[str]) -> dict[str, list[data.Example]]:
     return {task: run.examples(task, "test") for task in tasks}
 
 
+def finish(folder: Path, results: dict) -> None:
+    """results.json says that this is done; what was only there to go on from is removed."""
+    write_json(folder / "results.json", results)
+    for path in (folder / "checkpoint.pt", *folder.rglob("*.part")):  # .part: what a kill left half-written
+        path.unlink(missing_ok=True)
+
+
 def report(run: Run, folder: Path, stage: str, columns: dict[str, dict], **more) -> None:
-    """Write results.json last: a stage is finished when it has one."""
+    """The table of a stage, and then, last, its results.json."""
     results = {"stage": stage, "method": label(run.cfg), "seed": run.cfg.seed, "command": run.command, **more,
                "columns": columns}
     metrics = {task: data.task_of(task, run.examples(task, "test")).metric for task in columns["majority"]}
     table = evaluate.table(columns, metrics)
     (folder / "table.md").write_text(table, encoding="utf-8")
-    write_json(folder / "results.json", results)
+    finish(folder, results)
     run.log(f"\n{table}\nsaved in {folder}/: best/ and last/ (adapters), table.md, results.json, metrics.jsonl, *.png")
 
 
@@ -416,10 +482,6 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
 def environment(command: str) -> dict:
     try:
         git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
@@ -433,17 +495,31 @@ def environment(command: str) -> dict:
 
 
 def finished(cfg: Config, stage: str) -> bool:
-    """Whether the run holds this stage; UserError if it does, but made with options that change its outcome."""
+    """Whether the run holds this stage; UserError if it, or a part of it, was made with other options that matter."""
     folder = stage_folder(cfg, stage)
-    if not (folder / "results.json").exists():
-        return False
-    before, now = json.loads((folder / "options.json").read_text(encoding="utf-8")), dataclasses.asdict(cfg)
-    other = [f"{flag(name)} {before.get(name)} (now {now[name]})" for name in depends(stage)
-             if before.get(name) != now[name]]
-    if other:
-        raise UserError(f"{folder} holds a finished stage made with {', '.join(other)}; choose another folder with "
-                        "--run, or delete this one")
-    return True
+    done = (folder / "results.json").exists()
+    if done or any(folder.glob("**/checkpoint.pt")) or any(folder.glob("*/results.json")):
+        before, now = read_options(folder), dataclasses.asdict(cfg)
+        other = [f"{flag(name)} {before.get(name)} (now {now[name]})" for name in depends(stage)
+                 if before.get(name) != now[name]]
+        if other:
+            raise UserError(f"{folder} holds {'a finished' if done else 'an unfinished'} stage made with "
+                            f"{', '.join(other)}; choose another folder with --run, or delete this one")
+        if not done:
+            changed = [f"{flag(n)} {now[n]} (was {before.get(n)})" for n in now if before.get(n) != now[n]]
+            print(f"{folder} holds an unfinished stage: it goes on" + f" with {', '.join(changed)}" * bool(changed))
+    return done
+
+
+def read_options(folder: Path) -> dict:
+    """What options.json of a run or stage holds; UserError if it is not there or no table of options."""
+    try:
+        options = json.loads((folder / "options.json").read_text(encoding="utf-8"))
+        Config(**options)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"'{folder}/options.json' does not hold the options of a run ({error}); give a folder that "
+                        "train.py made") from error
+    return options
 
 
 def pretrain_stage(cfg: Config, command: str) -> None:
@@ -471,6 +547,8 @@ def pretrain_stage(cfg: Config, command: str) -> None:
 
 
 def main(argv: list[str]) -> None:
+    if "--resume" in argv:
+        argv = resumed(argv)
     cfg, changed = parse(argv, __doc__)
     check(cfg)
     transformers.logging.set_verbosity_error()
@@ -498,10 +576,13 @@ def main(argv: list[str]) -> None:
         pretrain_stage(cfg, command)
         todo.pop(0)
     if todo:
-        run = Run(cfg, command)
-        run.check_rows(needed)
-        for stage, run.cfg in todo:
-            {"base": base_stage, "multitask": multitask_stage, "target": target_stage}[stage](run)
+        with Signals() as signals:
+            run = Run(cfg, command, signals)
+            run.check_rows(needed)
+            run.folder.mkdir(parents=True, exist_ok=True)
+            write_json(run.folder / "options.json", dataclasses.asdict(cfg))
+            for stage, run.cfg in todo:
+                {"base": base_stage, "multitask": multitask_stage, "target": target_stage}[stage](run)
         return
     for stage, stage_cfg in jobs:
         folder = stage_folder(stage_cfg, stage)
@@ -510,12 +591,21 @@ def main(argv: list[str]) -> None:
             print((folder / "table.md").read_text(encoding="utf-8"))
 
 
+def resumed(argv: list[str]) -> list[str]:
+    """The command line of ``--resume RUN``: that of the run's own options, followed by whatever else was typed."""
+    at = argv.index("--resume")
+    if at + 1 == len(argv) or argv[at + 1].startswith("--"):
+        raise UserError("--resume needs the folder of a run, such as runs/toy")
+    options = {**read_options(Path(argv[at + 1])), "run": argv[at + 1]}
+    again = []
+    for f in dataclasses.fields(Config):
+        value = options[f.name]
+        if f.type is bool:
+            again.append(flag(f.name) if value else flag(f.name).replace("--", "--no-", 1))
+        elif value != "":
+            again += [flag(f.name), str(value)]
+    return [*again, *argv[:at], *argv[at + 2:]]
+
+
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; finished stages and the best checkpoint of this one are kept", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(program(main, sys.argv[1:]))

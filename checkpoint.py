@@ -1,0 +1,130 @@
+r"""What survives an interruption: files that are whole or not there, and checkpoints to go on from exactly.
+
+A run ends in a power cut, a full disk or a Ctrl-C, at any moment, while a file is being written too. So a file is
+written beside its place, forced onto the disk and then moved there, which a file system does in one step: a reader
+finds the old file or the new one, never half of one.
+
+A checkpoint is one such file. It holds everything the next step depends on: the tensors that learn, the optimizer's
+state, the place in the data, the random state, the best score so far, and how long metrics.jsonl was. Lines that were
+logged after it are cut off when training goes on, and written again by the same steps: on the CPU, N steps, a kill and
+N more steps leave the same files as 2 N steps, bit for bit, but for times.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from errors import Stopped
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that takes the place of ``path`` once it is complete; after an error ``path`` is as it was.
+
+    Raises OSError with the file's name if it cannot be written (disk full, no permission).
+    """
+    beside = path.with_name(f".{path.name}.part")  # one name, so that what a kill leaves is written over
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if not isinstance(error, OSError) and isinstance(error.__context__, OSError):
+            error = error.__context__  # torch.save hides a full disk behind an error of its own
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise error
+
+
+def write_json(path: Path, value) -> None:
+    with atomic(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False).encode())
+
+
+# ------------------------------------------------------------------------------------------------------ checkpoints
+
+def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, sampler,
+                    progress: dict, identity: dict) -> None:
+    """progress: numbers of the loop (step, best score ...); identity: what a continuation must have in common."""
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    with atomic(path) as file:
+        torch.save({"tensors": tensors, "optimizer": optimizer.state_dict(), "sampler": sampler.state_dict(),
+                    "random": random, "progress": progress, "identity": identity}, file)
+
+
+def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, sampler,
+                    identity: dict) -> dict:
+    """Put a checkpoint's state into the tensors, the optimizer, the sampler and the random generators -> its progress.
+
+    Raises ValueError, before anything is changed, if the file cannot be read or belongs to something else.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain numbers, never code
+        before = saved["identity"]
+        found = {name: (tuple(t.shape), t.dtype) for name, t in saved["tensors"].items()}
+    except Exception as error:  # whatever a broken file makes torch raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the checkpoint '{path}' cannot be read ({reason}); delete it to begin this stage anew"
+                         ) from error
+    for name, value in identity.items():
+        if before.get(name) != value:
+            raise ValueError(f"the checkpoint '{path}' belongs to another {name} ({before.get(name)}, now {value}); go "
+                             "on with that one, or choose another --run")
+    if found != {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}:
+        raise ValueError(f"the checkpoint '{path}' holds other tensors than this stage learns; choose another --run")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(saved["tensors"][name])
+    optimizer.load_state_dict(saved["optimizer"])
+    sampler.load_state_dict(saved["sampler"])
+    torch.set_rng_state(saved["random"]["cpu"])
+    if torch.cuda.is_available() and "cuda" in saved["random"]:
+        torch.cuda.set_rng_state(saved["random"]["cuda"])
+    return saved["progress"]
+
+
+# -------------------------------------------------------------------------------------------------------- signals
+
+class Signals:
+    """Within this context SIGINT and SIGTERM raise Stopped, but not in the middle of what `finishing` encloses.
+
+    A second signal does not wait.
+    """
+
+    def __init__(self):
+        self.caught, self.busy = None, False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number, frame):
+        if not self.busy or self.caught:
+            raise Stopped(number)
+        self.caught = number
+
+    @contextmanager
+    def finishing(self):
+        """A step is finished before a signal is obeyed."""
+        self.busy = True
+        try:
+            yield
+        finally:
+            self.busy = False
+        if self.caught:
+            raise Stopped(self.caught)

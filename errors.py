@@ -1,0 +1,52 @@
+r"""What a user is told when something goes wrong: one sentence, and where the fault lies by the exit code.
+
+    2     the command, the data or the backbone cannot be used as they are (UserError); nothing was written
+    1     the work failed on its way (RunFailed, a full disk ...); what was finished is kept
+    130   Ctrl-C, 143 SIGTERM: stopped on demand, to be gone on with
+
+`--debug` shows the traceback instead.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Something the user can mend; the message names the value, the limit and the remedy."""
+
+
+class RunFailed(UserError):
+    """Work that was begun cannot be finished."""
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM arrived, and the step it arrived in is finished."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.code = 128 + number
+
+
+def program(main: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Run a program's main; -> its exit code. Errors become one line on stderr, with --debug a traceback."""
+    try:
+        main([option for option in argv if option != "--debug"])
+        return 0
+    except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
+        if "--debug" in argv:
+            raise
+        if isinstance(error, BrokenPipeError):  # the reader, `head` say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        if isinstance(error, UserError):
+            code, sentence = 1 if isinstance(error, RunFailed) else 2, f"error: {error}"
+        elif isinstance(error, OSError):
+            code, sentence = 1, (f"error: {error.filename or 'a file'}: {error.strerror or error}; what was saved "
+                                 "before is as it was: mend that and repeat the command to go on")
+        else:
+            code = getattr(error, "code", 130)
+            sentence = "stopped; nothing that was saved is lost: repeat the command to go on"
+        print(" ".join(sentence.split()), file=sys.stderr)
+        return code

@@ -1,0 +1,263 @@
+"""Interruption and resume: nothing is lost, nothing is repeated, and what cannot go on is refused by name."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import data
+import evaluate
+import toy
+import train
+from errors import RunFailed, Stopped, UserError, program
+
+sys.path.insert(0, str(Path(__file__).parent))
+import soak  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    whole = toy.TRAIN_ROWS, toy.TEST_ROWS
+    caches = toy._rows.cache_clear, data.load_splits.cache_clear
+    folder = soak.small_world(tmp_path_factory.mktemp("world"))
+    [clear() for clear in caches]
+    yield folder
+    toy.TRAIN_ROWS, toy.TEST_ROWS = whole
+    [clear() for clear in caches]
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "file.json"
+    checkpoint.write_json(path, {"a": 1})
+    with pytest.raises(ZeroDivisionError), checkpoint.atomic(path) as file:
+        file.write(b"half")
+        file.flush()
+        assert json.loads(path.read_text()) == {"a": 1}, "the old file stands until the new one is complete"
+        raise ZeroDivisionError
+    assert json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for 200 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no permission to mount a small file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_leaves_the_old_file_and_one_sentence(small_disk, capsys):
+    path = small_disk / "checkpoint.pt"
+
+    def main(_):
+        with checkpoint.atomic(path) as file:
+            torch.save(torch.zeros(100_000), file)  # 400 kB
+
+    with checkpoint.atomic(path) as file:
+        torch.save(torch.ones(10), file)
+    assert program(main, []) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and str(path) in error and os.strerror(errno.ENOSPC) in error
+    assert len(error.splitlines()) == 1 and torch.equal(torch.load(path, weights_only=True), torch.ones(10))
+    assert list(small_disk.iterdir()) == [path]
+
+
+def test_a_run_on_a_full_disk_goes_on_when_there_is_room(backbone, tmp_path, monkeypatch, capsys):
+    """A checkpoint finds the disk full: the one before is intact, and the run ends as it should."""
+    write = checkpoint.os.fsync
+
+    def full(number):
+        name = os.readlink(f"/proc/self/fd/{number}")
+        if name.endswith("multitask/.checkpoint.pt.part") and (tmp_path / "run/multitask/best").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(number)
+
+    train.main(soak.command(backbone, tmp_path / "whole"))
+    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    capsys.readouterr()
+    assert program(train.main, soak.command(backbone, tmp_path / "run")) == 1
+    assert "No space left" in capsys.readouterr().err
+    assert torch.load(tmp_path / "run/multitask/checkpoint.pt", weights_only=True)["progress"]["step"] == 2
+    monkeypatch.undo()
+    assert program(train.main, soak.command(backbone, tmp_path / "run")) == 0
+    assert soak.left(tmp_path / "run") == soak.left(tmp_path / "whole")
+
+
+# ----------------------------------------------------------------------------------------------------------- going on
+
+@pytest.mark.parametrize("method", ["talora", "spot"])
+def test_killed_at_random_moments_it_ends_the_same(backbone, tmp_path, method):
+    """SIGKILL, three times; `python tests/soak.py` does it twenty times."""
+    tally = soak.soak(backbone, tmp_path, 3, random.Random(1), "--method", method)
+    assert tally["kills"] == 3
+
+
+def stop_at(monkeypatch, stage, step, number=signal.SIGTERM):
+    """Send this process a signal in the middle of a step."""
+    whole, count = train.train_step, [0]
+
+    def interrupted(model, optimizer, batches, cfg, regularise):
+        measured = whole(model, optimizer, batches, cfg, regularise)
+        count[0] += 1
+        if count[0] == step:
+            os.kill(os.getpid(), number)
+        return measured
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+
+
+@pytest.mark.parametrize("number, step", [(signal.SIGTERM, 2), (signal.SIGINT, 9), (signal.SIGTERM, 19)],
+                         ids=["base", "multitask", "target"])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(backbone, tmp_path, monkeypatch, capsys, number, step):
+    run, untouched = tmp_path / "run", signal.getsignal(number)
+    train.main(soak.command(backbone, tmp_path / "whole"))
+    with monkeypatch.context() as patched:
+        stop_at(patched, "base", step, number)
+        options = soak.command(backbone, run, "--save-every", "1000")  # nothing but the signal makes it save
+        assert program(train.main, options) == 128 + number
+    captured = capsys.readouterr()
+    assert "repeat the command" in captured.err and "Traceback" not in captured.err
+    assert signal.getsignal(number) is untouched
+    done, = (torch.load(path, weights_only=True)["progress"]["step"] for path in run.rglob("checkpoint.pt"))
+    before = (*(step - s for s in (0, 4, 16)),)  # 4 steps of base, 12 of multitask, 5 for each target
+    assert done in before
+    assert program(train.main, ["--resume", str(run), "--save-every", "3"]) == 0
+    out = capsys.readouterr().out
+    assert f"goes on after step {done}" in out and "--save-every 3 (was 1000)" in out
+    assert soak.left(run) == soak.left(tmp_path / "whole")
+
+
+def test_what_is_logged_before_the_first_step_is_not_logged_again(backbone, tmp_path, monkeypatch):
+    """Killed between the checkpoint of step 0 and that of step 1."""
+    train.main(soak.command(backbone, tmp_path / "whole"))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "train_step", killed)
+        assert program(train.main, soak.command(backbone, tmp_path / "run")) == 130
+    train.main(soak.command(backbone, tmp_path / "run"))
+    assert soak.left(tmp_path / "run") == soak.left(tmp_path / "whole")
+
+
+def test_a_second_signal_does_not_wait():
+    with checkpoint.Signals() as signals:
+        with pytest.raises(Stopped), signals.finishing():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals.caught == signal.SIGINT, "the first one waits"
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the second one does not")
+    with checkpoint.Signals(), pytest.raises(Stopped) as stopped:
+        os.kill(os.getpid(), signal.SIGTERM)  # outside of a step
+    assert stopped.value.code == 143
+
+
+@pytest.fixture
+def interrupted(backbone, tmp_path, monkeypatch):
+    """A run that was stopped in its multitask stage."""
+    with monkeypatch.context() as patched:
+        stop_at(patched, "multitask", 9)
+        assert program(train.main, soak.command(backbone, tmp_path / "run")) == 143
+    return tmp_path / "run"
+
+
+def test_what_would_make_it_another_run_is_refused(backbone, interrupted, capsys):
+    before = soak.left(interrupted)
+    for more, words in ((("--fast-rate", "0.5"), ["--fast-rate 0.08 (now 0.5)"]),
+                        (("--multitask-batch", "7"), ["--multitask-batch 6 (now 7)"]),
+                        (("--seed", "3"), ["--seed 0 (now 3)"])):
+        assert program(train.main, soak.command(backbone, interrupted, *more)) == 2
+        error = capsys.readouterr().err
+        assert all(word in error for word in words) and "--run" in error
+    assert soak.left(interrupted) == before
+
+
+def test_other_data_is_refused(backbone, interrupted, monkeypatch, capsys):
+    rows = toy._rows
+
+    def fewer(task, split):
+        return rows(task, split)[:-5] if (task, split) == ("toy-amazon", "train") else rows(task, split)
+
+    monkeypatch.setattr(toy, "_rows", fewer)
+    data.load_splits.cache_clear()
+    assert program(train.main, soak.command(backbone, interrupted)) == 2
+    assert "train rows" in capsys.readouterr().err
+    data.load_splits.cache_clear()
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda path: path.write_bytes(path.read_bytes()[:500]), ["cannot be read", "delete it"]),
+    (lambda path: path.write_bytes(b""), ["cannot be read"]),
+    (lambda path: torch.save({"identity": {}, "tensors": {}}, path), ["another backbone"]),
+    (lambda path: torch.save(evil(), path), ["cannot be read"]),
+], ids=["cut short", "empty", "of something else", "with code in it"])
+def test_a_broken_checkpoint_is_refused_by_name(backbone, interrupted, capsys, harm, words):
+    path, = interrupted.rglob("checkpoint.pt")
+    harm(path)
+    assert program(train.main, soak.command(backbone, interrupted)) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and all(word in error for word in words) and not Path("was-run").exists()
+
+
+class evil:  # noqa: N801
+    def __reduce__(self):
+        return os.system, ("touch was-run",)
+
+
+# ---------------------------------------------------------------------------------------------------- numbers gone bad
+
+def test_bad_numbers_name_step_tasks_and_the_last_good_state(backbone, tmp_path, monkeypatch, capsys):
+    whole, count = train.train_step, [0]
+
+    def poisoned(model, *rest):
+        count[0] += 1
+        if count[0] == 10:
+            with torch.no_grad():
+                model.theta0.fill_(float("nan"))
+        return whole(model, *rest)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    assert program(train.main, soak.command(backbone, tmp_path / "run")) == 1
+    error = capsys.readouterr().err
+    assert "multitask, step 6" in error and "toy-amazon, toy-sanwen" in error and "checkpoint.pt" in error
+    state = torch.load(tmp_path / "run/multitask/checkpoint.pt", weights_only=True)
+    assert state["progress"]["step"] == 5 and all(t.isfinite().all() for t in state["tensors"].values())
+
+
+def test_a_full_gpu_names_the_options_that_help(backbone, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "train_step", full)
+    assert program(train.main, soak.command(backbone, tmp_path / "run")) == 1
+    error = capsys.readouterr().err
+    assert "--checkpointing" in error and "--tokens-per-batch" in error and "GB" in error and "4 rows" in error
+
+
+def test_gradient_norm_is_logged(backbone, tmp_path):
+    train.main(soak.command(backbone, tmp_path / "run"))
+    rows = evaluate.read_metrics(tmp_path / "run/multitask")
+    assert all(row["grad_norm"] > 0 for row in rows if "loss" in row) and any("loss" in row for row in rows)
+
+
+def test_debug_shows_where_an_error_came_from(capsys):
+    def main(_):
+        raise RunFailed("too hot\n  to go on")
+
+    assert program(main, []) == 1 and capsys.readouterr().err == "error: too hot to go on\n"
+    with pytest.raises(UserError):
+        program(main, ["--debug"])
