@@ -71,7 +71,10 @@ class InputPrompts(FrozenLM):
             raise ValueError(f"a row has no task ({NO_TASK}), but every prompt of this method is some task's")
         words = self.backbone.get_input_embeddings()(input_ids)  # (B, T, d)
         prompt = self.prompts(ids, row, words, text).to(words.dtype)  # (B, P, d)
-        P = prompt.shape[1]
+        P, window = prompt.shape[1], getattr(self.backbone.config, "sliding_window", None)
+        if window and P + words.shape[1] > window:  # it counts columns: padding between prompt and text would matter
+            raise ValueError(f"prompt and text take {P + words.shape[1]} tokens, but the backbone's sliding window is "
+                             f"{window}; shorten one of them")
         own = torch.arange(P, device=words.device).expand(len(words), P)  # (B, P)
         if attention_mask.dim() == 2:  # real tokens: the prompt's are
             mask = F.pad(attention_mask, (P, 0), value=1)  # (B, P + T)
@@ -392,8 +395,9 @@ class OwnB(TALoRA):
 
     def add_task(self, name: str) -> int:
         L, P, r = len(self.theta0), self.config.prompt_length, self.config.rank
+        new_id = super().add_task(name)
         self.B.append(nn.Parameter(torch.randn(L, P, r, device=self.device) * r**-0.5))
-        return super().add_task(name)
+        return new_id
 
     def prompts(self, ids: list[int]) -> Tensor:
         u, v = self.factors(ids)
@@ -442,13 +446,15 @@ class FourTerms(SumOfTerms):
 class SideBySide(TALoRA):
     """The (+) of Eq. (1) read as concatenation: the prompts of all tasks side by side, N P rows, for every row alike.
 
-    No task id is needed: attention chooses. Rows without a task (the base stage) see theta0 alone.
+    No task id is needed: attention chooses. A batch without tasks (the base stage) sees theta0 alone.
     """
 
     method = "talora-side-by-side"
 
     def prefix(self, task_ids: Tensor, rows: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         ids, _ = self.check_tasks(task_ids, rows)
+        if NO_TASK in ids and len(ids) > 1:
+            raise ValueError(f"a batch has rows with and without a task ({NO_TASK}), but all its rows share one prompt")
         all_tasks = [NO_TASK] if ids == [NO_TASK] else list(range(len(self.tasks)))
         theta = self.prompts(all_tasks).flatten(1, 2).unsqueeze(1)  # (L, 1, N P, d)
         layers = zip(self.backbone.model.layers, theta.unbind(), self.gate.unbind())

@@ -154,7 +154,7 @@ def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:
                         "else is given (repeating the command does the same)")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    typed.pop("debug")  # errors.py takes it
+    typed = {name: value for name, value in typed.items() if name not in ("resume", "debug")}  # train.py, errors.py
     preset, method = typed.get("preset", "toy"), typed.get("method", "talora")
     changed = {**PRESETS[preset], **METHOD_OPTIONS["toy" if preset == "toy" else "large"].get(method, {}), **typed}
     cfg = Config(**changed)

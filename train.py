@@ -141,7 +141,9 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
     learns = learning_tensors(model, method, stage, list(task_ids.values()))
     optimizer = build_optimizer(model, learns, cfg)
     if stage == "multitask" and method.fresh_gates:
-        torch.nn.init.zeros_(model.gate)  # the warm-up of zero-init attention begins anew (paper: open)
+        for name in learns:
+            if name.startswith("gate"):
+                torch.nn.init.zeros_(model.get_parameter(name))  # zero-init attention warms up anew (paper: open)
     log(what_learns(model, learns, optimizer))
     sampler = data.Sampler(train, batch_size, cfg.seed, cfg.mixing, cfg.tokens_per_batch or None)
     regularise = stage == "multitask" and method.regularised

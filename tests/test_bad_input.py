@@ -215,8 +215,8 @@ def test_exit_code_and_no_traceback():
 
 def test_several_problems_are_reported_together(tmp_path):
     with pytest.raises(UserError) as caught:
-        train.main(["--run", str(tmp_path / "run"), "--multitask-batch", "0", "--fast-rate", "-1", "--prompt-length", "0",
-                    "--sources", "toy-bq,toy-bq", "--device", "banana"])
+        train.main(["--run", str(tmp_path / "run"), "--multitask-batch", "0", "--fast-rate", "-1", "--prompt-length",
+                    "0", "--sources", "toy-bq,toy-bq", "--device", "banana"])
     assert all(word in str(caught.value) for word in ("--multitask-batch", "--fast-rate", "--prompt-length", "toy-bq",
                                                       "banana"))
 

@@ -427,3 +427,15 @@ def test_the_same_weights_in_peft_give_the_same_logits(name, tiny_backbone, open
         given = dict(task_ids=task) if name == "mpt" else {}
         expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), **given).logits[:, -len(row):]
         torch.testing.assert_close(model(ids, torch.ones_like(ids), task).logits, expected, **CLOSE)
+
+
+def test_what_would_be_silently_wrong_is_refused(tiny_backbone, opened):
+    model = opened("pt", tiny_backbone("mistral", sliding_window=12))
+    with pytest.raises(ValueError, match="sliding window is 12"):
+        model(*pad(PROMPTS), TASK_IDS)  # 5 + 8 tokens
+    with pytest.raises(ValueError, match="with and without a task"):
+        opened("side-by-side")(*pad(PROMPTS), torch.tensor([0, NO_TASK, 1]))
+    model = opened("own-b")
+    with pytest.raises(ValueError, match="third"):
+        model.add_task("third")
+    assert len(model.B) == len(model.u) == len(model.tasks) == 3
