@@ -38,19 +38,18 @@ from evaluate import draw_cosines, pyplot
 SWEEP_SEED = 100  # for choosing rates, and for nothing else
 EVERY_K = ("talora", "pt", "deep-pt", "deep-spot", "deep-mpt")  # the other methods: 8, 32 and all examples
 
-# (--slow-rate and --fast-rate, or --prompt-rate) on the sources, --target-rate on a target: three values each.
-INPUT, DEEP = (0.01, 0.03, 0.1), (0.05, 0.1, 0.2)
+# (--slow-rate and --fast-rate, or --prompt-rate) on the sources, --target-rate on a target: four values each. The last
+# one was added after the first three, where the best of them stood at an end.
+INPUT, DEEP, SMALL = (0.01, 0.03, 0.1, 0.3), (0.05, 0.1, 0.2, 0.025), (0.001, 0.003, 0.01, 0.03)
 GRIDS = {
-    "talora": (((0.03, 0.04), (0.06, 0.08), (0.12, 0.16)), (0.02, 0.04, 0.08)),
+    "talora": (((0.03, 0.04), (0.06, 0.08), (0.12, 0.16), (0.24, 0.32)), (0.02, 0.04, 0.08, 0.16)),
     **{name: (INPUT, INPUT) for name in ("pt", "spot", "spot-nearest", "attempt", "mpt")},
-    "deep-pt": (DEEP, (0.02, 0.04, 0.1)),
-    "deep-spot": (DEEP, (0.02, 0.04, 0.1)),
-    "deep-spot-nearest": (DEEP, (0.02, 0.04, 0.1)),
-    "deep-mpt": ((0.04, 0.08, 0.16), (0.02, 0.04, 0.1)),
-    "adapter": ((0.001, 0.003, 0.01), (0.001, 0.003, 0.01)),
-    "lora": ((0.001, 0.003, 0.01), (0.001, 0.003, 0.01)),
-    "bitfit": ((0.003, 0.01, 0.03), (0.003, 0.01, 0.03)),
-    "ft": ((0.0003, 0.001, 0.003), (0.0003, 0.001, 0.003)),
+    **{name: (DEEP, (0.02, 0.04, 0.1, 0.2)) for name in ("deep-pt", "deep-spot", "deep-spot-nearest")},
+    "deep-mpt": ((0.04, 0.08, 0.16, 0.02), (0.02, 0.04, 0.1, 0.2)),
+    "adapter": (SMALL, SMALL),
+    "lora": (SMALL, SMALL),
+    "bitfit": ((0.003, 0.01, 0.03, 0.1), (0.003, 0.01, 0.03, 0.1)),
+    "ft": ((0.0003, 0.001, 0.003, 0.0001), (0.0003, 0.001, 0.003, 0.0001)),
 }
 
 
@@ -208,12 +207,12 @@ def source_sweep_cells(suite: Suite, records: Sequence[dict], work: Path) -> lis
 def target_sweep_cells(suite: Suite, records: Sequence[dict], work: Path) -> list[Cell]:
     cells = []
     for name in suite.methods if suite.sweep else ():
-        rates, start = chosen(records, name, "sweep-source"), None
+        rates, start, sources = chosen(records, name, "sweep-source"), None, ""
         if "multitask" in METHODS[name].stages:
             best = next(r for r in records if r["kind"] == "sweep-source" and r["method"] == name
                         and r["rates"] == rates)
-            start = work / best["cell"].replace(" ", "-")
-        cells += [cell(f"sweep {name} target {i}", "sweep-target", name, SWEEP_SEED, work, "--stage", "target",
+            start, sources = work / best["cell"].replace(" ", "-"), best["cell"].removeprefix(f"sweep {name}")
+        cells += [cell(f"sweep {name}{sources} target {i}", "sweep-target", name, SWEEP_SEED, work, "--stage", "target",
                        "--shots", "16", "--no-references", "--no-pictures", *suite.options,
                        rates={**rates, "target_rate": rate}, start=start) for i, rate in enumerate(GRIDS[name][1])]
     return cells
@@ -226,7 +225,8 @@ def method_cells(suite: Suite, records: Sequence[dict], work: Path) -> list[Cell
         for seed in suite.seeds:
             for name, k in shots.items():
                 method = name if kind == "method" else "talora"
-                rates = dict(chosen(records, method, "sweep-source"), **chosen(records, method, "sweep-target"))
+                sources = chosen(records, method, "sweep-source")
+                rates = sources | chosen(records, method, "sweep-target", sources)
                 pretrained = suite.backbones[seed % len(suite.backbones)]
                 more = ("--backbone", str(work / f"backbone-{pretrained}" / "pretrain")) if pretrained else ()
                 more += ("--variant", name) if kind == "variant" else ()
@@ -249,9 +249,13 @@ def source_rates(rate: float | tuple[float, float]) -> dict[str, float]:
     return dict(zip(("slow_rate", "fast_rate"), rate)) if isinstance(rate, tuple) else {"prompt_rate": rate}
 
 
-def chosen(records: Sequence[dict], method: str, kind: str) -> dict[str, float]:
-    """The rates with the best development rows: accuracy, and the lower loss among equals; {} without a sweep."""
-    tried = [r for r in records if (r["kind"], r["method"]) == (kind, method)]
+def chosen(records: Sequence[dict], method: str, kind: str, given: dict | None = None) -> dict[str, float]:
+    """The rates with the best development rows: accuracy, and the lower loss among equals; {} without a sweep.
+
+    given: rates that those tried must have, the chosen ones of the sources when a target's is asked for.
+    """
+    tried = [r for r in records if (r["kind"], r["method"]) == (kind, method)
+             and (given or {}).items() <= r["rates"].items()]
     return max(tried, key=lambda r: r["dev"])["rates"] if tried else {}
 
 
@@ -378,16 +382,19 @@ def task_table(records: Sequence[dict], stage: str, shots: int | None) -> str:
 
 
 def rate_table(records: Sequence[dict]) -> str:
+    """Every rate that was tried; a target's with the chosen rates of the sources."""
     rows = []
-    for kind, what in (("sweep-source", "sources"), ("sweep-target", "targets, k = 16")):
-        for method in METHODS:
-            tried = [r for r in records if (r["kind"], r["method"]) == (kind, method)]
-            if tried:
-                best, key = chosen(records, method, kind), ("target_rate" if kind == "sweep-target" else None)
-                rows.append([method, what, *(
-                    "/".join(f"{v:g}" for n, v in r["rates"].items() if (n == "target_rate") == (key is not None))
-                    + f": {100 * r['dev'][0]:.1f}" + " (chosen)" * (r["rates"] == best) for r in tried)])
-    return table(["method", "development rows of", "low", "middle", "high"], rows)
+    for method in METHODS:
+        sources = chosen(records, method, "sweep-source")
+        for kind, what, given in (("sweep-source", "sources", {}), ("sweep-target", "targets, k = 16", sources)):
+            best, cells = chosen(records, method, kind, given), []
+            for r in records:
+                if (r["kind"], r["method"]) == (kind, method) and given.items() <= r["rates"].items():
+                    rates = "/".join(f"{value:g}" for name, value in r["rates"].items() if name not in given)
+                    cells.append(f"{rates}: {100 * r['dev'][0]:.1f}" + " (chosen)" * (r["rates"] == best))
+            if cells:
+                rows.append([method, what, "; ".join(cells)])
+    return table(["method", "development rows of", "rate: exact answers"], rows)
 
 
 def claims(records: Sequence[dict]) -> str:

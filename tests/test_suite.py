@@ -70,6 +70,9 @@ def test_rates_are_chosen_on_development_rows():
              for rate, dev, score in ((0.1, [0.8, -0.5], 99), (0.2, [0.9, -0.7], 10), (0.3, [0.9, -0.6], 10))]
     assert suite.chosen(tried, "lora", "sweep-source") == {"prompt_rate": 0.3}, "accuracy, then loss; never test rows"
     assert suite.chosen(tried, "pt", "sweep-source") == {}
+    targets = [record("lora", 100, 9, kind="sweep-target", rates={"prompt_rate": s, "target_rate": t}, dev=[acc, -1])
+               for s, t, acc in ((0.1, 1, 0.99), (0.3, 2, 0.7), (0.3, 3, 0.6))]
+    assert suite.chosen(targets, "lora", "sweep-target", {"prompt_rate": 0.3}) == {"prompt_rate": 0.3, "target_rate": 2}
 
 
 # ------------------------------------------------------------------------------------------------------------ report
@@ -183,7 +186,7 @@ def test_a_suite_runs_end_to_end_and_goes_on_where_it_was_stopped(tiny_world, tm
     records = suite.read(out)
     assert [(r["cell"], r["stage"], r["shots"]) for r in records] == [
         ("sweep talora 0", "multitask", None), ("sweep bitfit 0", "multitask", None),
-        ("sweep talora target 0", "target", 16), ("sweep bitfit target 0", "target", 16),
+        ("sweep talora 0 target 0", "target", 16), ("sweep bitfit 0 target 0", "target", 16),
         ("talora seed 0", "multitask", None), ("talora seed 0", "target", 8),
         ("bitfit seed 0", "multitask", None), ("bitfit seed 0", "target", 8),
         ("reg-off seed 0", "multitask", None), ("reg-off seed 0", "target", 8)]
