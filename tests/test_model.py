@@ -818,3 +818,21 @@ def test_score_wants_choices_for_every_row(choices, tiny_backbone, open_adapter)
 def test_a_prompt_has_a_size(shape):
     with pytest.raises(ValueError, match="whole numbers above 0"):
         TALoRAConfig(**shape)
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda state: state["v.1"].view(-1)[3:4].fill_(torch.nan), ["not finite", "v.1"]),
+    (lambda state: state["gate"].fill_(-torch.inf), ["not finite", "gate"]),
+    (lambda state: state.update({"B": state["B"].half()}), ["B", "float16", "float32"]),
+    (lambda state: state.update({"extra": torch.ones(2)}), ["extra", "absent"]),
+    (lambda state: state.pop("theta0"), ["theta0", "absent"]),
+])
+def test_a_damaged_adapter_is_refused_by_the_name_of_its_tensor(harm, words, tiny_backbone, open_adapter, tmp_path):
+    backbone = tiny_backbone()
+    open_adapter(backbone).save(tmp_path)
+    state = load_file(tmp_path / "adapter.safetensors")
+    harm(state)
+    save_file(state, tmp_path / "adapter.safetensors")
+    with pytest.raises(ValueError) as caught:
+        TALoRA.load(tmp_path, backbone)
+    assert all(word in str(caught.value) for word in [*words, str(tmp_path)])
