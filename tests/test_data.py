@@ -897,13 +897,12 @@ def test_sampler_refuses_what_it_cannot_do():
 # The page
 
 
-def test_page_shows_counts_example_and_rewriting(tmp_path, capsys, monkeypatch):
+def test_page_shows_counts_example_and_rewriting(tmp_path, capsys):
     make = UPSTREAM["cote_bd"][0]
     rows = [{"s": f"长城{i}雄伟，游人也多，值得去", "ot": "长城"} for i in range(30)] + [make(40) | {"ot": "故宫"}]
     root = folder(tmp_path, "cote_bd", rows, [{"s": f"长城{i}雄伟，人少，值得去", "ot": "长城"} for i in range(4)])
     folder(tmp_path, "mine", *both(lambda i: {"prompt": f"好{i}？", "answer": "好", "choices": ["好", "坏"]}))
-    monkeypatch.setattr("sys.argv", ["data.py", "--data-root", str(root)])
-    data.main()
+    data.main(["--data-root", str(root)])
     out = capsys.readouterr().out
     for part in (
         "cote_bd: target task, span",
@@ -916,10 +915,8 @@ def test_page_shows_counts_example_and_rewriting(tmp_path, capsys, monkeypatch):
     ):
         assert part in out
     assert "\033" not in out and "\033[1;32m长城" in data.page("cote_bd", str(root), colour=True)
-    monkeypatch.setattr("sys.argv", ["data.py", "--data-root", str(root / "none")])
-    with pytest.raises(SystemExit) as stop:
-        data.main()
-    assert stop.value.code == 2 and "none" in capsys.readouterr().err
+    with pytest.raises(UserError, match="none is no folder"):
+        data.main(["--data-root", str(root / "none")])
 
 
 def test_the_page_may_be_piped_into_head():
