@@ -225,8 +225,6 @@ class ChangedBackbone(FrozenLM):
             p.requires_grad_(self.learns(name))
         self.change()
         self.learned = {name for name, p in self.named_parameters() if p.requires_grad}
-        if not self.learned:
-            raise ValueError(f"nothing in a {type(backbone).__name__} can learn by {self.method}: it has no biases")
         for task in tasks:
             self.add_task(task)
 
@@ -254,6 +252,12 @@ class BitFit(ChangedBackbone):
     """The biases learn that the backbone has: L (H h + 2 K h) numbers in a Qwen2, none in a Llama."""
 
     method = "bitfit"
+
+    @classmethod
+    def check(cls, backbone: PreTrainedModel) -> None:
+        super().check(backbone)
+        if not any(name.endswith(".bias") for name, _ in backbone.named_parameters()):
+            raise ValueError(f"nothing in a {type(backbone).__name__} can learn by bitfit: it has no biases")
 
     def learns(self, name: str) -> bool:
         return name.endswith(".bias")
@@ -331,6 +335,9 @@ class OneSoftmax(TALoRA):
     """Without zero-init attention: softmax over text and prompt together, as in prefix tuning; the gate is unused."""
 
     method, attention = "talora-one-softmax", "one_softmax"
+
+    def diagnose(self) -> dict:
+        return {name: value for name, value in super().diagnose().items() if name != "gates"}
 
 
 def one_softmax_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -479,7 +486,7 @@ class Method:
     per_task: bool = False  # has weights of its own for each source task; a target starts from the nearest source's
     regularised: bool = False  # Eq. (4) in the multitask stage
     fresh_gates: bool = False  # gates start the multitask stage from zero again
-    options: dict[str, object] = field(default_factory=dict)  # values of options; a string names another option
+    options: dict[str, object] = field(default_factory=dict)  # values of options; a string may name another, or "it/8"
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -542,6 +549,7 @@ NO_GATE = {"base": ("gate",), "multitask": ("gate",)}
 VARIANTS = {
     "equal-rates": variant("without fast-slow: B and theta0 learn as fast as u and v [paper's ablation]",
                            options={"slow_rate": "fast_rate"}),
+    "slow-eighth": variant("the shared weights at an eighth of the fast rate", options={"slow_rate": "fast_rate/8"}),
     "rates-swapped": variant("the shared weights fast, the task's slow",
                              options={"slow_rate": "fast_rate", "fast_rate": "slow_rate"}),
     "open-gate": variant("without zero-init attention: tanh(g) = 1 throughout [paper's ablation]", OpenGate, NO_GATE,

@@ -13,7 +13,7 @@ N more steps leave the same files as 2 N steps, bit for bit, but for times.
 import json
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -71,8 +71,9 @@ def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], optimizer: tor
     """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain numbers, never code
-        before = saved["identity"]
-        found = {name: (tuple(t.shape), t.dtype) for name, t in saved["tensors"].items()}
+        before, state, progress = dict(saved["identity"]), dict(saved["tensors"]), dict(saved["progress"])
+        found = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in state.items()}
+        rest = saved["optimizer"], saved["sampler"], saved["random"]["cpu"]
     except Exception as error:  # whatever a broken file makes torch raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"the checkpoint '{path}' cannot be read ({reason}); delete it to begin this stage anew"
@@ -81,17 +82,24 @@ def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], optimizer: tor
         if before.get(name) != value:
             raise ValueError(f"the checkpoint '{path}' belongs to another {name} ({before.get(name)}, now {value}); go "
                              "on with that one, or choose another --run")
-    if found != {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}:
-        raise ValueError(f"the checkpoint '{path}' holds other tensors than this stage learns; choose another --run")
+    own = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
+    other = sorted({name for name, _ in set(own.items()) ^ set(found.items())})
+    if other:
+        raise ValueError(f"the checkpoint '{path}' does not fit this stage: tensor '{other[0]}' should be "
+                         f"{own.get(other[0], 'absent')} and is {found.get(other[0], 'absent')}; choose another --run")
+    bad = [name for name, t in state.items() if not t.isfinite().all()]
+    if bad:
+        raise ValueError(f"the checkpoint '{path}' holds numbers that are not finite, in {', '.join(bad)}; delete it "
+                         "to begin this stage anew")
+    sampler.load_state_dict(rest[1])
+    optimizer.load_state_dict(rest[0])
+    torch.set_rng_state(rest[2])
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(saved["tensors"][name])
-    optimizer.load_state_dict(saved["optimizer"])
-    sampler.load_state_dict(saved["sampler"])
-    torch.set_rng_state(saved["random"]["cpu"])
+            tensor.copy_(state[name])
     if torch.cuda.is_available() and "cuda" in saved["random"]:
         torch.cuda.set_rng_state(saved["random"]["cuda"])
-    return saved["progress"]
+    return progress
 
 
 # -------------------------------------------------------------------------------------------------------- signals
@@ -119,11 +127,13 @@ class Signals:
         self.caught = number
 
     @contextmanager
-    def finishing(self):
-        """A step is finished before a signal is obeyed."""
+    def finishing(self, save: Callable[[], None]):
+        """A step is finished, and saved, before a signal is obeyed."""
         self.busy = True
         try:
             yield
+            if self.caught:
+                save()
         finally:
             self.busy = False
         if self.caught:

@@ -9,6 +9,7 @@ changes, so that a finished stage is used again if, and only if, it would come o
 
 import argparse
 import dataclasses
+import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from errors import UserError
 from lowrank import FORMS
 
 ORDER = ("pretrain", "base", "multitask", "target")
+MAY_BE_ZERO = ("scale", "reg_weight", "weight_decay", "save_minutes")
 NEVER = "never"  # an option that changes how a run goes, not what comes out
 
 
@@ -154,12 +156,16 @@ def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:
                         "else is given (repeating the command does the same)")
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    typed = {name: value for name, value in typed.items() if name not in ("resume", "debug")}  # train.py, errors.py
+    typed.pop("debug")  # errors.py takes it
+    resumed = typed.pop("resume", "")
+    if resumed:  # the run's own options as they are, but for what is typed
+        cfg = Config(**{**read_options(Path(resumed)), "run": resumed, **typed})
+        return cfg, {"run": resumed, **typed}
     preset, method = typed.get("preset", "toy"), typed.get("method", "talora")
     changed = {**PRESETS[preset], **METHOD_OPTIONS["toy" if preset == "toy" else "large"].get(method, {}), **typed}
     cfg = Config(**changed)
     sets = method_of(cfg).options
-    wanted = {name: getattr(cfg, value, value) if isinstance(value, str) else value for name, value in sets.items()}
+    wanted = {name: follow(cfg, value) if isinstance(value, str) else value for name, value in sets.items()}
     for name, value in wanted.items():
         if value == sets[name] and typed.get(name, value) != value:  # not one that follows another option
             raise UserError(f"--variant {cfg.variant} sets {flag(name)} {value}, the command {typed[name]}; leave one "
@@ -183,6 +189,12 @@ def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:
     return cfg, {name: getattr(cfg, name) for name in changed}
 
 
+def follow(cfg: Config, value: str):
+    """The value of another option ("fast_rate"), a part of it ("fast_rate/8"), or the string itself."""
+    name, _, part = value.partition("/")
+    return getattr(cfg, name) / float(part) if part else getattr(cfg, name, value)
+
+
 def check(cfg: Config) -> None:
     """Refuse options that cannot work before anything is loaded or written; UserError with all of them at once."""
     problems = []
@@ -191,9 +203,10 @@ def check(cfg: Config) -> None:
         least = 0 if f.name in ("seed", "warmup", "tokens_per_batch") else 1
         if f.type is int and value < least:
             problems.append(f"{flag(f.name)} is {value}, but must be at least {least}")
-        if f.type is float and not (math.isfinite(value) and value >= 0 and (value > 0 or "rate" not in f.name)):
-            problems.append(f"{flag(f.name)} is {value}, but must be a positive number (or 0, except for a rate)")
-    if cfg.rank > cfg.prompt_length:
+        if f.type is float and not (math.isfinite(value) and value >= 0 and (value > 0 or f.name in MAY_BE_ZERO)):
+            zero = " or 0" * (f.name in MAY_BE_ZERO)
+            problems.append(f"{flag(f.name)} is {value}, but must be a number above 0{zero}")
+    if cfg.method == "talora" and cfg.rank > cfg.prompt_length:
         problems.append(f"--rank is {cfg.rank}, above --prompt-length {cfg.prompt_length}: B has only that many rows, "
                         "so a larger rank adds nothing; lower it")
     if cfg.data_root and not Path(cfg.data_root).is_dir():
@@ -256,6 +269,17 @@ def plan(cfg: Config) -> list[str]:
     stages = method_of(cfg).stages
     first = ["pretrain"] if cfg.data_root and not cfg.backbone else []  # the micro-world's backbone reads no Chinese
     return first + list(stages[: stages.index(last) + 1])
+
+
+def read_options(folder: Path) -> dict:
+    """What options.json of a run or a stage holds; UserError if it is not there or no table of options."""
+    try:
+        options = json.loads((folder / "options.json").read_text(encoding="utf-8"))
+        method_of(Config(**options))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"'{folder}/options.json' does not hold the options of a run ({error!r}); give a folder that "
+                        "train.py made") from error
+    return options
 
 
 def depends(stage: str) -> list[str]:

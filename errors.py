@@ -8,7 +8,6 @@ r"""What a user is told when something goes wrong: one sentence, and where the f
 """
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 
@@ -21,11 +20,11 @@ class RunFailed(UserError):
     """Work that was begun cannot be finished."""
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived, and the step it arrived in is finished."""
+class Stopped(BaseException):
+    """SIGINT or SIGTERM arrived. Like KeyboardInterrupt it is no Exception: nothing is to catch it by accident."""
 
     def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
+        super().__init__(number)
         self.code = 128 + number
 
 

@@ -17,10 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import re
 import statistics
 import string
-import subprocess
 import sys
 import unicodedata
 from collections import Counter
@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 import data
 from backbone import load_backbone
-from config import Config, method_of
+from checkpoint import atomic
+from config import Config, method_of, read_options
 from data import Encoded, Example, task_of
 from errors import UserError, program
 from frozen import FrozenLM, evaluating
@@ -332,16 +333,16 @@ class Trained:
 
     def __init__(self, folder: Path):
         """folder: a stage's, such as runs/toy/multitask. Raises UserError if no finished stage is there."""
+        self.cfg = Config(**read_options(folder))
         try:
-            options = json.loads((folder / "options.json").read_text(encoding="utf-8"))
-            tasks = next(iter(json.loads((folder / "results.json").read_text(encoding="utf-8"))["columns"].values()))
-            self.cfg = Config(**options)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            columns = json.loads((folder / "results.json").read_text(encoding="utf-8"))["columns"]
+            self.tasks = list(next(iter(columns.values())))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
             raise UserError(f"'{folder}' is no finished stage of a run ({error!r}); give a folder that train.py made, "
                             "such as runs/toy or runs/toy/multitask") from error
-        self.folder, self.tasks, self.method = folder, list(tasks), method_of(self.cfg)
+        self.folder, self.method = folder, method_of(self.cfg)
         device = self.cfg.device if torch.cuda.is_available() else "cpu"
-        self.backbone, self.tokenizer = load_backbone(self.cfg.backbone, self.cfg.dtype, device)
+        self.backbone, self.tokenizer = backbone_of(self.cfg.backbone, self.cfg.dtype, device)
 
     @cache  # noqa: B019 (lives as long as the program)
     def adapter(self, task: str) -> tuple[FrozenLM, int]:
@@ -350,7 +351,8 @@ class Trained:
             raise UserError(f"the run '{self.folder}' has no task '{task}'; it has {', '.join(self.tasks)}")
         own = self.folder / task  # a target has an adapter of its own, the source tasks share one
         try:
-            model = self.method.model.load((own if own.exists() else self.folder) / "best", self.backbone)
+            shared = (self.folder / "best" / "adapter.json").exists()
+            model = self.method.model.load((self.folder if shared else own) / "best", self.backbone)
         except ValueError as error:
             raise UserError(str(error)) from error
         return model.eval(), model.tasks.index(task) if task in model.tasks else 0
@@ -359,9 +361,12 @@ class Trained:
         return data.load_task(task, split, self.cfg.data_root or None)
 
 
+backbone_of = cache(load_backbone)  # the stages of a run share it
+
+
 def open_run(run: Path) -> list[Trained]:
     """The finished stages of a run's folder, or the one stage whose folder it is."""
-    stages = [run] if (run / "options.json").exists() else sorted(p.parent for p in run.glob("*/table.md"))
+    stages = [run] if (run / "results.json").exists() else sorted(p.parent for p in run.glob("*/table.md"))
     if not stages:
         raise UserError(f"'{run}' holds no finished stage; python train.py --run {run} makes one")
     return [Trained(stage) for stage in stages]
@@ -370,7 +375,7 @@ def open_run(run: Path) -> list[Trained]:
 def evaluate_run(stage: Trained) -> str:
     """Answer all test rows again: the table, and predictions.jsonl in the stage's folder."""
     scores, cfg, path = {}, stage.cfg, stage.folder / "predictions.jsonl"
-    with open(path, "w", encoding="utf-8") as file:
+    with atomic(path) as file:
         for task in stage.tasks:
             rows, (model, task_id) = stage.rows(task, "test"), stage.adapter(task)
             answers = predict(model, stage.tokenizer, rows, task_id, cfg.max_length, cfg.max_new_tokens)
@@ -378,8 +383,8 @@ def evaluate_run(stage: Trained) -> str:
             for row, answer in zip(rows, answers):
                 gold = row.references or (row.answer,)
                 right = answer in gold if row.choices else bool(exact_match(answer, gold))
-                file.write(json.dumps({"task": task, "prompt": row.prompt, "answer": row.answer, "prediction": answer,
-                                       "right": right}, ensure_ascii=False) + "\n")
+                line = {"task": task, "prompt": row.prompt, "answer": row.answer, "prediction": answer, "right": right}
+                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
     metrics = {task: task_of(task, stage.rows(task, "test")).metric for task in stage.tasks}
     return table({cfg.variant or cfg.method: scores}, metrics) + f"every answer: {path}\n"
 
@@ -415,40 +420,41 @@ def ask(stage: Trained, task: str, texts: Sequence[str]) -> str:
 
 
 def diagnose(stage: Trained) -> str:
-    """Does the adapter do anything? Gates, prompts, cosines, and development rows with a layer's gate closed."""
-    rows = {task: stage.rows(task, "dev")[:16] for task in stage.tasks}
-    rows = {task: [data.encode(e, stage.tokenizer, stage.cfg.max_length, False) for e in examples]
-            for task, examples in rows.items()}
+    """Does the adapter do anything? Development rows with and without it; of prompts behind gates also the gates, the
+    size of the prompts, the rows with one layer's gate closed, and the cosines of the tasks."""
+    rows = {task: [data.encode(e, stage.tokenizer, stage.cfg.max_length, False) for e in stage.rows(task, "dev")[:16]]
+            for task in stage.tasks}
 
-    def dev(layers: Sequence[int] = ()) -> tuple[float, float]:
-        """dev_score with the gates of these layers closed, a mean over the tasks."""
+    def dev(closed: int | None = None) -> tuple[float, float]:
+        """dev_score as a mean over the tasks; closed: a layer whose gates are shut."""
         found = []
         for task in stage.tasks:
             model, task_id = stage.adapter(task)
-            before = model.gate.detach().clone()
+            gates = [p for name, p in model.named_parameters() if name.startswith("gate") and closed is not None]
+            before = [gate.detach().clone() for gate in gates]
             with torch.no_grad():
-                model.gate[list(layers)] = 0.0
+                [gate[closed].zero_() for gate in gates]
                 found.append(dev_score(model, {task: rows[task]}, {task: task_id}))
-                model.gate.copy_(before)
+                [gate.copy_(old) for gate, old in zip(gates, before)]
         return tuple(statistics.mean(column) for column in zip(*found))
 
-    model, task_id = stage.adapter(stage.tasks[0])
-    if not hasattr(model, "gate"):
-        raise UserError(f"method {model.method} has no gates to look at; --diagnose is for prompts in every layer")
-    L = len(model.gate)
-    on, off, closed = dev(), dev(range(L)), [dev([layer]) for layer in range(L)]
-    norms = model.prompts([task_id])[:, 0].norm(dim=-1).mean(-1).tolist()  # (L,)
+    (model, task_id), on = stage.adapter(stage.tasks[0]), dev()
+    off = dev_score(FrozenLM(stage.backbone, model.config), rows, dict.fromkeys(rows, -1))
     lines = [f"{stage.folder}: of {sum(map(len, rows.values()))} development rows {on[0]:.1%} are right (loss "
-             f"{on[1]:.3f}), with all gates closed {off[0]:.1%} (loss {off[1]:.3f})"]
+             f"{on[1]:.3f}), without the adapter {off[0]:.1%} (loss {off[1]:.3f})"]
     if on[1] > off[1] - 0.01:
         lines.append("the adapter changes next to nothing: train longer, or at higher rates")
-    lines += ["", "layer  |tanh g|  norm of a prompt row  right if this layer's gate is closed"]
-    for layer, (gate, norm, (right, loss)) in enumerate(zip(model.diagnose()["gates"], norms, closed)):
-        lines.append(f"{layer:>5}  {gate:8.3f}  {norm:20.2f}  {right:7.1%} (loss {loss:.3f})")
-    if "cosines" in model.diagnose():
+    looks = model.diagnose()
+    if "gates" in looks:
+        norms = model.prompts([task_id])[:, 0].norm(dim=-1).mean(-1).tolist()  # (L,)
+        lines += ["", "layer  |tanh g|  norm of a prompt row  right if this layer's gate is closed"]
+        for layer, (gate, norm) in enumerate(zip(looks["gates"], norms)):
+            right, loss = dev(layer)
+            lines.append(f"{layer:>5}  {gate:8.3f}  {norm:20.2f}  {right:7.1%} (loss {loss:.3f})")
+    if "cosines" in looks:
         lines += ["", "|cos(A_i, A_j)|, mean over layers"]
-        lines += [f"{task:16} " + " ".join(f"{c:5.2f}" for c in row)
-                  for task, row in zip(model.tasks, model.diagnose()["cosines"])]
+        for task, row in zip(model.tasks, looks["cosines"]):
+            lines.append(f"{task:16} " + " ".join(f"{c:5.2f}" for c in row))
     return "\n".join(lines)
 
 
@@ -475,7 +481,7 @@ def main(argv: list[str]) -> None:
     transformers.logging.disable_progress_bar()
     if options.ask:
         stages = [stage for stage in open_run(options.run) if options.task in stage.tasks] or open_run(options.run)
-        print(ask(stages[0], options.task, options.ask))
+        print(f"{stages[0].folder} answers: {ask(stages[0], options.task, options.ask)}")
     elif options.run:
         for stage in open_run(options.run):
             print(evaluate_run(stage))
@@ -484,7 +490,7 @@ def main(argv: list[str]) -> None:
             print(diagnose(stage) + "\n")
     if options.suite:  # a program of its own: it starts train.py, which needs this file
         command = [sys.executable, str(Path(__file__).parent / "suite.py"), options.suite, "--jobs", str(options.jobs)]
-        sys.exit(subprocess.run(command, check=False).returncode)
+        os.execv(sys.executable, command)
 
 
 if __name__ == "__main__":

@@ -70,16 +70,21 @@ class FrozenLM(nn.Module):
         our name), so that several wrappers can share it. Raises ValueError for a backbone of another family.
         """
         super().__init__()
+        self.check(backbone)
+        self.backbone = backbone.requires_grad_(False)
+        self.config = config
+        self.tasks: list[str] = []  # tasks with weights of their own; a row's task id counts in here
+        self.described = describe(backbone)
+
+    @classmethod
+    def check(cls, backbone: PreTrainedModel) -> None:
+        """Raise ValueError for a backbone that this method cannot work with."""
         shape = backbone.config
         if getattr(shape, "model_type", None) not in FAMILIES or backbone.get_output_embeddings() is None:
             raise ValueError(
                 f"the backbone is a {type(backbone).__name__} (model type '{getattr(shape, 'model_type', '?')}'), but "
                 f"the gated prefix needs a causal language model of one of the families {', '.join(FAMILIES)}"
             )
-        self.backbone = backbone.requires_grad_(False)
-        self.config = config
-        self.tasks: list[str] = []  # tasks with weights of their own; a row's task id counts in here
-        self.described = describe(backbone)
 
     def add_task(self, name: str) -> int:
         """Add a task with new weights of its own and return its id; nothing else changes, earlier ids stay valid.
@@ -325,20 +330,17 @@ def evaluating(module: nn.Module):
 
 
 def describe(backbone: PreTrainedModel) -> dict:
-    """What makes a backbone the one an adapter was trained on: its family, its shape, and a hash of some weights.
+    """What makes a backbone the one an adapter was trained on: its family, its shape, and a hash of its weights.
 
-    The hash is taken in bf16, so that the same weights loaded in fp32 and in bf16 are the same backbone. Weights on
-    the meta device have no values and hash as "meta".
+    The hash is taken of the first 64 numbers of every tensor, in bf16, so that the same weights loaded in fp32 and in
+    bf16 are the same backbone. Weights on the meta device have no values and hash as "meta".
     """
     shape = backbone.config
     about = {name: getattr(shape, name) for name in (
         "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")}
-    layers = backbone.model.layers
-    some = [backbone.model.norm.weight, layers[0].self_attn.k_proj.weight, layers[-1].self_attn.k_proj.weight,
-            backbone.get_input_embeddings().weight[:64]]
-    if some[0].is_meta:
+    about["rope_theta"] = (getattr(shape, "rope_parameters", None) or {}).get("rope_theta")
+    if backbone.device.type == "meta":
         return {**about, "weights": "meta"}
-    digest = hashlib.sha256()
-    for weight in some:
-        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    some = [p.detach().flatten()[:64].to(torch.bfloat16) for _, p in sorted(backbone.named_parameters())]
+    digest = hashlib.sha256(torch.cat(some).cpu().view(torch.uint8).numpy().tobytes())
     return {**about, "weights": digest.hexdigest()[:16]}

@@ -32,7 +32,8 @@ import torch
 
 import train
 from baselines import METHODS, VARIANTS
-from errors import RunFailed, UserError, program
+from checkpoint import atomic
+from errors import RunFailed, Stopped, UserError, program
 from evaluate import draw_cosines, pyplot
 
 SWEEP_SEED = 100  # for choosing rates, and for nothing else
@@ -42,7 +43,8 @@ EVERY_K = ("talora", "pt", "deep-pt", "deep-spot", "deep-mpt")  # the other meth
 # one was added after the first three, where the best of them stood at an end.
 INPUT, DEEP, SMALL = (0.01, 0.03, 0.1, 0.3), (0.05, 0.1, 0.2, 0.025), (0.001, 0.003, 0.01, 0.03)
 GRIDS = {
-    "talora": (((0.03, 0.04), (0.06, 0.08), (0.12, 0.16), (0.24, 0.32)), (0.02, 0.04, 0.08, 0.16)),
+    # slow : fast is 3/4 twice and 1/8 twice
+    "talora": (((0.06, 0.08), (0.12, 0.16), (0.01, 0.08), (0.02, 0.16)), (0.02, 0.04, 0.08, 0.16)),
     **{name: (INPUT, INPUT) for name in ("pt", "spot", "spot-nearest", "attempt", "mpt")},
     **{name: (DEEP, (0.02, 0.04, 0.1, 0.2)) for name in ("deep-pt", "deep-spot", "deep-spot-nearest")},
     "deep-mpt": ((0.04, 0.08, 0.16, 0.02), (0.02, 0.04, 0.1, 0.2)),
@@ -103,14 +105,29 @@ def run_suite(name: str, suite: Suite, out: Path, work: Path, jobs: int) -> None
     out.mkdir(parents=True, exist_ok=True)
     for phase in (source_sweep_cells, target_sweep_cells, backbone_cells, method_cells):
         records = read(out)
-        done = {record["cell"] for record in records}
-        cells = [cell for cell in phase(suite, records, work) if cell.name not in done]
+        done = {record["cell"]: what_counts(record["command"]) for record in records}
+        cells = phase(suite, records, work)
+        for cell in cells:
+            if done.get(cell.name, what_counts(cell.command)) != what_counts(cell.command):
+                raise UserError(f"{out}/results.jsonl holds '{cell.name}' made by another command ({done[cell.name]}); "
+                                "move that file away to begin anew")
+        cells = [cell for cell in cells if cell.name not in done or
+                 (cell.kind == "backbone" and not (work / cell.folder / "pretrain" / "config.json").exists())]
         if cells:
             print(f"suite {name}: {len(cells)} cells to run ({phase.__name__.replace('_', ' ')}), {jobs} at a time; "
                   f"results go to {out}/", flush=True)
             run_cells(cells, out, work, jobs)
     write_report(out)
     print((out / "tables.md").read_text(encoding="utf-8"))
+
+
+def what_counts(command: str | Sequence[str]) -> str:
+    """The options of a cell's command that change what comes out."""
+    words = command.split() if isinstance(command, str) else list(command)
+    words = words[words.index("train.py"):]
+    at = words.index("--run")
+    kept = words[:at] + words[at + 2:]
+    return " ".join(word for word in kept if word not in ("--no-references", "--no-pictures"))
 
 
 def run_cells(cells: Sequence[Cell], out: Path, work: Path, jobs: int) -> None:
@@ -128,8 +145,7 @@ def run_cells(cells: Sequence[Cell], out: Path, work: Path, jobs: int) -> None:
                 if error:
                     failed.append(f"{cell.name}: {error} (see {work / cell.folder}/output.txt)")
                     continue
-                with open(out / "results.jsonl", "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(record) + "\n" for record in future.result())
+                write_records(out, [*read(out), *future.result()])
                 done += 1
                 left = (time.perf_counter() - started) / done * (len(cells) - done)
                 print(f"  {done:>3}/{len(cells)}  {cell.name:34} ETA {left // 60:.0f}:{left % 60:02.0f}", flush=True)
@@ -149,7 +165,10 @@ def run_cell(cell: Cell, work: Path) -> list[dict]:
             shutil.copytree(cell.start / stage, folder / stage)
     started = time.perf_counter()
     with open(folder / "output.txt", "w", encoding="utf-8") as output, redirect_stdout(output):
-        train.main(list(cell.command[1:]))
+        try:
+            train.main(list(cell.command[1:]))
+        except Stopped as stop:
+            raise RunFailed("stopped") from stop
     records = records_of(cell, folder, round(time.perf_counter() - started))
     if cell.kind in ("method", "variant", "sweep-target"):
         shutil.rmtree(folder)  # all that is needed is in the records
@@ -268,14 +287,15 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def read(out: Path) -> list[dict]:
-    """The records in results.jsonl; a line that an interruption cut off is left out, its cell runs again."""
-    path, records = out / "results.jsonl", []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            print(f"{path}: a broken line is left out")
-    return records
+    """The records in results.jsonl."""
+    path = out / "results.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def write_records(out: Path, records: Iterable[dict]) -> None:
+    """All of results.jsonl anew, in one step: a cell's records are all there or none of them is."""
+    with atomic(out / "results.jsonl") as file:
+        file.writelines((json.dumps(record) + "\n").encode() for record in records)
 
 
 def target(k: int, rows: str = "") -> tuple:
@@ -423,9 +443,9 @@ def claims(records: Sequence[dict]) -> str:
         fewer = [m for m in others if 0 < sizes[m] < sizes["talora"]]
         rows.append(["fewest numbers stored for a task", "no" if fewer else "yes",
                      f"{sizes['talora']:,}" + "".join(f"; {m} {sizes[m]:,}" for m in fewer)])
-    for names, part in ((("equal-rates", "rates-swapped"), "fast and slow rates"),
-                        (("open-gate", "one-softmax"), "zero-initialised attention"),
-                        (("reg-off",), "the regulariser")):
+    for names, part in ((("equal-rates", "rates-swapped", "slow-eighth"), "a fast and a slow rate are needed"),
+                        (("open-gate", "one-softmax"), "zero-initialised attention is needed"),
+                        (("reg-off",), "the regulariser is needed")):
         found = {(n, what): paired(by_seed(records, f"talora {n}", s), by_seed(records, "talora", s)) for n in names
                  for what, s in (("sources", SOURCE), ("rewritten", REWRITTEN), ("k = 8", target(8)))}
         found = {key: d for key, d in found.items() if d}
@@ -433,7 +453,7 @@ def claims(records: Sequence[dict]) -> str:
             verdicts = {verdict(d) for d in found.values()}
             answer = ("unclear" if verdicts >= {"lower", "higher"} else "yes" if "lower" in verdicts else
                       "no" if "higher" in verdicts else "no effect seen")
-            rows.append([f"{part} are needed", answer,
+            rows.append([part, answer,
                          "; ".join(f"{n}, {what} {shown(d, signed=True)}" for (n, what), d in found.items())])
     return table(["claim", "here", "paired differences in points, with 95 % intervals"], rows)
 
@@ -442,8 +462,10 @@ def write_report(out: Path) -> None:
     """tables.md and the pictures, from results.jsonl alone."""
     records = read(out)
     cells = {r["cell"]: r["seconds"] for r in records}
-    parts = [f"{len(cells)} cells, {sum(cells.values()) / 3600:.1f} core hours, torch {records[0]['torch']}, started "
-             f"{min(r['started'] for r in records)[:16]}. Scores in %, macro averages over tasks; mean ± half the 95 % "
+    commits = ", ".join(sorted({r["commit"] for r in records}))
+    began = min(r["started"] for r in records)[:16]
+    parts = [f"{len(cells)} cells, {sum(cells.values()) / 3600:.1f} core hours, torch {records[0]['torch']}, begun "
+             f"{began}, commits {commits}. Scores in %, macro averages over tasks; mean ± half the 95 % "
              "interval over seeds (number of seeds).\n",
              "**Methods**\n", main_table(records), "**Which claims hold here**\n", claims(records)]
     if methods_in(records, "variant"):

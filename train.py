@@ -42,8 +42,21 @@ import evaluate
 import pretrain
 from backbone import load_backbone
 from baselines import Method
-from checkpoint import Signals, load_checkpoint, save_checkpoint, write_json
-from config import ORDER, Config, check, depends, flag, method_of, parse, plan, shots_of, split_names, stage_folder
+from checkpoint import Signals, atomic, load_checkpoint, save_checkpoint, write_json
+from config import (
+    ORDER,
+    Config,
+    check,
+    depends,
+    flag,
+    method_of,
+    parse,
+    plan,
+    read_options,
+    shots_of,
+    split_names,
+    stage_folder,
+)
 from data import Batch, Encoded
 from errors import RunFailed, UserError, program
 from frozen import NO_TASK, FrozenLM, TALoRAConfig
@@ -119,7 +132,9 @@ def train_step(model: FrozenLM, optimizer: torch.optim.Optimizer, batches: list[
     if not all(map(math.isfinite, measured.values())):
         tasks = sorted({model.tasks[i] if i >= 0 else "theta0 alone" for b in batches for i in b.task_ids.tolist()})
         raise RunFailed(f"the numbers went bad (loss {measured['loss']:.3g}, gradient norm {norm:.3g}) in a batch of "
-                        f"{', '.join(tasks)}; no weight was changed: try lower rates, e.g. half of --fast-rate")
+                        f"{', '.join(tasks)}; no weight was changed: try lower rates ("
+                        + ", ".join(f"{flag(group['name'] + '_rate')} {group['initial']:g}" for group in
+                                    optimizer.param_groups) + ") in another --run")
     optimizer.step()
     return measured
 
@@ -177,7 +192,7 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
     model.train()
     while now["step"] < steps:
         step = now["step"]
-        with run.signals.finishing():
+        with run.signals.finishing(save):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial"] * rate_factor(step, steps, cfg.warmup)
             batches = [data.collate(rows, [task_ids[r.task] for r in rows], 0).to(device) for rows in sampler.next()]
@@ -195,14 +210,14 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
                     f"reg {measured['reg']:.5f}  " + "  ".join(f"{n} {r:.1e}" for n, r in rates.items()) +
                     (f"  |tanh g| {sum(row['gates']) / len(row['gates']):.3f}" if "gates" in row else "") +
                     f"  {now['tokens'] / seconds:,.0f} tok/s  ETA {clock(seconds / done * (steps - done))}")
+            due = done % cfg.save_every == 0 or time.perf_counter() - saved > 60 * cfg.save_minutes or done == steps
             if done % cfg.eval_every == 0 or done == steps:
                 right, loss = evaluate.dev_score(model, dev, task_ids)
                 record(step=done, dev_accuracy=right, dev_loss=loss)
                 if [right, -loss] > now["best"]:
-                    now["best"] = [right, -loss]
+                    now["best"], due = [right, -loss], True  # best/ and the checkpoint belong together
                     model.save(folder / "best")
-            due = done % cfg.save_every == 0 or time.perf_counter() - saved > 60 * cfg.save_minutes
-            if due or done == steps or run.signals.caught:
+            if due:
                 save()
                 saved = time.perf_counter()
     metrics.close()
@@ -261,6 +276,10 @@ class Run:
         self.device = torch.device(cfg.device)
         self.log = Log(self.folder / "log.txt")
         self.backbone, self.tokenizer = load_backbone(cfg.backbone, cfg.dtype, self.device)
+        try:
+            self.method.model.check(self.backbone)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         if cfg.checkpointing:
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
@@ -308,10 +327,34 @@ class Run:
         except ValueError as error:
             raise UserError(str(error)) from error
 
+    @cache  # noqa: B019
+    def identity(self, stage: str) -> dict:
+        """What a stage was made of beside its options: the backbone, and a hash of every task's rows."""
+        names = split_names(self.cfg.targets if stage == "target" else self.cfg.sources)
+        return {"backbone": FrozenLM(self.backbone, TALoRAConfig()).described, "data": {
+            name: data.data_hash([e for split in ("train", "dev", "test") for e in self.examples(name, split)])
+            for name in names}}
+
+    def check_identity(self, stage: str, folder: Path) -> None:
+        """Refuse to build on, or go on with, what was made with another backbone or other data; before any writing."""
+        path = folder / "identity.json"
+        if not path.exists():
+            return
+        before, now = json.loads(path.read_text(encoding="utf-8")), self.identity(stage)
+        if before["backbone"] != now["backbone"]:
+            other = [name for name, value in now["backbone"].items() if before["backbone"].get(name) != value]
+            raise UserError(f"{folder} was made with another backbone (other {', '.join(other)}); go on with that one, "
+                            "or choose another --run")
+        other = [name for name, value in now["data"].items() if before["data"].get(name, value) != value]
+        if other:
+            raise UserError(f"{folder} was made with other rows of {', '.join(other)}; go on with those, or choose "
+                            "another --run")
+
     def open(self, stage: str) -> Path:
         """The folder of a stage about to begin or to go on, with the options and the machine written into it."""
         folder = stage_folder(self.cfg, stage)
         folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "identity.json", self.identity(stage))
         write_json(folder / "options.json", dataclasses.asdict(self.cfg))
         write_json(folder / "env.json", environment(self.command))
         torch.manual_seed(10 * self.cfg.seed + ORDER.index(stage))  # the same whatever ran before in this process
@@ -393,7 +436,7 @@ def one_target(run: Run, task: str, folder: Path) -> None:
                                                             {task: NO_TASK}, cfg)
     if method.per_task:
         task_id, start = nearest_start(model, task, rows)
-        run.log(f"starts from {start}, the source whose own weights give the lowest loss on its examples")
+        run.log(f"starts from {start} (of the sources the one with the lowest loss on its examples)")
     fit(run, model, "target", {task: rows}, {task: dev}, {task: task_id}, folder)
     model = run.load(folder)
     columns |= score_columns(run, model, [task], {task: task_id})
@@ -406,6 +449,8 @@ def nearest_start(model: FrozenLM, task: str, rows: list[Encoded]) -> tuple[int,
     losses = [evaluate.dev_score(model, {task: rows[:64]}, {task: i})[1] for i in range(len(model.tasks))]
     nearest = min(range(len(losses)), key=losses.__getitem__)
     new = model.add_task(task)
+    if max(losses) == losses[nearest] and len(losses) > 1:  # prompts side by side: whose is nearest makes no difference
+        return new, "new weights"
     model.copy_task(nearest, new)
     return new, model.tasks[nearest]
 
@@ -450,7 +495,12 @@ def test_rows(run: Run, tasks: list[str]) -> dict[str, list[data.Example]]:
 def finish(folder: Path, results: dict) -> None:
     """results.json says that this is done; what was only there to go on from is removed."""
     write_json(folder / "results.json", results)
-    for path in (folder / "checkpoint.pt", *folder.rglob("*.part")):  # .part: what a kill left half-written
+    clear(folder)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a finished stage has no more use for: its checkpoint, and what a kill left half-written."""
+    for path in (folder / "checkpoint.pt", *folder.rglob("*.part")):
         path.unlink(missing_ok=True)
 
 
@@ -460,7 +510,8 @@ def report(run: Run, folder: Path, stage: str, columns: dict[str, dict], **more)
                "columns": columns}
     metrics = {task: data.task_of(task, run.examples(task, "test")).metric for task in columns["majority"]}
     table = evaluate.table(columns, metrics)
-    (folder / "table.md").write_text(table, encoding="utf-8")
+    with atomic(folder / "table.md") as file:
+        file.write(table.encode())
     finish(folder, results)
     run.log(f"\n{table}\nsaved in {folder}/: best/ and last/ (adapters), table.md, results.json, metrics.jsonl, *.png")
 
@@ -474,7 +525,10 @@ class Log:
         self.path = path
 
     def __call__(self, text: str) -> None:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # `| tee log` died; the training need not
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(text + "\n")
@@ -500,6 +554,8 @@ def finished(cfg: Config, stage: str) -> bool:
     """Whether the run holds this stage; UserError if it, or a part of it, was made with other options that matter."""
     folder = stage_folder(cfg, stage)
     done = (folder / "results.json").exists()
+    for path in [folder] * done + [result.parent for result in folder.glob("*/results.json")]:
+        clear(path)
     if done or any(folder.glob("**/checkpoint.pt")) or any(folder.glob("*/results.json")):
         before, now = read_options(folder), dataclasses.asdict(cfg)
         other = [f"{flag(name)} {before.get(name)} (now {now[name]})" for name in depends(stage)
@@ -511,17 +567,6 @@ def finished(cfg: Config, stage: str) -> bool:
             changed = [f"{flag(n)} {now[n]} (was {before.get(n)})" for n in now if before.get(n) != now[n]]
             print(f"{folder} holds an unfinished stage: it goes on" + f" with {', '.join(changed)}" * bool(changed))
     return done
-
-
-def read_options(folder: Path) -> dict:
-    """What options.json of a run or stage holds; UserError if it is not there or no table of options."""
-    try:
-        options = json.loads((folder / "options.json").read_text(encoding="utf-8"))
-        Config(**options)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"'{folder}/options.json' does not hold the options of a run ({error}); give a folder that "
-                        "train.py made") from error
-    return options
 
 
 def pretrain_stage(cfg: Config, command: str) -> None:
@@ -549,8 +594,6 @@ def pretrain_stage(cfg: Config, command: str) -> None:
 
 
 def main(argv: list[str]) -> None:
-    if "--resume" in argv:
-        argv = resumed(argv)
     cfg, changed = parse(argv, __doc__)
     check(cfg)
     transformers.logging.set_verbosity_error()
@@ -564,7 +607,7 @@ def main(argv: list[str]) -> None:
     todo = [(stage, stage_cfg) for stage, stage_cfg in jobs if not finished(stage_cfg, stage)]
     print(f"run {cfg.run}/ on {cfg.device}; options: " + ", ".join(f"{flag(n)} {v}" for n, v in changed.items()))
     sources, targets = split_names(cfg.sources), split_names(cfg.targets)
-    needed = sources * ("multitask" in stages) + targets * ("target" in stages)
+    needed = sources * (not {"base", "multitask"}.isdisjoint(stages)) + targets * ("target" in stages)
     for task in needed:
         for split in ("train", "dev", "test"):
             rows = data.load_task(task, split, cfg.data_root or None)
@@ -581,6 +624,9 @@ def main(argv: list[str]) -> None:
         with Signals() as signals:
             run = Run(cfg, command, signals)
             run.check_rows(needed)
+            for stage, run.cfg in jobs:
+                if stage != "pretrain":
+                    run.check_identity(stage, stage_folder(run.cfg, stage))
             run.folder.mkdir(parents=True, exist_ok=True)
             write_json(run.folder / "options.json", dataclasses.asdict(cfg))
             for stage, run.cfg in todo:
@@ -591,22 +637,6 @@ def main(argv: list[str]) -> None:
         print(f"{folder}/ is finished, nothing more to do")
         if (folder / "table.md").exists():
             print((folder / "table.md").read_text(encoding="utf-8"))
-
-
-def resumed(argv: list[str]) -> list[str]:
-    """The command line of ``--resume RUN``: that of the run's own options, followed by whatever else was typed."""
-    at = argv.index("--resume")
-    if at + 1 == len(argv) or argv[at + 1].startswith("--"):
-        raise UserError("--resume needs the folder of a run, such as runs/toy")
-    options = {**read_options(Path(argv[at + 1])), "run": argv[at + 1]}
-    again = []
-    for f in dataclasses.fields(Config):
-        value = options[f.name]
-        if f.type is bool:
-            again.append(flag(f.name) if value else flag(f.name).replace("--", "--no-", 1))
-        elif value != "":
-            again += [flag(f.name), str(value)]
-    return [*again, *argv[:at], *argv[at + 2:]]
 
 
 if __name__ == "__main__":

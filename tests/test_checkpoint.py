@@ -156,7 +156,7 @@ def test_what_is_logged_before_the_first_step_is_not_logged_again(backbone, tmp_
 
 def test_a_second_signal_does_not_wait():
     with checkpoint.Signals() as signals:
-        with pytest.raises(Stopped), signals.finishing():
+        with pytest.raises(Stopped), signals.finishing(pytest.fail):
             os.kill(os.getpid(), signal.SIGINT)
             assert signals.caught == signal.SIGINT, "the first one waits"
             os.kill(os.getpid(), signal.SIGINT)
@@ -195,22 +195,32 @@ def test_other_data_is_refused(backbone, interrupted, monkeypatch, capsys):
     monkeypatch.setattr(toy, "_rows", fewer)
     data.load_splits.cache_clear()
     assert program(train.main, soak.command(backbone, interrupted)) == 2
-    assert "train rows" in capsys.readouterr().err
+    assert "other rows of toy-amazon" in capsys.readouterr().err
     data.load_splits.cache_clear()
 
 
 @pytest.mark.parametrize("harm, words", [
     (lambda path: path.write_bytes(path.read_bytes()[:500]), ["cannot be read", "delete it"]),
     (lambda path: path.write_bytes(b""), ["cannot be read"]),
-    (lambda path: torch.save({"identity": {}, "tensors": {}}, path), ["another backbone"]),
+    (lambda path: torch.save({"identity": 3, "tensors": {}}, path), ["cannot be read"]),
+    (lambda path: change(path, identity={"backbone": {}}), ["another backbone"]),
+    (lambda path: change(path, u=torch.ones(1, 3)), ["'u.0'", "(1, 3)", "(1, 2)"]),
+    (lambda path: change(path, u=torch.full((1, 2), torch.nan)), ["'u.0'".strip("'"), "not finite"]),
     (lambda path: torch.save(evil(), path), ["cannot be read"]),
-], ids=["cut short", "empty", "of something else", "with code in it"])
+], ids=["cut short", "empty", "of other things", "of another backbone", "of other shapes", "not finite", "code"])
 def test_a_broken_checkpoint_is_refused_by_name(backbone, interrupted, capsys, harm, words):
     path, = interrupted.rglob("checkpoint.pt")
     harm(path)
     assert program(train.main, soak.command(backbone, interrupted)) == 2
     error = capsys.readouterr().err
     assert str(path) in error and all(word in error for word in words) and not Path("was-run").exists()
+
+
+def change(path, u=None, **parts):
+    saved = torch.load(path, weights_only=True) | parts
+    if u is not None:
+        saved["tensors"]["u.0"] = u
+    torch.save(saved, path)
 
 
 class evil:  # noqa: N801

@@ -140,7 +140,8 @@ def run(tmp_path_factory):
     model = TALoRA(backbone, list(TASKS), TALoRAConfig(3, 2))
     torch.nn.init.constant_(model.gate, 0.3)
     model.save(folder / "best")
-    (folder / "options.json").write_text(json.dumps(dataclasses.asdict(cfg)))
+    for place in (folder, folder.parent):
+        (place / "options.json").write_text(json.dumps(dataclasses.asdict(cfg)))
     (folder / "results.json").write_text(json.dumps({"columns": {"majority": {task: {} for task in TASKS}}}))
     (folder / "table.md").write_text("")
     return folder.parent
@@ -167,7 +168,7 @@ def test_ask_answers_one_text_with_probabilities(run, capsys):
     stage, = evaluate.open_run(run)
     text = "ann found the soup very awful at the oslo cafe"
     evaluate.main(["--run", str(run), "--task", "toy-amazon", "--ask", text])
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.partition(" answers: ")[2].splitlines()
     shares = {line.split()[0]: float(line.split()[1].rstrip("%")) for line in lines[2:]}
     assert list(shares) == ["one", "two", "three", "four", "five", "another"]
     assert sum(shares.values()) == pytest.approx(100, abs=0.5)

@@ -1,6 +1,7 @@
 """What the README says is there is there, and what it tells people to type works."""
 
 import ast
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +13,7 @@ import suite
 import toy
 import train
 from baselines import METHODS
+from checkpoint import write_json
 from config import check, parse
 from model import TALoRA, TALoRAConfig
 
@@ -49,7 +51,10 @@ def commands():
     return [part.strip() for line in lines for part in re.split("&&|;", line) if "python" in part]
 
 
-def test_every_training_command_parses():
+def test_every_training_command_parses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs/toy").mkdir(parents=True)
+    write_json(Path("runs/toy/options.json"), dataclasses.asdict(parse([])[0]))  # what --resume reads
     count = 0
     for command in commands():
         command = command.replace("DIR", str(ROOT)).replace("$seed", "1").replace("PATH", "path")

@@ -117,13 +117,11 @@ def test_claims_are_answered_by_the_numbers():
     assert claims["better than every baseline on unseen tasks, k = 8"][0] == "unclear", "above lora, level with pt"
     assert claims["32 examples come close to full data (within 5 points)"][0] == "yes"
     assert claims["fewest numbers stored for a task"][:2] == ["no", "544; pt 512 |"]
-    assert claims["zero-initialised attention are needed"][0] == "yes"
+    assert claims["zero-initialised attention is needed"][0] == "yes"
 
 
 def test_the_report_is_made_from_the_result_file_alone(tmp_path, monkeypatch):
     out = write(tmp_path / "out", RECORDS)
-    with open(out / "results.jsonl", "a") as file:
-        file.write('{"cell": "cut o')  # what a crash leaves behind
     suite.write_report(out)
     text = (out / "tables.md").read_text()
     for part in (suite.main_table, suite.claims, suite.variant_table, suite.rate_table):
@@ -205,6 +203,9 @@ def test_a_suite_runs_end_to_end_and_goes_on_where_it_was_stopped(tiny_world, tm
     assert "1 cells to run" in capsys.readouterr().out
     again = suite.read(out)
     assert len(again) == len(records)
+    with pytest.raises(data.UserError, match="'talora seed 0' made by another command"):
+        other = Suite({"talora": "4", "bitfit": "8"}, ("reg-off",), sweep=True, options=tiny_world)
+        suite.run_suite("tiny", other, out, work, jobs=1)
     old = next(r for r in records if r["cell"] == "bitfit seed 0")["scores"]
     assert next(r for r in again if r["cell"] == "bitfit seed 0")["scores"] == old, "the same seed, the same numbers"
 
