@@ -120,10 +120,24 @@ PRESETS = {
 }
 
 
-# Options of a method, by the kind of preset. The micro-world's rates: the best of the grid in suite.py on development
-# rows. The large ones are unswept, after the sources in brackets.
+# Options of a method, by the kind of preset. The micro-world's rates are the best of the grids in suite.py on
+# development rows, one seed; the large ones are unswept, after the sources in brackets.
 METHOD_OPTIONS = {
-    "toy": {},
+    "toy": {
+        "pt": dict(target_rate=0.1),
+        "spot": dict(prompt_rate=0.1, target_rate=0.03),
+        "spot-nearest": dict(prompt_rate=0.1, target_rate=0.03),  # not swept: as spot
+        "attempt": dict(prompt_rate=0.1, target_rate=0.3),
+        "mpt": dict(prompt_rate=0.1, target_rate=0.03),
+        "deep-pt": dict(target_rate=0.04),
+        "deep-spot": dict(prompt_rate=0.1, target_rate=0.02),
+        "deep-spot-nearest": dict(prompt_rate=0.1, target_rate=0.04),
+        "deep-mpt": dict(prompt_rate=0.04, target_rate=0.2),
+        "adapter": dict(prompt_rate=0.01, target_rate=0.003),
+        "lora": dict(prompt_rate=0.01, target_rate=0.003),
+        "bitfit": dict(prompt_rate=0.1, target_rate=0.03),
+        "ft": dict(prompt_rate=0.0003, target_rate=0.0003),
+    },
     "large": {
         **{name: dict(prompt_length=100) for name in ("pt", "spot", "spot-nearest", "mpt")},  # [Lester et al. 2021]
         "attempt": dict(prompt_length=100, rank=100),  # [Asai et al. 2022]

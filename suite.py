@@ -43,8 +43,7 @@ EVERY_K = ("talora", "pt", "deep-pt", "deep-spot", "deep-mpt")  # the other meth
 # one was added after the first three, where the best of them stood at an end.
 INPUT, DEEP, SMALL = (0.01, 0.03, 0.1, 0.3), (0.05, 0.1, 0.2, 0.025), (0.001, 0.003, 0.01, 0.03)
 GRIDS = {
-    # slow : fast is 3/4 twice and 1/8 twice
-    "talora": (((0.06, 0.08), (0.12, 0.16), (0.01, 0.08), (0.02, 0.16)), (0.02, 0.04, 0.08, 0.16)),
+    "talora": (((0.03, 0.04), (0.06, 0.08), (0.12, 0.16), (0.24, 0.32)), (0.02, 0.04, 0.08, 0.16)),
     **{name: (INPUT, INPUT) for name in ("pt", "spot", "spot-nearest", "attempt", "mpt")},
     **{name: (DEEP, (0.02, 0.04, 0.1, 0.2)) for name in ("deep-pt", "deep-spot", "deep-spot-nearest")},
     "deep-mpt": ((0.04, 0.08, 0.16, 0.02), (0.02, 0.04, 0.1, 0.2)),

@@ -446,3 +446,21 @@ def test_what_a_stage_depends_on():
     assert "target_rate" not in depends("multitask") and "target_rate" in depends("target")
     assert "multitask_steps" not in depends("base") and "rank" in depends("base")
     assert not {"run", "stage", "device", "log_every"} & set(depends("target"))
+
+
+@pytest.mark.parametrize("preset", ["toy", "qwen2.5-0.5b", "qwen2.5-7b"])
+def test_every_method_can_be_run_with_the_defaults_of_every_preset(preset, tmp_path):
+    for name in METHODS:
+        check(parse(["--preset", preset, "--method", name, "--stage", "all", "--run", str(tmp_path)])[0])
+    for name in VARIANTS:
+        check(parse(["--preset", preset, "--variant", name, "--stage", "all", "--run", str(tmp_path)])[0])
+
+
+def test_resume_takes_the_options_as_they_were(tmp_path):
+    """A variant that follows another option, such as swapped rates, is not applied a second time."""
+    cfg = parse(["--variant", "rates-swapped", "--fast-rate", "0.5", "--slow-rate", "0.1", "--run", str(tmp_path)])[0]
+    assert (cfg.slow_rate, cfg.fast_rate) == (0.5, 0.1)
+    (tmp_path / "options.json").write_text(json.dumps(vars(cfg)))
+    for again in (["--resume", str(tmp_path)], [f"--resume={tmp_path}"]):
+        assert vars(parse(again)[0]) == vars(cfg)
+    assert parse([f"--resume={tmp_path}", "--log-every", "7"])[0].log_every == 7
