@@ -136,7 +136,7 @@ METHOD_OPTIONS = {
         "adapter": dict(prompt_rate=0.01, target_rate=0.003),
         "lora": dict(prompt_rate=0.01, target_rate=0.003),
         "bitfit": dict(prompt_rate=0.1, target_rate=0.03),
-        "ft": dict(prompt_rate=0.0003, target_rate=0.0003),
+        "ft": dict(prompt_rate=0.0003, target_rate=0.0001),
     },
     "large": {
         **{name: dict(prompt_length=100) for name in ("pt", "spot", "spot-nearest", "mpt")},  # [Lester et al. 2021]

@@ -1,0 +1,35 @@
+"""The notebooks run, show what their code gives, and keep to their time."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="nbformat, nbclient and ipykernel run the notebooks")
+pytest.importorskip("nbclient", reason="nbformat, nbclient and ipykernel run the notebooks")
+pytest.importorskip("ipykernel", reason="nbformat, nbclient and ipykernel run the notebooks")
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+sys.path.insert(0, str(FOLDER))
+import execute  # noqa: E402
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_saved_and_belong_to_the_code(path):
+    notebook = nbformat.read(path, as_version=4)
+    assert notebook.metadata.get("code_hash") == execute.code_hash(notebook), "run notebooks/execute.py again"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code) and any("image/png" in str(cell.outputs) for cell in code)
+    assert max(len(cell.source.splitlines()) for cell in code) <= 18, "a cell is a thought, not a program"
+    assert any("assert" in cell.source for cell in code) and "Exercise" in str(notebook.cells)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_it_runs(path):
+    execute.execute(path)  # raises with the cell that failed
+
+
+def test_the_list_of_notebooks_is_complete():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert all(f"]({path.name})" in text for path in NOTEBOOKS) and NOTEBOOKS
