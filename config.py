@@ -20,7 +20,7 @@ import torch
 import tasks
 import toy
 from baselines import METHODS, VARIANTS, Method
-from errors import UserError
+from errors import Parser, UserError
 from lowrank import FORMS
 
 ORDER = ("pretrain", "base", "multitask", "target")
@@ -147,11 +147,6 @@ METHOD_OPTIONS = {
         "ft": dict(dtype="float32", autocast=True, prompt_rate=1e-5, target_rate=1e-5),
     },
 }
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; python train.py --help lists every option")
 
 
 def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:

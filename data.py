@@ -17,7 +17,6 @@ Prompt and answer are tokenised apart and joined, because a tokenizer may merge 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -39,7 +38,7 @@ from tqdm import tqdm
 
 import rewrite
 import toy
-from errors import UserError, program
+from errors import Parser, UserError, program
 from tasks import FORMATS, TASKS, Source, Task
 
 DEV_SHARE, DEV_ROWS = 0.1, 1024  # dev is a tenth of train, cut by group, 1024 rows at most
@@ -831,7 +830,7 @@ def page(name: str, root: str | None = None, seed: int = 0, colour: bool = False
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description="Show the tasks: one page each.")
+    parser = Parser(prog="data.py", description="Show the tasks: one page each.")
     parser.add_argument("--data-root", help="folder with <task>/train.jsonl and test.jsonl (default: the micro-world)")
     parser.add_argument("--task", nargs="+", help="only these tasks; without --data-root from the hub")
     parser.add_argument("--seed", type=int, default=0, help="seed of the rewriting")

@@ -7,6 +7,7 @@ r"""What a user is told when something goes wrong: one sentence, and where the f
 `--debug` shows the traceback instead.
 """
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -26,6 +27,13 @@ class Stopped(BaseException):
     def __init__(self, number: int):
         super().__init__(number)
         self.code = 128 + number
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, whose complaints are one sentence, too."""
+
+    def error(self, message):
+        raise UserError(f"{message}; python {self.prog} --help lists every option")
 
 
 def program(main: Callable[[list[str]], None], argv: list[str]) -> int:

@@ -14,7 +14,6 @@ All scores are fractions in [0, 1].
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -37,7 +36,7 @@ from backbone import load_backbone
 from checkpoint import atomic
 from config import Config, method_of, read_options
 from data import Encoded, Example, task_of
-from errors import UserError, program
+from errors import Parser, UserError, program
 from frozen import FrozenLM, evaluating
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -462,7 +461,7 @@ def diagnose(stage: Trained) -> str:
 # The program
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="evaluate.py", description=__doc__.partition("\n")[0])
+    parser = Parser(prog="evaluate.py", description=__doc__.partition("\n")[0])
     parser.add_argument("--run", type=Path, help="a run or one of its stages: answer its test rows, save the answers")
     parser.add_argument("--ask", nargs="+", metavar="TEXT", help="with --run and --task: answer one input (a task that "
                         "reads a pair takes two texts)")

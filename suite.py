@@ -14,7 +14,6 @@ rows, with a seed that is used for nothing else; test rows are read once, at the
 line "from the results" is made from results/<name>/results.jsonl alone.
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -33,7 +32,7 @@ import torch
 import train
 from baselines import METHODS, VARIANTS
 from checkpoint import atomic
-from errors import RunFailed, Stopped, UserError, program
+from errors import Parser, RunFailed, Stopped, UserError, program
 from evaluate import draw_cosines, pyplot
 
 SWEEP_SEED = 100  # for choosing rates, and for nothing else
@@ -548,10 +547,12 @@ def draw(records: Sequence[dict], out: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="suite.py", description="Run an experiment; python evaluate.py --suite NAME.")
+    parser = Parser(prog="suite.py", description="Run an experiment; python evaluate.py --suite NAME.")
     parser.add_argument("name", help=", ".join(SUITES))
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
     options = parser.parse_args(argv)
+    if options.jobs < 1:
+        raise UserError(f"--jobs is {options.jobs}, but must be at least 1")
     if options.name not in SUITES:
         raise UserError(f"there is no suite '{options.name}'; there are {', '.join(SUITES)}")
     run_suite(options.name, SUITES[options.name], Path("results") / options.name,

@@ -204,6 +204,8 @@ def test_diagnose_closes_the_gates(run, capsys):
     (["--run", "RUN", "--ask", "x"], ["--task"]),
     (["--ask", "x", "--task", "toy-bq"], ["--run"]),
     ([], ["--run", "--suite"]),
+    (["--jobs", "many"], ["--jobs", "many", "evaluate.py --help"]),
+    (["--suite", "quick", "--jobs", "0"], ["--jobs", "0"]),
 ])
 def test_what_cannot_be_answered_is_refused(run, arguments, words):
     with pytest.raises(data.UserError) as caught:
