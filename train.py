@@ -611,6 +611,9 @@ def main(argv: list[str]) -> None:
     for task in needed:
         for split in ("train", "dev", "test"):
             rows = data.load_task(task, split, cfg.data_root or None)
+            if split == "train" and rows[0].choices and len({row.answer for row in rows}) == 1:
+                raise UserError(f"all {len(rows)} train rows of {task} have the answer '{rows[0].answer}': there is "
+                                "nothing to tell apart; add rows with another answer, or leave the task out")
             for shots in shots_of(cfg) if split == "train" and task in targets else ():
                 if shots:
                     data.k_shot(rows, shots, cfg.seed)

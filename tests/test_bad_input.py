@@ -69,6 +69,9 @@ def bad_data(tmp_path, kind):
         good = [{"prompt": f"a{i}", "answer": "b", "choices": ["b", "b"]} for i in range(20)]
     elif kind == "answer not offered":
         good = [{"prompt": f"a{i}", "answer": "c", "choices": ["a", "b"]} for i in range(20)]
+    elif kind == "one class":
+        good = [{"prompt": f"a{i}", "answer": "b", "choices": ["b", "c"]} for i in range(20)]
+        test = [{"prompt": "z", "answer": "b", "choices": ["b", "c"]}]
     elif kind == "no dictionary":
         good = [["a", "b"]]
     folder = json_rows(tmp_path / "data", "sanwen", good, test)
@@ -181,6 +184,7 @@ BAD = [  # options (a function of a folder and a good backbone) and what the sen
     (["--data-root", "{data:same choices}"], ["train.jsonl", "different"]),
     (["--data-root", "{data:answer not offered}"], ["train.jsonl", "'c'"]),
     (["--data-root", "{data:no dictionary}"], ["train.jsonl"]),
+    (["--data-root", "{data:one class}", "--backbone", "{tmp}"], ["sanwen", "'b'", "another answer"]),
     (["--data-root", "{data:empty file}"], ["sanwen", "train"]),
     (["--data-root", "{data:binary}"], ["train.jsonl"]),
     (["--data-root", "{data:other encoding}"], ["train.jsonl", "UTF-8"]),
