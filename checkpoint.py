@@ -63,6 +63,16 @@ def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], optimizer: tor
                     "random": random, "progress": progress, "identity": identity}, file)
 
 
+def misfit(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
+    """Why tensors from a file cannot take the place of our own, by name; "" if they can."""
+    kinds, others = ({name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()} for tensors in (own, found))
+    if kinds != others:
+        name = sorted(set(kinds.items()) ^ set(others.items()))[0][0]
+        return f"tensor '{name}' should be {kinds.get(name, 'absent')} and is {others.get(name, 'absent')}"
+    bad = [name for name, t in found.items() if not t.isfinite().all()]
+    return f"it holds numbers that are not finite, in {', '.join(bad)}" if bad else ""
+
+
 def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, sampler,
                     identity: dict) -> dict:
     """Put a checkpoint's state into the tensors, the optimizer, the sampler and the random generators -> its progress.
@@ -72,7 +82,6 @@ def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], optimizer: tor
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain numbers, never code
         before, state, progress = dict(saved["identity"]), dict(saved["tensors"]), dict(saved["progress"])
-        found = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in state.items()}
         rest = saved["optimizer"], saved["sampler"], saved["random"]["cpu"]
     except Exception as error:  # whatever a broken file makes torch raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -82,14 +91,9 @@ def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], optimizer: tor
         if before.get(name) != value:
             raise ValueError(f"the checkpoint '{path}' belongs to another {name} ({before.get(name)}, now {value}); go "
                              "on with that one, or choose another --run")
-    own = {name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
-    other = sorted({name for name, _ in set(own.items()) ^ set(found.items())})
-    if other:
-        raise ValueError(f"the checkpoint '{path}' does not fit this stage: tensor '{other[0]}' should be "
-                         f"{own.get(other[0], 'absent')} and is {found.get(other[0], 'absent')}; choose another --run")
-    bad = [name for name, t in state.items() if not t.isfinite().all()]
-    if bad:
-        raise ValueError(f"the checkpoint '{path}' holds numbers that are not finite, in {', '.join(bad)}; delete it "
+    wrong = misfit(tensors, state)
+    if wrong:
+        raise ValueError(f"the checkpoint '{path}' does not fit this stage: {wrong}; choose another --run, or delete it "
                          "to begin this stage anew")
     sampler.load_state_dict(rest[1])
     optimizer.load_state_dict(rest[0])

@@ -479,8 +479,9 @@ def main(argv: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if options.ask:
-        stages = [stage for stage in open_run(options.run) if options.task in stage.tasks] or open_run(options.run)
-        print(f"{stages[0].folder} answers: {ask(stages[0], options.task, options.ask)}")
+        stages = open_run(options.run)
+        stage = next((stage for stage in stages if options.task in stage.tasks), stages[0])
+        print(f"{stage.folder} answers: {ask(stage, options.task, options.ask)}")
     elif options.run:
         for stage in open_run(options.run):
             print(evaluate_run(stage))

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from checkpoint import atomic, write_json
+from checkpoint import atomic, misfit, write_json
 from gating import GATED_PREFIX
 
 # Backbones whose attention has separate k_proj and v_proj and calls transformers' attention interface.
@@ -290,16 +290,9 @@ class FrozenLM(nn.Module):
                 raise ValueError(f"the adapter in '{folder}' was trained on a backbone with {key} = "
                                  f"{trained_on.get(key)}, but this one has {value}; load it with its own backbone")
         model = cls(backbone, tasks, config)
-        own, found = ({name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()}
-                      for tensors in (model.adapter_state(), state))
-        if own != found:
-            name = sorted(set(own.items()) ^ set(found.items()))[0][0]
-            raise ValueError(f"the adapter in '{folder}' does not fit its own adapter.json: tensor '{name}' should be "
-                             f"{own.get(name, 'absent')} and is {found.get(name, 'absent')}")
-        bad = [name for name, t in state.items() if not t.isfinite().all()]
-        if bad:
-            raise ValueError(f"the adapter in '{folder}' holds numbers that are not finite, in {', '.join(bad)}; take "
-                             "another one")
+        wrong = misfit(model.adapter_state(), state)
+        if wrong:
+            raise ValueError(f"the adapter in '{folder}' does not fit its own adapter.json: {wrong}; take another one")
         model.load_state_dict(state, strict=False)  # names and shapes were compared above; the backbone has its own
         return model
 

@@ -110,7 +110,7 @@ class TALoRA(FrozenLM):
     @torch.no_grad()
     def diagnose(self) -> dict:
         """What training logs of the adapter: |tanh g| of every layer, |cos(A_i, A_j)| of the tasks over the layers."""
-        gates = torch.tanh(self.gate).abs().flatten(1).mean(1) if self.gate.dim() > 1 else torch.tanh(self.gate).abs()
+        gates = torch.tanh(self.gate).abs().reshape(len(self.gate), -1).mean(1)  # (L,)
         state = {"gates": [round(g, 5) for g in gates.tolist()]}
         if len(self.tasks) > 1:
             cosines = self.cosines().abs().mean(0)  # (N, N), mean over layers

@@ -33,7 +33,7 @@ import train
 from baselines import METHODS, VARIANTS
 from checkpoint import atomic
 from errors import Parser, RunFailed, Stopped, UserError, program
-from evaluate import draw_cosines, pyplot
+from evaluate import draw_cosines, pyplot, read_metrics
 
 SWEEP_SEED = 100  # for choosing rates, and for nothing else
 EVERY_K = ("talora", "pt", "deep-pt", "deep-spot", "deep-mpt")  # the other methods: 8, 32 and all examples
@@ -187,19 +187,15 @@ def records_of(cell: Cell, folder: Path, seconds: int) -> list[dict]:
                   "command": "python " + " ".join(cell.command), "commit": env["commit"], "torch": env["torch"],
                   "started": env["started"]}
         if result["stage"] == "multitask":
-            rows = metrics(path.parent)
+            rows = read_metrics(path.parent)
             record["dev"] = best_dev(rows)
             record["first"], record["last"] = ({k: row[k] for k in ("step", "gates", "cosines", "tasks") if k in row}
                                                for row in (rows[0], rows[-1]))
         elif result["stage"] == "target":
-            best = [best_dev(metrics(task)) for task in sorted(path.parent.iterdir()) if task.is_dir()]
+            best = [best_dev(read_metrics(task)) for task in sorted(path.parent.iterdir()) if task.is_dir()]
             record["dev"] = [statistics.mean(column) for column in zip(*best)]
         records.append(record)
     return records
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def best_dev(rows: Iterable[dict]) -> list[float]:

@@ -59,7 +59,7 @@ from config import (
 )
 from data import Batch, Encoded
 from errors import RunFailed, UserError, program
-from frozen import NO_TASK, FrozenLM, TALoRAConfig
+from frozen import NO_TASK, FrozenLM, TALoRAConfig, describe
 
 ALL_TASKS = "all tasks"  # the one name of methods that have one set of weights for all source tasks
 
@@ -328,12 +328,14 @@ class Run:
             raise UserError(str(error)) from error
 
     @cache  # noqa: B019
+    def rows_of(self, task: str) -> str:
+        """Hash of all rows of a task."""
+        return data.data_hash([e for split in ("train", "dev", "test") for e in self.examples(task, split)])
+
     def identity(self, stage: str) -> dict:
-        """What a stage was made of beside its options: the backbone, and a hash of every task's rows."""
+        """What a stage was made of beside its options: the backbone, and the rows of every task."""
         names = split_names(self.cfg.targets if stage == "target" else self.cfg.sources)
-        return {"backbone": FrozenLM(self.backbone, TALoRAConfig()).described, "data": {
-            name: data.data_hash([e for split in ("train", "dev", "test") for e in self.examples(name, split)])
-            for name in names}}
+        return {"backbone": describe(self.backbone), "data": {name: self.rows_of(name) for name in names}}
 
     def check_identity(self, stage: str, folder: Path) -> None:
         """Refuse to build on, or go on with, what was made with another backbone or other data; before any writing."""
