@@ -93,7 +93,7 @@ def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], optimizer: tor
                              "on with that one, or choose another --run")
     wrong = misfit(tensors, state)
     if wrong:
-        raise ValueError(f"the checkpoint '{path}' does not fit this stage: {wrong}; choose another --run, or delete it "
+        raise ValueError(f"the checkpoint '{path}' does not fit this stage: {wrong}; another --run, or delete it "
                          "to begin this stage anew")
     sampler.load_state_dict(rest[1])
     optimizer.load_state_dict(rest[0])
