@@ -109,13 +109,15 @@ class TALoRA(FrozenLM):
 
     @torch.no_grad()
     def diagnose(self) -> dict:
-        """What training logs of the adapter: |tanh g| of every layer, |cos(A_i, A_j)| of the tasks over the layers."""
-        gates = torch.tanh(self.gate).abs().reshape(len(self.gate), -1).mean(1)  # (L,)
-        state = {"gates": [round(g, 5) for g in gates.tolist()]}
+        """What training logs of the adapter: by layer |tanh g|, |theta0| and the mean |s B A_i| of the tasks (Frobenius
+        norms), and |cos(A_i, A_j)| of the tasks, mean over layers."""
+        steps = self.prompts(list(range(len(self.tasks)))) - self.prompts([NO_TASK])  # (L, N, P, d)
+        state = {"gates": torch.tanh(self.gate).abs().reshape(len(self.gate), -1).mean(1),  # (L,)
+                 "theta0_norms": self.theta0.norm(dim=(-2, -1)),  # (L,)
+                 "step_norms": steps.norm(dim=(-2, -1)).mean(1)}  # (L,)
         if len(self.tasks) > 1:
-            cosines = self.cosines().abs().mean(0)  # (N, N), mean over layers
-            state |= {"tasks": self.tasks, "cosines": [[round(c, 5) for c in row] for row in cosines.tolist()]}
-        return state
+            state["cosines"] = self.cosines().abs().mean(0)  # (N, N)
+        return {"tasks": self.tasks} | {name: t.double().round(decimals=5).tolist() for name, t in state.items()}
 
 
 def random_words(backbone: PreTrainedModel, P: int) -> Tensor:

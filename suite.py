@@ -36,6 +36,7 @@ from errors import Parser, RunFailed, Stopped, UserError, program
 from evaluate import draw_cosines, pyplot, read_metrics
 
 SWEEP_SEED = 100  # for choosing rates, and for nothing else
+LOGGED = ("step", "gates", "theta0_norms", "step_norms", "cosines", "tasks")  # of an adapter, kept from metrics.jsonl
 EVERY_K = ("talora", "pt", "deep-pt", "deep-spot", "deep-mpt")  # the other methods: 8, 32 and all examples
 
 # (--slow-rate and --fast-rate, or --prompt-rate) on the sources, --target-rate on a target: four values each. The last
@@ -189,8 +190,8 @@ def records_of(cell: Cell, folder: Path, seconds: int) -> list[dict]:
         if result["stage"] == "multitask":
             rows = read_metrics(path.parent)
             record["dev"] = best_dev(rows)
-            record["first"], record["last"] = ({k: row[k] for k in ("step", "gates", "cosines", "tasks") if k in row}
-                                               for row in (rows[0], rows[-1]))
+            record["first"], record["last"] = ({name: row[name] for name in LOGGED if name in row} for row in
+                                               (rows[0], rows[-1]))
         elif result["stage"] == "target":
             best = [best_dev(read_metrics(task)) for task in sorted(path.parent.iterdir()) if task.is_dir()]
             record["dev"] = [statistics.mean(column) for column in zip(*best)]

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 from array import array
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -61,6 +62,7 @@ from data import Batch, Encoded
 from errors import RunFailed, UserError, program
 from frozen import NO_TASK, FrozenLM, TALoRAConfig, describe
 
+REWRITTEN = ", rewritten"  # ends the name of a column about rewritten rows
 ALL_TASKS = "all tasks"  # the one name of methods that have one set of weights for all source tasks
 
 # ---------------------------------------------------------------------------------------------------- the loop
@@ -390,7 +392,7 @@ def multitask_stage(run: Run) -> None:
     fit(run, model, "multitask", train, dev, ids, folder)
     model = run.load(folder)
     numbers = count(model, learning_tensors(model, method, "multitask", list(ids.values())))
-    columns = references(run, sources)
+    columns = dict(references(run, tuple(sources)))
     columns |= score_columns(run, model, sources, ids)
     if cfg.pictures:
         evaluate.draw_run(folder)
@@ -401,7 +403,7 @@ def target_stage(run: Run) -> None:
     """Each target task from --shots examples (or all), one after another, with everything shared frozen."""
     cfg, targets = run.cfg, split_names(run.cfg.targets)
     folder = run.open("target")
-    columns, starts, numbers = references(run, targets), {}, 0
+    columns, starts, numbers = dict(references(run, tuple(targets))), {}, 0
     for task in targets:
         if not (folder / task / "results.json").exists():
             run.log(f"\n-- {task}")
@@ -461,28 +463,27 @@ def count(model: FrozenLM, names) -> int:
     return sum(model.get_parameter(name).numel() for name in names)
 
 
-def references(run: Run, tasks: list[str]) -> dict[str, dict]:
-    """What to compare with: the most frequent answer, the frozen backbone, and the instruction put in words."""
-    tests = test_rows(run, tasks)
-    columns = {"majority": {t: evaluate.majority_scores(t, run.examples(t, "train"), tests[t]) for t in tasks}}
-    if not run.cfg.references:
-        return columns
-    frozen, ids = FrozenLM(run.backbone, TALoRAConfig()), dict.fromkeys(tasks, NO_TASK)
-    columns["frozen backbone"] = evaluate.evaluate_tasks(frozen, run.tokenizer, tests, ids, run.cfg)
-    if all(rows[0].hard_prompt for rows in tests.values()):  # the micro-world's tasks hide it; real templates hold it
-        asked = {t: [dataclasses.replace(e, prompt=e.hard_prompt) for e in rows] for t, rows in tests.items()}
-        columns["hard instruction"] = evaluate.evaluate_tasks(frozen, run.tokenizer, asked, ids, run.cfg)
+@cache  # once for all numbers of shots
+def references(run: Run, tasks: tuple[str, ...]) -> dict[str, dict]:
+    """What to compare with, on test rows as they are and rewritten: the most frequent answer, the frozen backbone, and
+    the instruction put in words."""
+    columns, frozen, ids = {}, FrozenLM(run.backbone, TALoRAConfig()), dict.fromkeys(tasks, NO_TASK)
+    for suffix, tests in (("", test_rows(run, tasks)), (REWRITTEN, rewritten_rows(run, tasks))):
+        columns["majority" + suffix] = {t: evaluate.majority_scores(t, run.examples(t, "train"), tests[t])
+                                        for t in tasks}
+        if not run.cfg.references:
+            continue
+        columns["frozen backbone" + suffix] = evaluate.evaluate_tasks(frozen, run.tokenizer, tests, ids, run.cfg)
+        if all(rows[0].hard_prompt for rows in tests.values()):  # the micro-world hides it; real templates hold it
+            asked = {t: [dataclasses.replace(e, prompt=e.hard_prompt) for e in rows] for t, rows in tests.items()}
+            columns["hard instruction" + suffix] = evaluate.evaluate_tasks(frozen, run.tokenizer, asked, ids, run.cfg)
     return columns
 
 
 def score_columns(run: Run, model: FrozenLM, tasks: list[str], ids: dict[str, int]) -> dict[str, dict]:
     """The method's scores on the test rows, and on the same rows rewritten as training never shows them."""
-    tests = test_rows(run, tasks)
-    unseen = {task: [data.perturb(example, run.cfg.seed) for example in rows] for task, rows in tests.items()}
-    run.log("rewritten test rows: " + ", ".join(
-        f"{task} {sum(bool(e.operations) for e in rows) / len(rows):.0%}" for task, rows in unseen.items()))
-    return {name: evaluate.evaluate_tasks(model, run.tokenizer, rows, ids, run.cfg)
-            for name, rows in ((label(run.cfg), tests), (f"{label(run.cfg)}, rewritten", unseen))}
+    return {label(run.cfg) + suffix: evaluate.evaluate_tasks(model, run.tokenizer, rows, ids, run.cfg)
+            for suffix, rows in (("", test_rows(run, tasks)), (REWRITTEN, rewritten_rows(run, tasks)))}
 
 
 def label(cfg: Config) -> str:
@@ -490,8 +491,14 @@ def label(cfg: Config) -> str:
     return cfg.method + f" {cfg.variant}" * bool(cfg.variant)
 
 
-def test_rows(run: Run, tasks: list[str]) -> dict[str, list[data.Example]]:
+def test_rows(run: Run, tasks: Sequence[str]) -> dict[str, list[data.Example]]:
     return {task: run.examples(task, "test") for task in tasks}
+
+
+def rewritten_rows(run: Run, tasks: Sequence[str]) -> dict[str, list[data.Example]]:
+    """The test rows with their text rewritten as training never shows it, where that can be done."""
+    return {task: [data.perturb(example, run.cfg.seed) for example in rows]
+            for task, rows in test_rows(run, tasks).items()}
 
 
 def finish(folder: Path, results: dict) -> None:
@@ -511,7 +518,11 @@ def report(run: Run, folder: Path, stage: str, columns: dict[str, dict], **more)
     results = {"stage": stage, "method": label(run.cfg), "seed": run.cfg.seed, "command": run.command, **more,
                "columns": columns}
     metrics = {task: data.task_of(task, run.examples(task, "test")).metric for task in columns["majority"]}
-    table = evaluate.table(columns, metrics)
+    plain = {name: column for name, column in columns.items() if not name.endswith(REWRITTEN)}
+    unseen = {name.removesuffix(REWRITTEN): c for name, c in columns.items() if name.endswith(REWRITTEN)}
+    changed = [bool(e.operations) for rows in rewritten_rows(run, tuple(metrics)).values() for e in rows]
+    table = (f"test rows\n\n{evaluate.table(plain, metrics)}\nthe same rows, {sum(changed) / len(changed):.0%} of them "
+             f"rewritten as training never shows it\n\n{evaluate.table(unseen, metrics)}")
     with atomic(folder / "table.md") as file:
         file.write(table.encode())
     finish(folder, results)
