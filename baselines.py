@@ -187,6 +187,9 @@ class DeepPrompts(TALoRA):
         flat = F.normalize(self.prompts(list(range(len(self.tasks)))).flatten(2), dim=-1)  # (L, N, P d)
         return flat @ flat.mT
 
+    def norms(self) -> dict[str, Tensor]:
+        return {"prompt_norms": self.prompts(list(range(len(self.tasks)))).norm(dim=(-2, -1)).mean(1)}  # (L,)
+
 
 class DeepMPT(DeepPrompts):
     """MPT in every layer: theta_i = P* o (u_i (x) v_i). Only u and v learn on a target: L (P + d)."""

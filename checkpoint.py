@@ -10,6 +10,7 @@ logged after it are cut off when training goes on, and written again by the same
 N more steps leave the same files as 2 N steps, bit for bit, but for times.
 """
 
+import io
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from typing import BinaryIO
 
 import torch
 
+import parallel
 from errors import Stopped
 
 
@@ -27,8 +29,12 @@ from errors import Stopped
 def atomic(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the place of ``path`` once it is complete; after an error ``path`` is as it was.
 
-    Raises OSError with the file's name if it cannot be written (disk full, no permission).
+    Raises OSError with the file's name if it cannot be written (disk full, no permission). Of several processes of a
+    run only the first one writes.
     """
+    if parallel.RANK:
+        yield io.BytesIO()
+        return
     beside = path.with_name(f".{path.name}.part")  # one name, so that what a kill leaves is written over
     try:
         with open(beside, "wb") as file:
@@ -115,7 +121,7 @@ class Signals:
     """
 
     def __init__(self):
-        self.caught, self.busy = None, False
+        self.caught, self.busy = 0, False
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self._catch) for number in (signal.SIGINT, signal.SIGTERM)}

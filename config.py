@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import parallel
 import tasks
 import toy
 from baselines import METHODS, VARIANTS, Method
@@ -69,7 +70,8 @@ class Config:
     dtype: str = option("float32", "base", "dtype of the frozen backbone; adapters are always float32",
                         ("float32", "bfloat16"))
     autocast: bool = option(False, "base", "compute in bfloat16 where torch's autocast holds it right")
-    checkpointing: bool = option(False, NEVER, "recompute activations in backward: less memory, a third more time")
+    checkpointing: str = option("off", NEVER, "recompute activations in backward: less memory, a third more time",
+                                ("on", "off"))
     device: str = option("auto", NEVER, "cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
     # the method
     prompt_length: int = option(16, "base", "P, rows of the prompt in every layer [paper: open; 12 gives its 1.3 M]")
@@ -116,7 +118,7 @@ LARGE = dict(sources=",".join(tasks.SOURCES), targets=",".join(tasks.TARGETS), m
 PRESETS = {
     "toy": dict(sources=",".join(toy.SOURCES), targets=",".join(toy.TARGETS)),
     "qwen2.5-0.5b": dict(LARGE, backbone="Qwen/Qwen2.5-0.5B", tokens_per_batch=8192),
-    "qwen2.5-7b": dict(LARGE, backbone="Qwen/Qwen2.5-7B", tokens_per_batch=4096, checkpointing=True),
+    "qwen2.5-7b": dict(LARGE, backbone="Qwen/Qwen2.5-7B", tokens_per_batch=4096, checkpointing="on"),
 }
 
 
@@ -187,7 +189,7 @@ def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:
         parts += [f"seed{cfg.seed}"] * (cfg.seed != 0)
         cfg.run = "runs/" + "-".join(parts)
     if cfg.device == "auto":
-        cfg.device = "cuda" if torch.cuda.is_available() else "cpu"
+        cfg.device = f"cuda:{parallel.LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
     if cfg.data_root:  # whatever tasks are there
         here = {name: [task for task in names if (Path(cfg.data_root) / task).is_dir()]
                 for name, names in (("sources", tasks.SOURCES), ("targets", tasks.TARGETS))}

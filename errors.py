@@ -55,5 +55,6 @@ def program(main: Callable[[list[str]], None], argv: list[str]) -> int:
         else:
             code = getattr(error, "code", 130)
             sentence = "stopped; nothing that was saved is lost: repeat the command to go on"
-        print(" ".join(sentence.split()), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or code == 1:  # what is wrong with a command all processes would say
+            print(" ".join(sentence.split()), file=sys.stderr)
         return code

@@ -32,6 +32,7 @@ import transformers
 from tqdm import tqdm
 
 import data
+import parallel
 from backbone import load_backbone
 from checkpoint import atomic
 from config import Config, method_of, read_options
@@ -151,6 +152,7 @@ def predict(model: FrozenLM, tokenizer, examples: Sequence[Example], task_id: in
     Where an example has choices, the whole choice with the highest log-probability (end-of-sequence token included);
     otherwise the greedy continuation up to the end-of-sequence token. Rows of similar length share a batch.
     """
+    examples = parallel.share(examples)
     rows = [data.encode(example, tokenizer, max_length, keep_answer=False) for example in examples]
     answers = [""] * len(rows)
     for part in length_batches(rows):
@@ -167,7 +169,7 @@ def predict(model: FrozenLM, tokenizer, examples: Sequence[Example], task_id: in
             for i, tokens in zip(part, new):
                 end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else None
                 answers[i] = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
-    return answers
+    return parallel.together(answers)
 
 
 def length_batches(rows: Sequence[Encoded]) -> list[list[int]]:

@@ -109,15 +109,17 @@ class TALoRA(FrozenLM):
 
     @torch.no_grad()
     def diagnose(self) -> dict:
-        """What training logs of the adapter: by layer |tanh g|, |theta0| and the mean |s B A_i| of the tasks (Frobenius
-        norms), and |cos(A_i, A_j)| of the tasks, mean over layers."""
-        steps = self.prompts(list(range(len(self.tasks)))) - self.prompts([NO_TASK])  # (L, N, P, d)
-        state = {"gates": torch.tanh(self.gate).abs().reshape(len(self.gate), -1).mean(1),  # (L,)
-                 "theta0_norms": self.theta0.norm(dim=(-2, -1)),  # (L,)
-                 "step_norms": steps.norm(dim=(-2, -1)).mean(1)}  # (L,)
+        """What training logs of the adapter: by layer |tanh g| and `norms`, and |cos(A_i, A_j)| of the tasks, mean over
+        layers."""
+        state = {"gates": torch.tanh(self.gate).abs().reshape(len(self.gate), -1).mean(1), **self.norms()}
         if len(self.tasks) > 1:
             state["cosines"] = self.cosines().abs().mean(0)  # (N, N)
         return {"tasks": self.tasks} | {name: t.double().round(decimals=5).tolist() for name, t in state.items()}
+
+    def norms(self) -> dict[str, Tensor]:
+        """By layer, (L,): the Frobenius norm of theta0, and the mean one of the tasks' steps s B A_i."""
+        steps = self.prompts(list(range(len(self.tasks)))) - self.theta0[:, None]  # (L, N, P, d)
+        return {"theta0_norms": self.theta0.norm(dim=(-2, -1)), "step_norms": steps.norm(dim=(-2, -1)).mean(1)}
 
 
 def random_words(backbone: PreTrainedModel, P: int) -> Tensor:

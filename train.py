@@ -28,6 +28,7 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
 from array import array
 from collections.abc import Sequence
@@ -40,6 +41,7 @@ import transformers
 
 import data
 import evaluate
+import parallel
 import pretrain
 from backbone import load_backbone
 from baselines import Method
@@ -112,10 +114,11 @@ def train_step(model: FrozenLM, optimizer: torch.optim.Optimizer, batches: list[
                regularise: bool) -> dict[str, float]:
     """One optimisation step over the micro-batches ``batches``; returns what it measured. Eq. (3)
 
+    Of several processes each has its own part of the step's rows (parallel.py), perhaps none.
     Raises RunFailed, before any weight has changed, if the loss or the gradient is not finite.
     """
     learning = [p for group in optimizer.param_groups for p in group["params"]]
-    examples = sum(len(batch.task_ids) for batch in batches)
+    examples = parallel.total(sum(len(batch.task_ids) for batch in batches), model.device)
     optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW then leaves a task alone that nothing asks to move
     task_loss = torch.zeros((), device=model.device)
     for batch in batches:
@@ -124,6 +127,7 @@ def train_step(model: FrozenLM, optimizer: torch.optim.Optimizer, batches: list[
         loss = losses.sum() / examples  # L_PLM: a mean over the examples of the whole step, however it was cut
         loss.backward()
         task_loss += loss.detach()
+    parallel.sum_gradients(learning, task_loss)
     reg = torch.zeros(())
     if regularise:
         reg = model.orthogonality(cfg.regulariser)  # Eq. (4)
@@ -172,7 +176,8 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
         except ValueError as error:
             raise UserError(str(error)) from error
         log(f"{stage:9} goes on after step {now['step']} of {steps}")
-    metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+    writes = parallel.RANK == 0
+    metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8") if writes else tempfile.TemporaryFile("w")
     metrics.truncate(now["logged"])  # what was logged after the checkpoint comes again
     started, saved = time.perf_counter() - now["seconds"], time.perf_counter()
 
@@ -188,6 +193,7 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
         model.save(folder / "last")
         save_checkpoint(checkpoint, model.adapter_state(), optimizer, sampler, now, identity)
 
+    parallel.same(list(model.adapter_state().values()))
     if not checkpoint.exists():
         record(step=0)
         save()
@@ -197,13 +203,15 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
         with run.signals.finishing(save):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial"] * rate_factor(step, steps, cfg.warmup)
-            batches = [data.collate(rows, [task_ids[r.task] for r in rows], 0).to(device) for rows in sampler.next()]
+            rows = sampler.next()  # micro-batches; of each one this process reads its share
+            batches = [data.collate(own, [task_ids[row.task] for row in own], 0).to(device)
+                       for own in map(parallel.share, rows) if own]
             try:
                 measured = train_step(model, optimizer, batches, cfg, regularise)
             except (RunFailed, torch.OutOfMemoryError) as error:
                 raise failed(error, stage, step, batches, cfg, checkpoint) from error
             done = now["step"] = step + 1
-            now["tokens"] += sum(int(batch.attention_mask.sum()) for batch in batches)
+            now["tokens"] += sum(len(row) for part in rows for row in part)
             seconds = time.perf_counter() - started
             if done % cfg.log_every == 0 or done == steps:
                 rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
@@ -222,7 +230,9 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
             if due:
                 save()
                 saved = time.perf_counter()
+            run.signals.caught = parallel.largest(run.signals.caught, device)  # all stop, or none
     metrics.close()
+    parallel.wait()
     log(f"{stage:9} done in {clock(now['seconds'])}; best on development rows: {now['best'][0]:.1%} exactly right, "
         f"loss {-now['best'][1]:.4f}; {sampler.padding:.1%} of the tokens were padding")
 
@@ -234,7 +244,7 @@ def failed(error: Exception, stage: str, step: int, batches: list[Batch], cfg: C
         return RunFailed(f"{stage}, step {step + 1}: {error}{kept}")
     rows, tokens = max((batch.input_ids.shape for batch in batches), key=math.prod)
     return RunFailed(f"{stage}, step {step + 1}: the GPU's memory is full with {rows} rows of {tokens} tokens (at the "
-                     f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB); add --checkpointing, or lower "
+                     f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB); add --checkpointing on, or lower "
                      f"--tokens-per-batch (now {cfg.tokens_per_batch or 'the whole step at once'}){kept}")
 
 
@@ -282,7 +292,7 @@ class Run:
             self.method.model.check(self.backbone)
         except ValueError as error:
             raise UserError(str(error)) from error
-        if cfg.checkpointing:
+        if cfg.checkpointing == "on":
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     def examples(self, task: str, split: str):
@@ -505,11 +515,12 @@ def finish(folder: Path, results: dict) -> None:
     """results.json says that this is done; what was only there to go on from is removed."""
     write_json(folder / "results.json", results)
     clear(folder)
+    parallel.wait()
 
 
 def clear(folder: Path) -> None:
     """Remove what a finished stage has no more use for: its checkpoint, and what a kill left half-written."""
-    for path in (folder / "checkpoint.pt", *folder.rglob("*.part")):
+    for path in (folder / "checkpoint.pt", *folder.rglob("*.part")) if parallel.RANK == 0 else ():
         path.unlink(missing_ok=True)
 
 
@@ -542,9 +553,10 @@ class Log:
             print(text, flush=True)
         except BrokenPipeError:  # `| tee log` died; the training need not
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        if parallel.RANK == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
 
 
 def clock(seconds: float) -> str:
@@ -560,7 +572,8 @@ def environment(command: str) -> dict:
     return {"command": command, "commit": git, "python": platform.python_version(), "torch": torch.__version__,
             "transformers": transformers.__version__, "machine": platform.platform(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-            "threads": torch.get_num_threads(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+            "processes": parallel.PROCESSES, "threads": torch.get_num_threads(),
+            "started": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
 def finished(cfg: Config, stage: str) -> bool:
@@ -609,6 +622,8 @@ def pretrain_stage(cfg: Config, command: str) -> None:
 def main(argv: list[str]) -> None:
     cfg, changed = parse(argv, __doc__)
     check(cfg)
+    parallel.start(cfg.device)
+    cfg.pictures = cfg.pictures and parallel.RANK == 0
     transformers.logging.set_verbosity_error()
     if not cfg.backbone:  # nothing large to load
         transformers.logging.disable_progress_bar()
@@ -634,6 +649,9 @@ def main(argv: list[str]) -> None:
         if stage not in (cfg.stage, "target") and cfg.stage != "all":
             print(f"'{cfg.stage}' builds on stage '{stage}', which {cfg.run}/ does not hold yet: it runs first")
     if todo and todo[0][0] == "pretrain":
+        if parallel.PROCESSES > 1:
+            raise UserError("--stage pretrain is the work of one process: run it first, without torchrun, as python "
+                            "train.py --stage pretrain and the other options of this command")
         pretrain_stage(cfg, command)
         todo.pop(0)
     if todo:
@@ -643,6 +661,7 @@ def main(argv: list[str]) -> None:
             for stage, run.cfg in jobs:
                 if stage != "pretrain":
                     run.check_identity(stage, stage_folder(run.cfg, stage))
+            parallel.wait()  # every process has seen the run's folder as it was
             run.folder.mkdir(parents=True, exist_ok=True)
             write_json(run.folder / "options.json", dataclasses.asdict(cfg))
             for stage, run.cfg in todo:

@@ -338,7 +338,7 @@ def test_same_seed_same_numbers(backbone_folder, tmp_path):
 
 def test_checkpointing_changes_nothing_but_rounding(backbone_folder, tmp_path):
     losses = []
-    for more in ((), ("--checkpointing",)):
+    for more in ((), ("--checkpointing", "on")):
         run = tmp_path / str(len(losses))
         train.main(small(backbone_folder, run, *more))
         rows = [json.loads(line) for line in open(run / "multitask" / "metrics.jsonl")]
@@ -414,9 +414,9 @@ def test_help_explains_every_option(capsys):
 
 def test_presets_and_overrides():
     cfg, changed = parse(["--preset", "qwen2.5-7b", "--rank", "2"])
-    assert (cfg.backbone, cfg.dtype, cfg.checkpointing) == ("Qwen/Qwen2.5-7B", "bfloat16", True)
+    assert (cfg.backbone, cfg.dtype, cfg.checkpointing) == ("Qwen/Qwen2.5-7B", "bfloat16", "on")
     assert (cfg.prompt_length, cfg.rank, changed["rank"]) == (12, 2, 2)
-    assert cfg.sources.split(",") == list(tasks.SOURCES) and parse(["--no-checkpointing"])[0].checkpointing is False
+    assert cfg.sources.split(",") == list(tasks.SOURCES) and parse(["--checkpointing", "off"])[0].checkpointing == "off"
     check(parse([])[0])
 
 

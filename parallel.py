@@ -1,0 +1,108 @@
+r"""Several processes, one training run.
+
+    torchrun --nproc-per-node N -- train.py --preset qwen2.5-7b --stage all      (-- or it takes --run for its own)
+
+Every process holds the whole frozen backbone and the whole adapter, and all of them draw the same step from the same
+sampler. Of each micro-batch process n reads rows n, n + N, n + 2N .... The loss of Eq. (3) is a mean over the rows of
+the step, so with R rows in all processes together
+
+    gradient = sum over processes of  d / d adapter  (1 / R) sum over its own rows of their losses
+
+is what one process would have computed, whichever tasks a process happens to hold. One all-reduce a step carries this
+sum: the numbers that learn, 4 bytes each, nothing of the backbone. Test rows are shared out the same way. Process 0
+alone writes files.
+
+torch's DistributedDataParallel does such sums in hooks of the backward pass. It expects of every process a forward pass
+that meets the same parameters. Here a process may have no row of some task, or no row at all, and a task that *no*
+process has must keep a gradient of None, so that AdamW leaves it alone. So the sum is written out.
+"""
+
+import atexit
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RANK, PROCESSES = 0, 1  # which process this is, and of how many
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine, and of its GPU
+
+
+def start(device: str) -> None:
+    """Join the other processes that torchrun started, if any; the first one alone goes on printing."""
+    global RANK, PROCESSES
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    atexit.register(dist.destroy_process_group)
+    RANK, PROCESSES = dist.get_rank(), dist.get_world_size()
+    if RANK:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+
+
+def share(rows: list) -> list:
+    """This process's part of some rows."""
+    return rows[RANK::PROCESSES]
+
+
+def together(own: list) -> list:
+    """All rows in their order again, from what every process made of its share."""
+    if PROCESSES == 1:
+        return own
+    parts = [None] * PROCESSES
+    dist.all_gather_object(parts, own)
+    rows = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        rows[rank::PROCESSES] = part
+    return rows
+
+
+def total(count: int, device: torch.device) -> int:
+    """The sum of a whole number over all processes."""
+    return _reduced(count, device, dist.ReduceOp.SUM)
+
+
+def largest(count: int, device: torch.device) -> int:
+    """The largest of every process's whole number."""
+    return _reduced(count, device, dist.ReduceOp.MAX)
+
+
+def _reduced(count: int, device: torch.device, how) -> int:
+    if PROCESSES == 1:
+        return count
+    number = torch.tensor(count, device=device)
+    dist.all_reduce(number, how)
+    return int(number)
+
+
+def sum_gradients(parameters: list[Tensor], loss: Tensor) -> None:
+    """Replace loss and gradients by their sums over all processes, in one exchange.
+
+    A parameter that has no gradient in any process keeps None.
+    """
+    if PROCESSES == 1:
+        return
+    has = torch.tensor([p.grad is not None for p in parameters], dtype=loss.dtype, device=loss.device)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    everything = torch.cat([loss.reshape(1), has, *(g.flatten() for g in grads)])
+    dist.all_reduce(everything)
+    loss_, users, *summed = everything.split([1, len(has), *(p.numel() for p in parameters)])
+    loss.copy_(loss_[0])
+    for p, used, grad in zip(parameters, users.tolist(), summed):
+        p.grad = grad.view_as(p) if used else None
+
+
+def same(tensors: list[Tensor]) -> None:
+    """Give all processes the values of process 0."""
+    if PROCESSES > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+def wait() -> None:
+    """Until every process has come this far: what process 0 wrote before is there for all."""
+    if PROCESSES > 1:
+        dist.barrier()
