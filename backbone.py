@@ -26,8 +26,9 @@ def load_backbone(name: str, dtype: str, device: torch.device | str):
         return backbone.to(device, getattr(torch, dtype)), tokenizer
     try:
         tokenizer = load_tokenizer(name)
-        backbone, loaded = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, dtype),
-                                                                output_loading_info=True)
+        # device_map: each weight goes to the device as it is read; 7B never lies in host memory as a whole.
+        backbone, loaded = AutoModelForCausalLM.from_pretrained(
+            name, dtype=getattr(torch, dtype), device_map={"": torch.device(device)}, output_loading_info=True)
         if loaded["missing_keys"]:
             raise ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -44,7 +45,7 @@ def load_backbone(name: str, dtype: str, device: torch.device | str):
         FrozenLM(backbone, TALoRAConfig())
     except ValueError as error:
         raise UserError(str(error)) from error
-    return backbone.to(device), tokenizer
+    return backbone, tokenizer
 
 
 def load_tokenizer(name: str):

@@ -132,6 +132,29 @@ def test_checkpointing_changes_neither_loss_nor_gradients(name, tiny_backbone, o
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
 
 
+@EVERY
+def test_what_is_logged_of_an_adapter(name, opened):
+    """Layer by layer, from the definitions: |tanh g|, the norms of theta0 and of the steps, or of the prompts."""
+    model = opened(name)
+    logged = model.diagnose()
+    if not hasattr(model, "gate"):
+        assert logged == {}
+        return
+    assert logged["tasks"] == ["first", "second", "third"]
+    if name != "one-softmax":
+        gates = [model.gate[layer].tanh().abs().mean().item() for layer in range(3)]
+        assert logged["gates"] == pytest.approx(gates, abs=1e-5)
+    for layer in range(3):
+        prompts = [model.prompts([task])[layer, 0] for task in range(3)]  # 3 x (P, d)
+        if hasattr(model, "theta0"):
+            steps = sum((prompt - model.theta0[layer]).norm().item() for prompt in prompts) / 3
+            assert logged["step_norms"][layer] == pytest.approx(steps, rel=1e-4) and steps > 0.1
+            assert logged["theta0_norms"][layer] == pytest.approx(model.theta0[layer].norm().item(), rel=1e-4)
+        else:
+            size = sum(prompt.norm().item() for prompt in prompts) / 3
+            assert logged["prompt_norms"][layer] == pytest.approx(size, rel=1e-4)
+
+
 @pytest.mark.parametrize("name", [name for name in CLASSES.values() if name not in ("bitfit", "ft")])  # see config.py
 def test_own_tensors_stay_fp32_over_a_bf16_backbone(name, tiny_backbone, opened):
     models = opened(name, tiny_backbone().to(torch.bfloat16)), opened(name)

@@ -72,10 +72,11 @@ def assert_same(one: Path, other: Path):
             assert a[name] == b[name], name
 
 
-@pytest.mark.parametrize("more", [("--tokens-per-batch", "128"), ("--method", "lora")],
-                         ids=["talora", "lora"])
+@pytest.mark.parametrize("more", [("--multitask-batch", "1", "--regulariser", "off"),
+                                  ("--method", "lora", "--tokens-per-batch", "128")], ids=["talora", "lora"])
 def test_two_processes_give_the_losses_of_one(backbone, tmp_path, more):
-    """Micro-batches of one row (process 1 has none), tasks that only one process holds, every stage, test scores."""
+    """Steps of one row, so that process 1 has none and a task is in no process; micro-batches by a token budget; every
+    stage, and the test scores."""
     one, two = tmp_path / "one", tmp_path / "two"
     train.main(soak.command(backbone, one, *more))
     run = torchrun(tmp_path, soak.command(backbone, two, *more))
