@@ -84,15 +84,15 @@ class Config:
     # optimisation
     prompt_rate: float = option(4e-2, "base", "learning rate of theta0 and gates in the base stage, and of the other "
                                 "methods on the sources [paper: open]")
-    slow_rate: float = option(6e-2, "multitask", "learning rate of theta0 and B in the multitask stage [paper: open]")
-    fast_rate: float = option(8e-2, "multitask", "learning rate of u, v and the gates in the multitask stage [paper: "
+    slow_rate: float = option(0.12, "multitask", "learning rate of theta0 and B in the multitask stage [paper: open]")
+    fast_rate: float = option(0.16, "multitask", "learning rate of u, v and the gates in the multitask stage [paper: "
                               "open, but higher than the slow one]")
-    target_rate: float = option(4e-2, "target", "learning rate of whatever learns in the target stage [paper: open]")
+    target_rate: float = option(0.08, "target", "learning rate of whatever learns in the target stage [paper: open]")
     base_steps: int = option(30, "base", "optimisation steps of the base stage [paper: open]")
-    multitask_steps: int = option(800, "multitask", "optimisation steps of the multitask stage [paper: open]")
+    multitask_steps: int = option(400, "multitask", "optimisation steps of the multitask stage [paper: open]")
     target_steps: int = option(120, "target", "optimisation steps for each target task [paper: open]")
     base_batch: int = option(32, "base", "examples of a step in the base stage")
-    multitask_batch: int = option(64, "multitask", "examples of a step in the multitask stage, over all source tasks")
+    multitask_batch: int = option(32, "multitask", "examples of a step in the multitask stage, over all source tasks")
     target_batch: int = option(8, "target", "examples of a step in the target stage")
     tokens_per_batch: int = option(0, "base", "padded tokens of a forward pass at most; a step accumulates gradients "
                                    "over as many passes as it needs (0 = the whole step at once)")
@@ -113,8 +113,8 @@ class Config:
 # The rates of the large presets are ours and unswept: sweep --fast-rate and --slow-rate on development rows first.
 LARGE = dict(sources=",".join(tasks.SOURCES), targets=",".join(tasks.TARGETS), max_length=1024, max_new_tokens=64,
              prompt_length=12, rank=8, dtype="bfloat16", slow_rate=1e-3, fast_rate=5e-3, prompt_rate=5e-3,
-             target_rate=5e-3, base_steps=200, multitask_steps=2000, target_steps=300, warmup=50, target_batch=16,
-             eval_every=200, dev_rows=32)
+             target_rate=5e-3, base_steps=200, multitask_steps=2000, multitask_batch=64, target_steps=300, warmup=50,
+             target_batch=16, eval_every=200, dev_rows=32)
 PRESETS = {
     "toy": dict(sources=",".join(toy.SOURCES), targets=",".join(toy.TARGETS)),
     "qwen2.5-0.5b": dict(LARGE, backbone="Qwen/Qwen2.5-0.5B", tokens_per_batch=8192),

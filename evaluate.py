@@ -15,7 +15,6 @@ All scores are fractions in [0, 1].
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import statistics
@@ -224,7 +223,7 @@ def dev_score(model: FrozenLM, dev: dict[str, list[Encoded]], task_ids: dict[str
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Tables and figures
+# Tables
 
 def macro(column: dict[str, dict[str, float]]) -> float:
     """Mean of the tasks' scores, every task counting the same."""
@@ -245,85 +244,6 @@ def table(columns: dict[str, dict[str, dict[str, float]]], metrics: dict[str, st
         lines.append(f"| {task:{width}} | {metrics[task]:11} | " + " | ".join(cells) + " |")
     cells = [f"{100 * macro(column):{len(name)}.1f}" for name, column in columns.items()]
     return "\n".join([*lines, f"| {'macro average':{width}} | {'':11} | " + " | ".join(cells) + " |"]) + "\n"
-
-
-def pyplot():
-    """matplotlib's pyplot, drawing into files: no display needed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def draw_run(folder: Path) -> None:
-    """Pictures of a stage from its metrics.jsonl: loss.png, and of a gated method gates.png and cosines.png."""
-    plt = pyplot()
-    rows = read_metrics(folder)
-    steps = [row for row in rows if "loss" in row]
-    dev = [row for row in rows if "dev_loss" in row]
-
-    figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    axis.plot([r["step"] for r in steps], [r["loss"] for r in steps], color="#0072B2", label="training batch")
-    axis.plot([r["step"] for r in dev], [r["dev_loss"] for r in dev], "s--", color="#D55E00", label="development rows")
-    axis.set(xlabel="step", ylabel="cross-entropy of an answer token (nats)", ylim=(0, None), title="Task loss")
-    axis.legend()
-    figure.savefig(folder / "loss.png", dpi=120)
-    plt.close(figure)
-
-    gates = [(row["step"], row["gates"]) for row in rows
-             if "gates" in row and ("rates" in row or row["step"] == 0)]
-    if gates:
-        figure, axis = plt.subplots(figsize=(6, 3.5), layout="constrained")
-        layers = range(len(gates[0][1]))
-        image = axis.pcolormesh([step for step, _ in gates], layers, list(zip(*(g for _, g in gates))),
-                                shading="nearest", cmap="viridis", vmin=0)
-        axis.set(xlabel="step", ylabel="layer", yticks=layers, title="How far each layer's gate is open")
-        figure.colorbar(image, label="|tanh g|")
-        figure.savefig(folder / "gates.png", dpi=120)
-        plt.close(figure)
-
-    cosines = [row for row in rows if "cosines" in row]
-    if cosines:
-        draw_cosines(folder / "cosines.png", cosines[0], cosines[-1])
-
-
-def draw_cosines(path: Path, first: dict, last: dict) -> None:
-    """Picture of |cos(A_i, A_j)|, the mean over layers, at two steps; first, last: rows of metrics.jsonl."""
-    plt = pyplot()
-    names = first["tasks"]
-    others = [[[c if i != j else math.nan for j, c in enumerate(line)] for i, line in enumerate(row["cosines"])]
-              for row in (first, last)]
-    top = max(c for matrix in others for line in matrix for c in line if c == c)  # c != c: the diagonal's nan
-    figure, axes = plt.subplots(1, 2, figsize=(10, 5.4), layout="constrained", sharey=True)
-    for axis, matrix, row, when in zip(axes, others, (first, last), ("before", "after")):
-        image = axis.imshow(matrix, cmap="viridis", vmin=0, vmax=top)
-        axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
-        axis.set_yticks(range(len(names)), names)
-        axis.set_title(f"{when} training (step {row['step']})")
-    figure.colorbar(image, ax=axes, label="|cos(A_i, A_j)|, mean over layers")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def draw_targets(folder: Path, tasks: Sequence[str]) -> None:
-    """Picture of a target stage: targets.png, the share of development rows that are right, for every task."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(tasks), figsize=(1 + 1.6 * len(tasks), 2.6), layout="constrained", sharey=True,
-                                squeeze=False)
-    for axis, task in zip(axes[0], tasks):
-        dev = [row for row in read_metrics(folder / task) if "dev_loss" in row]
-        axis.plot([row["step"] for row in dev], [100 * row["dev_accuracy"] for row in dev], "o-", color="#0072B2")
-        axis.set(xlabel="step", title=task, ylim=(0, 103))
-        axis.title.set_size("small")
-    axes[0][0].set_ylabel("development rows right (%)")
-    figure.savefig(folder / "targets.png", dpi=120)
-    plt.close(figure)
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -29,11 +29,11 @@ from pathlib import Path
 
 import torch
 
+import figures
 import train
 from baselines import METHODS, VARIANTS
 from checkpoint import atomic
 from errors import Parser, RunFailed, Stopped, UserError, program
-from evaluate import draw_cosines, pyplot, read_metrics
 
 SWEEP_SEED = 100  # for choosing rates, and for nothing else
 LOGGED = ("step", "gates", "theta0_norms", "step_norms", "cosines", "tasks")  # of an adapter, kept from metrics.jsonl
@@ -188,12 +188,12 @@ def records_of(cell: Cell, folder: Path, seconds: int) -> list[dict]:
                   "command": "python " + " ".join(cell.command), "commit": env["commit"], "torch": env["torch"],
                   "started": env["started"]}
         if result["stage"] == "multitask":
-            rows = read_metrics(path.parent)
+            rows = figures.read_metrics(path.parent)
             record["dev"] = best_dev(rows)
             record["first"], record["last"] = ({name: row[name] for name in LOGGED if name in row} for row in
                                                (rows[0], rows[-1]))
         elif result["stage"] == "target":
-            best = [best_dev(read_metrics(task)) for task in sorted(path.parent.iterdir()) if task.is_dir()]
+            best = [best_dev(figures.read_metrics(task)) for task in sorted(path.parent.iterdir()) if task.is_dir()]
             record["dev"] = [statistics.mean(column) for column in zip(*best)]
         records.append(record)
     return records
@@ -277,8 +277,6 @@ def chosen(records: Sequence[dict], method: str, kind: str, given: dict | None =
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # by degrees of freedom, from 1
 SOURCE, REWRITTEN = ("multitask", None, ""), ("multitask", None, ", rewritten")  # (stage, shots, which test rows)
-PLOT = dict(layout="constrained")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
 
 
 def read(out: Path) -> list[dict]:
@@ -373,10 +371,13 @@ def main_table(records: Sequence[dict]) -> str:
     return table(["method", "stored for a target", *(names[setting] for setting in settings)], rows)
 
 
-def variant_table(records: Sequence[dict]) -> str:
+def variant_settings(records: Sequence[dict]) -> dict[str, tuple]:
     ks = sorted({r["shots"] for r in records if r["kind"] == "variant" and r["stage"] == "target"})
-    settings = {"sources": SOURCE, "sources, rewritten": REWRITTEN} | {f"targets, k = {k}": target(k) for k in ks}
-    rows = []
+    return {"sources": SOURCE, "sources, rewritten": REWRITTEN} | {f"targets, k = {k}": target(k) for k in ks}
+
+
+def variant_table(records: Sequence[dict]) -> str:
+    settings, rows = variant_settings(records), []
     for column in methods_in(records, "variant"):
         cells = []
         for setting in settings.values():
@@ -475,72 +476,71 @@ def write_report(out: Path) -> None:
 
 
 def draw(records: Sequence[dict], out: Path) -> None:
-    """fewshot.png, size.png, variants.png, gates.png, cosines.png."""
-    plt = pyplot()
-    methods, ks = methods_in(records, "method"), shots_in(records)
+    """fewshot.png, size.png, variants.png, mechanism.png, cosines.png."""
+    figure, axis = figures.new(size=(7, 4.2))
+    few_shot(axis, records)
+    axis.set_title("From few examples (numbers stored for a task)")
+    figures.save(figure, out / "fewshot.png")
 
-    figure, axis = plt.subplots(figsize=(7, 4.2), **PLOT)
-    curves = [m for m in methods if sum(bool(by_seed(records, m, target(k))) for k in ks) > 2] or methods
-    for i, method in enumerate(curves):
-        values = [by_seed(records, method, target(k)) for k in ks]
-        x, mean, half = zip(*((x, *interval(list(v.values()))) for x, v in enumerate(values) if v))
-        axis.errorbar([at + 0.03 * (i - len(curves) / 2) for at in x], mean, [0 if math.isnan(h) else h for h in half],
-                      fmt=("o-", "s--", "^-.", "v:", "D-", "x--", "P-.")[i % 7], color=COLOURS[i % 7], capsize=2,
-                      label=f"{method} ({numbers_of(records, method):,})")
-    axis.set(xticks=range(len(ks)), xticklabels=[k or "full" for k in ks], xlabel="examples of a target task",
-             ylabel="accuracy, mean of the target tasks (%)", title="From few examples (numbers stored for a task)")
-    axis.legend(fontsize="small")
-    figure.savefig(out / "fewshot.png", dpi=150)
-    plt.close(figure)
-
-    middle = [k for k in (8, 32) if k in ks]
-    figure, axes = plt.subplots(1, max(1, len(middle)), figsize=(11, 4.2), squeeze=False, sharey=True, **PLOT)
-    for axis, k in zip(axes[0], middle):
-        for method in methods:
-            if values := by_seed(records, method, target(k)):
-                mean, half = interval(list(values.values()))
-                colour = COLOURS[1] if method == "talora" else COLOURS[0]
-                size = numbers_of(records, method)
-                axis.errorbar(size, mean, 0 if math.isnan(half) else half, fmt="D" if method == "talora" else "o",
-                              color=colour, capsize=2)
-                axis.annotate(method, (size, mean), (5, 4), textcoords="offset points", fontsize="small")
-        axis.set(xscale="log", xlabel="numbers stored for a target task", title=f"k = {k}")
-    axes[0][0].set_ylabel("accuracy, mean of the target tasks (%)")
-    figure.savefig(out / "size.png", dpi=150)
-    plt.close(figure)
+    ks = [k for k in (8, 32) if k in shots_in(records)] or shots_in(records)[:1]
+    figure, axes = figures.new(1, len(ks), (5.5 * len(ks), 4.2), squeeze=False, sharey=True)
+    for axis, k in zip(axes[0], ks):
+        figures.sizes_against_scores(axis, sizes(records, k))
+        axis.set_title(f"{k} examples of a target task" if k else "all examples of a target task")
+    axes[0][0].set_ylabel("score, mean of the target tasks (%)")
+    figures.save(figure, out / "size.png")
 
     variants = methods_in(records, "variant")
     if variants:
-        k = next(r["shots"] for r in records if r["kind"] == "variant" and r["stage"] == "target")
-        settings = {"sources": SOURCE, "sources, rewritten": REWRITTEN, f"targets, k = {k}": target(k)}
-        figure, axes = plt.subplots(1, 3, figsize=(11, 1 + 0.3 * len(variants)), sharey=True, **PLOT)
+        settings = variant_settings(records)
+        figure, axes = figures.new(1, len(settings), (11, 1.2 + 0.3 * len(variants)), sharey=True)
         for axis, (title, setting) in zip(axes, settings.items()):
-            talora = by_seed(records, "talora", setting)
-            for y, name in enumerate(variants):
-                if difference := paired(by_seed(records, name, setting), talora):
-                    colour = {"higher": COLOURS[2], "lower": COLOURS[1]}.get(verdict(difference), "#888888")
-                    axis.barh(y, difference[0], color=colour, hatch="//" if colour == COLOURS[1] else None,
-                              xerr=0 if math.isnan(difference[1]) else difference[1], capsize=2)
-            axis.axvline(0, color="black", linewidth=0.8)
-            axis.set(title=title, xlabel="points against TA-LoRA", yticks=range(len(variants)),
-                     yticklabels=[name.removeprefix("talora ") for name in variants])
-        axes[0].invert_yaxis()
-        figure.savefig(out / "variants.png", dpi=150)
-        plt.close(figure)
+            figures.difference_bars(axis, differences(records, setting))
+            axis.set_title(title)
+        figures.save(figure, out / "variants.png")
 
     run = next((r for r in records if r["cell"].startswith("talora seed") and r["stage"] == "multitask"), None)
     if run:
-        gated = [(name, [r["last"]["gates"] for r in records if r["stage"] == "multitask" and name in r["scores"]
-                         and r["kind"] in ("method", "variant")]) for name in ["talora", *variants]]
-        gated = [(name, [statistics.mean(layer) for layer in zip(*gates)]) for name, gates in gated if gates]
-        figure, axis = plt.subplots(figsize=(6, 1 + 0.28 * len(gated)), **PLOT)
-        image = axis.imshow([gates for _, gates in gated], aspect="auto", cmap="viridis", vmin=0)
-        axis.set(xlabel="layer", xticks=range(len(gated[0][1])), yticks=range(len(gated)),
-                 yticklabels=[name for name, _ in gated], title="Gates after the multitask stage, mean over seeds")
-        figure.colorbar(image, label="|tanh g|")
-        figure.savefig(out / "gates.png", dpi=150)
-        plt.close(figure)
-        draw_cosines(out / "cosines.png", run["first"], run["last"])
+        figure, axes = figures.new(1, 3, (11, 1.2 + 0.28 * (1 + len(variants))), sharey=True)
+        for axis, (name, title) in zip(axes, (("gates", "gates |tanh g|"), ("theta0_norms", "shared prompt |theta0|"),
+                                              ("step_norms", "a task's step |s B A_i|"))):
+            figure.colorbar(figures.layer_heat_map(axis, logged(records, name, ["talora", *variants])), ax=axis)
+            axis.set_title(title)
+        figures.save(figure, out / "mechanism.png")
+        figures.draw_cosines(out / "cosines.png", run["first"], run["last"])
+
+
+def few_shot(axis, records: Sequence[dict]) -> None:
+    """Curves of the methods that have more than two numbers of examples."""
+    shots = shots_in(records)
+    curves = {}
+    for method in methods_in(records, "method"):
+        points = {k: interval(list(v.values())) for k in shots if (v := by_seed(records, method, target(k)))}
+        if len(points) > 2 or len(shots) < 3:
+            curves[f"{method} ({numbers_of(records, method):,})"] = points
+    figures.few_shot_curves(axis, shots, curves)
+
+
+def sizes(records: Sequence[dict], k: int) -> dict[str, tuple[int, float, float]]:
+    """Of every method: numbers stored for a task, mean score with k examples, half its interval."""
+    scores = {method: by_seed(records, method, target(k)) for method in methods_in(records, "method")}
+    return {m: (numbers_of(records, m), *interval(list(values.values()))) for m, values in scores.items() if values}
+
+
+def differences(records: Sequence[dict], setting: tuple) -> dict[str, tuple[float, float, str]]:
+    """Of every variant: points against TA-LoRA, half the interval, verdict."""
+    found = {name: paired(by_seed(records, name, setting), by_seed(records, "talora", setting))
+             for name in methods_in(records, "variant")}
+    return {name.removeprefix("talora "): (*d[:2], verdict(d)) for name, d in found.items() if d}
+
+
+def logged(records: Sequence[dict], what: str, names: Sequence[str]) -> dict[str, list[float]]:
+    """What the last step of the multitask stage logged of each layer, mean over seeds; nan where it has none."""
+    found = {name: [r["last"][what] for r in records if r["stage"] == "multitask" and name in r["scores"]
+                    and r["kind"] in ("method", "variant") and what in r["last"]] for name in names}
+    layers = len(next(rows[0] for rows in found.values() if rows))
+    return {name.removeprefix("talora "): figures.mean_by_layer(rows) if rows else [math.nan] * layers
+            for name, rows in found.items()}
 
 
 def main(argv: list[str]) -> None:

@@ -41,6 +41,7 @@ import transformers
 
 import data
 import evaluate
+import figures
 import parallel
 import pretrain
 from backbone import load_backbone
@@ -384,7 +385,7 @@ def base_stage(run: Run) -> None:
     train = {task: run.rows(task, "train")}
     fit(run, model, "base", train, {task: run.rows(task, "dev")}, {task: NO_TASK}, folder)
     if cfg.pictures:
-        evaluate.draw_run(folder)
+        figures.draw_run(folder)
     finish(folder, {"stage": "base", "task": task, "seed": cfg.seed})
 
 
@@ -405,7 +406,7 @@ def multitask_stage(run: Run) -> None:
     columns = dict(references(run, tuple(sources)))
     columns |= score_columns(run, model, sources, ids)
     if cfg.pictures:
-        evaluate.draw_run(folder)
+        figures.draw_run(folder)
     report(run, folder, "multitask", columns, numbers=numbers)
 
 
@@ -425,7 +426,7 @@ def target_stage(run: Run) -> None:
         for name, scores in result["scores"].items():
             columns.setdefault(name, {})[task] = scores
     if cfg.pictures:
-        evaluate.draw_targets(folder, targets)
+        figures.draw_targets(folder, targets)
     report(run, folder, "target", columns, shots=int(cfg.shots), starts=starts, numbers=numbers)
 
 

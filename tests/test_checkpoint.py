@@ -14,7 +14,7 @@ import torch
 
 import checkpoint
 import data
-import evaluate
+import figures
 import toy
 import train
 from errors import RunFailed, Stopped, UserError, program
@@ -177,7 +177,7 @@ def interrupted(backbone, tmp_path, monkeypatch):
 
 def test_what_would_make_it_another_run_is_refused(backbone, interrupted, capsys):
     before = soak.left(interrupted)
-    for more, words in ((("--fast-rate", "0.5"), ["--fast-rate 0.08 (now 0.5)"]),
+    for more, words in ((("--fast-rate", "0.5"), ["--fast-rate 0.16 (now 0.5)"]),
                         (("--multitask-batch", "7"), ["--multitask-batch 6 (now 7)"]),
                         (("--seed", "3"), ["--seed 0 (now 3)"])):
         assert program(train.main, soak.command(backbone, interrupted, *more)) == 2
@@ -260,7 +260,7 @@ def test_a_full_gpu_names_the_options_that_help(backbone, tmp_path, monkeypatch,
 
 def test_gradient_norm_is_logged(backbone, tmp_path):
     train.main(soak.command(backbone, tmp_path / "run"))
-    rows = evaluate.read_metrics(tmp_path / "run/multitask")
+    rows = figures.read_metrics(tmp_path / "run/multitask")
     assert all(row["grad_norm"] > 0 for row in rows if "loss" in row) and any("loss" in row for row in rows)
 
 

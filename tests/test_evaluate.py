@@ -10,6 +10,7 @@ import torch
 
 import data
 import evaluate
+import figures
 import toy
 from config import parse
 from data import Example
@@ -123,7 +124,7 @@ def test_pictures_are_drawn_from_the_metrics_file_alone(tmp_path):
              "cosines": [[1, 0.1], [0.1, 1]]},
             {"step": 5, "dev_accuracy": 0.5, "dev_loss": 1.5, "gates": [0.1, 0.2]}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate.draw_run(tmp_path)
+    figures.draw_run(tmp_path)
     for name in ("loss", "gates", "cosines"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 

@@ -11,6 +11,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import data
 import evaluate
+import figures
 import tasks
 import toy
 import train
@@ -42,8 +43,8 @@ def few_rows():
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Drawing takes longer than the run itself; `finished_run` (a fixture of the module, so made before this) draws."""
-    monkeypatch.setattr(evaluate, "draw_run", lambda *_: None)
-    monkeypatch.setattr(evaluate, "draw_targets", lambda *_: None)
+    monkeypatch.setattr(figures, "draw_run", lambda *_: None)
+    monkeypatch.setattr(figures, "draw_targets", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
