@@ -117,12 +117,13 @@ def few_shot_curves(axis, shots: Sequence[int], curves: dict[str, dict[int, tupl
 def sizes_against_scores(axis, points: dict[str, tuple[int, float, float]]) -> None:
     """Score against the numbers stored for a task; points[method] = numbers, mean, half interval in %."""
     placed = []  # labels so far: (log of the size, height), so that a new one can step aside
+    line = 0.045 * (max(mean for _, mean, _ in points.values()) - min(mean for _, mean, _ in points.values()))
     for method, (size, mean, half) in sorted(points.items(), key=lambda item: -item[1][1]):
         own = method == "talora"
         axis.errorbar(size, mean, bars([half]), fmt="D" if own else "o", color=COLOURS[1 if own else 0], capsize=2)
         at = mean
-        while any(abs(math.log10(size) - x) < 0.7 and abs(at - y) < 2.6 for x, y in placed):
-            at -= 0.5
+        while any(abs(math.log10(size) - x) < 0.45 and abs(at - y) < line for x, y in placed):
+            at -= line / 8
         placed.append((math.log10(size), at))
         axis.annotate(method, (size, mean), (size * 1.12, at), fontsize="small", va="center")
     axis.set(xscale="log", xlabel="numbers stored for a target task")
