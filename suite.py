@@ -376,13 +376,16 @@ def variant_settings(records: Sequence[dict]) -> dict[str, tuple]:
     return {"sources": SOURCE, "sources, rewritten": REWRITTEN} | {f"targets, k = {k}": target(k) for k in ks}
 
 
+SAYS = {"higher": "helps", "lower": "hurts", "no effect seen": "no effect seen", "too few seeds": "one seed"}
+
+
 def variant_table(records: Sequence[dict]) -> str:
     settings, rows = variant_settings(records), []
     for column in methods_in(records, "variant"):
         cells = []
         for setting in settings.values():
             d = paired(by_seed(records, column, setting), by_seed(records, "talora", setting))
-            cells.append(f"{shown(d, signed=True)} ({d[2]}): {verdict(d)}" if d else "")
+            cells.append(f"{shown(d, signed=True)} ({d[2]}): {SAYS[verdict(d)]}" if d else "")
         rows.append([column.removeprefix("talora "), VARIANTS[column.removeprefix("talora ")].says, *cells])
     return table(["variant", "what is other", *settings], rows)
 
@@ -414,18 +417,21 @@ def rate_table(records: Sequence[dict]) -> str:
 
 
 def claims(records: Sequence[dict]) -> str:
-    """The paper's claims, each with yes, no or unclear here, and the numbers."""
+    """The paper's claims, each with an answer here and the numbers.
+
+    "yes" needs every comparison of a row, "no" one that is against it; a component whose removal is seen to cost
+    something in some comparisons and nothing in the others is needed "in part".
+    """
     others = [m for m in methods_in(records, "method") if m != "talora"]
     rows = []
 
     def against(claim: str, setting: tuple) -> None:
         found = {m: paired(by_seed(records, "talora", setting), by_seed(records, m, setting)) for m in others}
         found = {m: d for m, d in found.items() if d}
-        if not found:
-            return
-        verdicts = {m: verdict(d) for m, d in found.items()}
-        answer = "yes" if set(verdicts.values()) == {"higher"} else "no" if "lower" in verdicts.values() else "unclear"
-        rows.append([claim, answer, "; ".join(f"{m} {shown(d, signed=True)}" for m, d in found.items())])
+        verdicts = {verdict(d) for d in found.values()}
+        if found:
+            answer = "yes" if verdicts == {"higher"} else "no" if "lower" in verdicts else "unclear"
+            rows.append([claim, answer, grouped(found, "above", "below")])
 
     against("better than every baseline on unseen data (rewritten sources)", REWRITTEN)
     for k in shots_in(records):
@@ -442,16 +448,26 @@ def claims(records: Sequence[dict]) -> str:
     for names, part in ((("equal-rates", "rates-swapped", "slow-eighth"), "a fast and a slow rate are needed"),
                         (("open-gate", "one-softmax"), "zero-initialised attention is needed"),
                         (("reg-off",), "the regulariser is needed")):
-        found = {(n, what): paired(by_seed(records, f"talora {n}", s), by_seed(records, "talora", s)) for n in names
-                 for what, s in (("sources", SOURCE), ("rewritten", REWRITTEN), ("k = 8", target(8)))}
-        found = {key: d for key, d in found.items() if d}
+        found = {f"{n} ({what})": paired(by_seed(records, f"talora {n}", s), by_seed(records, "talora", s))
+                 for n in names for what, s in (("sources", SOURCE), ("rewritten", REWRITTEN), ("k = 8", target(8)))}
+        found = {name: d for name, d in found.items() if d}
         if found:
             verdicts = {verdict(d) for d in found.values()}
-            answer = ("unclear" if verdicts >= {"lower", "higher"} else "yes" if "lower" in verdicts else
-                      "no" if "higher" in verdicts else "no effect seen")
-            rows.append([part, answer,
-                         "; ".join(f"{n}, {what} {shown(d, signed=True)}" for (n, what), d in found.items())])
+            answer = ("yes" if verdicts == {"lower"} else "unclear" if {"lower", "higher"} <= verdicts else
+                      "in part" if "lower" in verdicts else "no" if "higher" in verdicts else
+                      "no effect seen" if verdicts == {"no effect seen"} else "unclear")
+            rows.append([part, answer, grouped(found, "better without", "worse without")])
     return table(["claim", "here", "paired differences in points, with 95 % intervals"], rows)
+
+
+def grouped(found: dict[str, tuple], higher: str, lower: str) -> str:
+    """Differences, put together by their verdicts."""
+    parts = []
+    for group, says in (("higher", higher), ("lower", lower), ("no effect seen", "not told apart"),
+                        ("too few seeds", "one seed")):
+        members = [f"{name} {shown(d, signed=True)}" for name, d in found.items() if verdict(d) == group]
+        parts += [f"*{says}* " + ", ".join(members)] * bool(members)
+    return "; ".join(parts)
 
 
 def write_report(out: Path) -> None:

@@ -68,7 +68,7 @@ def test_every_training_command_parses(tmp_path, monkeypatch):
 
 def test_every_option_named_in_the_text_exists():
     options = {"--" + name.replace("_", "-") for name in vars(parse([])[0])} | {
-        "--help", "--ask", "--task", "--diagnose", "--suite", "--jobs", "--resume", "--debug"}
+        "--help", "--ask", "--task", "--diagnose", "--suite", "--jobs", "--resume", "--debug", "--nproc-per-node"}
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert named <= options, named - options
 
