@@ -178,7 +178,7 @@ class Bench:
         found = []
         for n in (4096, 8192, 16384) if self.gpu else (1024, 2048):
             a, b = (torch.randn(n, n, device=self.device, dtype=self.backbone.dtype) for _ in range(2))
-            found.append(2 * n**3 / self.seconds(lambda a=a, b=b: a @ b, 10))
+            found.append(2 * n**3 / self.seconds(lambda a=a, b=b: a @ b, 10 if self.gpu else self.options.repeats))
         return max(found)
 
     @cached_property
@@ -374,7 +374,7 @@ def labels(bench: Bench) -> list[dict]:
             return torch.cat([model.score(ids, mask, task_ids, [[choice]] * count) for choice in choices], 1)
 
         def both(once=once, per_label=per_label):
-            close = dict(rtol=2e-2, atol=0.2) if bench.gpu else dict(rtol=1e-4, atol=1e-3)
+            close = dict(rtol=2e-2, atol=0.5) if bench.gpu else dict(rtol=1e-4, atol=1e-3)
             torch.testing.assert_close(once(), per_label(), **close)
             return [1000 * bench.seconds(work, bench.options.repeats) / count for work in (once, per_label)]
 
