@@ -1,6 +1,6 @@
 r"""What a training step costs, in time and memory, beside the least that it could cost and beside the library `peft`.
 
-    python bench.py                                             the micro-world's shape, in a minute or two
+    python bench.py                                             the micro-world's shape, in minutes on a laptop
     python bench.py --shape qwen2.5-0.5b --layers 2             two of its layers, on a CPU
     python bench.py --shape qwen2.5-7b --out results/bench      the paper's, on a GPU
 
