@@ -43,6 +43,7 @@ class InputPrompts(FrozenLM):
     """One prompt of P input embeddings for each task: PT and SPoT. Numbers of a task: P d."""
 
     method = "input-prompt"
+    reads = ("prompt_length",)
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
         super().__init__(backbone, config)
@@ -127,6 +128,7 @@ class Attempt(InputPrompts):
     """
 
     method = "attempt"
+    reads = ("prompt_length", "rank")
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
         super().__init__(backbone, tasks, config)
@@ -160,6 +162,7 @@ class DeepPrompts(TALoRA):
     """A gated prompt in every layer for each task, nothing shared but the gates: deep PT and SPoT. L P d a task."""
 
     method = "deep-prompt"
+    reads = ("prompt_length", "gate_per_head")
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
         FrozenLM.__init__(self, backbone, config)
@@ -285,6 +288,7 @@ class LoRA(ChangedBackbone):
     """W + s B A on q_proj and v_proj of every layer (alpha / r = s = 1), r = ``rank``."""
 
     method = "lora"
+    reads = ("rank", "scale")
 
     def change(self) -> None:
         for layer in self.backbone.model.layers:
@@ -314,6 +318,7 @@ class Adapter(ChangedBackbone):
     """A bottleneck of m = ``rank`` after the attention's output and one after the MLP's, before they are added."""
 
     method = "adapter"
+    reads = ("rank",)
 
     def change(self) -> None:
         for layer in self.backbone.model.layers:

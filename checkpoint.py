@@ -2,7 +2,7 @@ r"""What survives an interruption: files that are whole or not there, and checkp
 
 A run ends in a power cut, a full disk or a Ctrl-C, at any moment, while a file is being written too. So a file is
 written beside its place, forced onto the disk and then moved there, which a file system does in one step: a reader
-finds the old file or the new one, never half of one.
+finds the old file or the new one, never half of one. And one process at a time writes into a folder.
 
 A checkpoint is one such file. It holds everything the next step depends on: the tensors that learn, the optimizer's
 state, the place in the data, the random state, the best score so far, and how long metrics.jsonl was. Lines that were
@@ -10,6 +10,7 @@ logged after it are cut off when training goes on, and written again by the same
 N more steps leave the same files as 2 N steps, bit for bit, but for times.
 """
 
+import errno
 import io
 import json
 import os
@@ -22,7 +23,12 @@ from typing import BinaryIO
 import torch
 
 import parallel
-from errors import Stopped
+from errors import Stopped, UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nothing guards a folder there
+    fcntl = None
 
 
 @contextmanager
@@ -54,6 +60,41 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
 def write_json(path: Path, value) -> None:
     with atomic(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode())
+
+
+class Lock:
+    """One process at a time works in a folder: within this context, from the start if the folder is there, otherwise
+    from `take`, which makes it. UserError if another one has it.
+
+    The system frees the lock of a process that is gone, however it went; the file `.lock` means nothing by itself. Of
+    the processes of one torchrun job the first takes it for all.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.file, self.new = folder, None, not folder.exists()
+
+    def __enter__(self):
+        if not self.new:
+            self.take()
+        return self
+
+    def take(self) -> None:
+        if self.file or fcntl is None or os.environ.get("RANK", "0") != "0":
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=not self.new)  # made by another one meanwhile: FileExistsError
+            self.file = open(self.folder / ".lock", "a")
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (FileExistsError, BlockingIOError) as error:
+            raise UserError(f"another process is at work in '{self.folder}'; wait for its end, or choose another folder"
+                            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):  # a file system without locks
+                raise
+
+    def __exit__(self, *_):
+        if self.file:
+            self.file.close()
 
 
 # ------------------------------------------------------------------------------------------------------ checkpoints

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import tasks
 import toy
 from baselines import METHODS, VARIANTS, Method
 from errors import Parser, UserError
+from frozen import TALoRAConfig
 from lowrank import FORMS
 
 ORDER = ("pretrain", "base", "multitask", "target")
@@ -206,9 +208,30 @@ def follow(cfg: Config, value: str):
     return getattr(cfg, name) / float(part) if part else getattr(cfg, name, value)
 
 
-def check(cfg: Config) -> None:
-    """Refuse options that cannot work before anything is loaded or written; UserError with all of them at once."""
-    problems = []
+def unread(cfg: Config) -> list[str]:
+    """Options that some methods read, but not this one: sizes, rates, regulariser. By its row in the table."""
+    method = method_of(cfg)
+    reads = set(method.model.reads)
+    if not any(tensor.startswith("gate") for learns in method.learns.values() for tensor in learns):
+        reads.discard("gate_per_head")
+    reads |= {f"{rate}_rate" for learns in method.learns.values() for rate in learns.values()}
+    if method.regularised:
+        reads |= {"regulariser", "reg_weight"}
+    sizes = [f.name for f in dataclasses.fields(TALoRAConfig)]
+    rates = [f.name for f in dataclasses.fields(Config) if f.name.endswith("_rate")]
+    return [name for name in (*sizes, *rates, "regulariser", "reg_weight") if name not in reads]
+
+
+def check(cfg: Config, argv: Sequence[str] = ()) -> None:
+    """Refuse options that cannot work before anything is loaded or written; UserError with all of them at once.
+
+    argv: the command line, in which nothing may stand that the method does not read.
+    """
+    problems, typed = [], {word.partition("=")[0].replace("--no-", "--") for word in argv}
+    idle = [flag(name) for name in unread(cfg) if flag(name) in typed]
+    method = f"--variant {cfg.variant}" if cfg.variant else f"--method {cfg.method}"
+    if idle and cfg.stage != "pretrain":
+        problems.append(f"{method} does not read {', '.join(idle)}; leave {'it' if len(idle) == 1 else 'them'} out")
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         least = 0 if f.name in ("seed", "warmup", "tokens_per_batch") else 1
@@ -234,7 +257,7 @@ def check(cfg: Config) -> None:
                         "steps away; use --dtype float32 --autocast")
     stages = method_of(cfg).stages
     if cfg.stage not in ("pretrain", "all", *stages):
-        problems.append(f"--method {cfg.method} has no stage '{cfg.stage}'; its stages are {', '.join(stages)}")
+        problems.append(f"{method} has no stage '{cfg.stage}'; its stages are {', '.join(stages)}")
     sources, targets = split_names(cfg.sources), split_names(cfg.targets)
     if not sources and not problems:
         problems.append(f"no source task was found in '{cfg.data_root}' (known: {', '.join(tasks.SOURCES)}); name the "

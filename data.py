@@ -357,7 +357,9 @@ def _local_rows(task: Task, root: Path, split: str) -> Iterator[tuple[str, dict 
         raise UserError(f"{path} is missing; put one JSON object per line there, or leave --data-root out to download")
     try:
         text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); give yourself the permission") from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} is not readable as UTF-8 text ({error}); save it as UTF-8") from None
     return parse_rows(text, columns if path.suffix == ".txt" else (), str(path))
 

@@ -12,6 +12,8 @@ import os
 import sys
 from collections.abc import Callable
 
+import torch
+
 
 class UserError(ValueError):
     """Something the user can mend; the message names the value, the limit and the remedy."""
@@ -41,7 +43,7 @@ def program(main: Callable[[list[str]], None], argv: list[str]) -> int:
     try:
         main([option for option in argv if option != "--debug"])
         return 0
-    except (UserError, Stopped, KeyboardInterrupt, OSError) as error:
+    except (UserError, Stopped, KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
         if "--debug" in argv:
             raise
         if isinstance(error, BrokenPipeError):  # the reader, `head` say, has seen enough
@@ -52,6 +54,12 @@ def program(main: Callable[[list[str]], None], argv: list[str]) -> int:
         elif isinstance(error, OSError):
             code, sentence = 1, (f"error: {error.filename or 'a file'}: {error.strerror or error}; what was saved "
                                  "before is as it was: mend that and repeat the command to go on")
+        elif isinstance(error, torch.OutOfMemoryError):
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            code, sentence = 1, (f"error: the GPU's memory is full (at the peak {peak:.1f} GB); for training add "
+                                 "--checkpointing on or lower --tokens-per-batch, for answering test rows lower "
+                                 "EVAL_TOKENS in evaluate.py or --max-length, and see that no other program is on this "
+                                 "GPU; what was saved is as it was: repeat the command to go on")
         else:
             code = getattr(error, "code", 130)
             sentence = "stopped; nothing that was saved is lost: repeat the command to go on"

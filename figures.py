@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoint import atomic
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("o-", "s--", "^-.", "v:", "D-", "x--", "P-.")
 
@@ -27,7 +29,8 @@ def new(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 3.5), *
 def save(figure, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, dpi=130)
+    with atomic(path) as file:
+        figure.savefig(file, dpi=130, format="png")
     plt.close(figure)
 
 

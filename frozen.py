@@ -60,6 +60,7 @@ class FrozenLM(nn.Module):
 
     method = ""  # the name in adapter.json
     in_front = 0  # rows that `inputs` puts in front of the text
+    reads: tuple[str, ...] = ()  # the sizes in TALoRAConfig that it makes something of
     attention = GATED_PREFIX  # the attention function of the backbone's layers; without a prompt it is the plain one
 
     def __init__(self, backbone: PreTrainedModel, config: TALoRAConfig):

@@ -33,6 +33,8 @@ __all__ = ["FAMILIES", "NO_TASK", "Output", "TALoRA", "TALoRAConfig", "describe"
 class TALoRA(FrozenLM):
     """A frozen causal language model with a gated, task-adaptive low-rank prompt in every layer."""
 
+    reads = ("prompt_length", "rank", "scale", "gate_per_head")
+
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
         """Wrap ``backbone``, which is frozen, for the tasks of these names.
 

@@ -17,9 +17,11 @@ Two kinds of backbone: `pretrain_toy` (the micro-world of toy.py, with instructi
 text, one token per character).
 """
 
+import hashlib
 import json
 import random
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -27,6 +29,8 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import toy
+from checkpoint import load_checkpoint, save_checkpoint
+from errors import RunFailed, UserError
 
 TEXT_WEIGHT = 0.015  # loss weight of a token outside the answers; about a tenth of the answers' share in all
 ROW_TOKENS, ROWS_PER_STEP = 64, 24
@@ -92,43 +96,105 @@ def new_backbone(vocab_size, pad_id, eos_id, width, layers, max_positions=512):
         attn_implementation="sdpa"))
 
 
-def pretrain(model, documents, pad_id, seed, steps, row_tokens=ROW_TOKENS, rows_per_step=ROWS_PER_STEP, log=print):
-    """Train all weights of a model on (token ids, loss weights) documents; returns the losses, one per step.
+class Optimizers(list):
+    """Several optimizers whose states are saved and loaded as one."""
+
+    def state_dict(self):
+        return [optimizer.state_dict() for optimizer in self]
+
+    def load_state_dict(self, states):
+        for optimizer, state in zip(self, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+class Epochs:
+    """Endless numbers of rows, `size` of them at a time, in a new random order each epoch."""
+
+    def __init__(self, rows, size, seed):
+        self.rows, self.size, self.queue, self.generator = rows, size, [], torch.Generator().manual_seed(seed)
+
+    def next(self):
+        while len(self.queue) < self.size:
+            self.queue += torch.randperm(self.rows, generator=self.generator).tolist()
+        taken, self.queue = self.queue[:self.size], self.queue[self.size:]
+        return taken
+
+    def state_dict(self):
+        return {"queue": self.queue, "random": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        self.queue = list(state["queue"])
+        self.generator.set_state(state["random"])
+
+
+def pretrain(model, documents, pad_id, seed, steps, row_tokens=ROW_TOKENS, rows_per_step=ROWS_PER_STEP, log=print,
+             checkpoint=None, signals=None, save_every=100, save_minutes=10.0):
+    """Train all weights of a model on (token ids, loss weights) documents; -> the losses, one per step, and seconds.
 
     Rows are visited in a new random order each epoch. fp32: at this width bf16 autocast is slower on a CPU.
+    checkpoint: the file to save to, and to go on from if it is there; signals: the Signals that a step is to outlast.
+    Raises UserError for a checkpoint of something else, RunFailed for a loss that is not finite.
     """
     packed = pack(documents, row_tokens, pad_id)
     matrices = [p for name, p in model.model.layers.named_parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = [torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.01, adjust_lr_fn="original"),
-                  torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.01)]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda s: min((s + 1) / 50, 1 - s / steps)) for o in optimizers]
+    optimizers = Optimizers([torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.01, adjust_lr_fn="original"),
+                             torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.01)])
+    rates, epochs = [o.defaults["lr"] for o in optimizers], Epochs(len(packed[0]), rows_per_step, seed)
+    now = {"losses": [], "seconds": 0.0}
+    identity = {"text": hashlib.sha256(packed[0].numpy().tobytes()).hexdigest()[:16]}
+    if checkpoint and checkpoint.exists():
+        try:
+            now = load_checkpoint(checkpoint, model.state_dict(), optimizers, epochs, identity)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        log(f"pretrain goes on after step {len(now['losses'])} of {steps}")
+    losses = now["losses"]
+    start = saved = time.time()
+    start -= now["seconds"]
 
-    generator = torch.Generator().manual_seed(seed)
-    queue, losses, start = [], [], time.time()
+    def save():
+        if checkpoint:
+            now["seconds"] = time.time() - start
+            save_checkpoint(checkpoint, model.state_dict(), optimizers, epochs, now, identity)
+
     model.train()
-    for step in range(1, steps + 1):
-        while len(queue) < rows_per_step:
-            queue += torch.randperm(len(packed[0]), generator=generator).tolist()
-        rows, queue = queue[:rows_per_step], queue[rows_per_step:]
-        loss = step_loss(model, *(tensor[rows].to(model.device) for tensor in packed))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"pretraining loss is {loss.item()} at step {step}")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
-        if step % max(1, steps // 20) == 0 or step == steps:
-            recent = losses[-max(1, steps // 20):]
-            eta = (time.time() - start) / step * (steps - step)
-            log(f"pretrain step {step:5d}/{steps} ({100 * step // steps:3d}%)  loss {sum(recent) / len(recent):.4f}  "
-                f"ETA {eta:4.0f}s")
+    for step in range(len(losses) + 1, steps + 1):
+        with signals.finishing(save) if signals else nullcontext():
+            for optimizer, rate in zip(optimizers, rates):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * min(step / 50, 1 - (step - 1) / steps)
+            rows = epochs.next()
+            loss = step_loss(model, *(tensor[rows].to(model.device) for tensor in packed))
+            if not torch.isfinite(loss):
+                raise RunFailed(f"the loss is {loss.item()} at pretraining step {step}; try another --seed and --run")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.item())
+            if step % max(1, steps // 20) == 0 or step == steps:
+                recent = losses[-max(1, steps // 20):]
+                eta = (time.time() - start) / step * (steps - step)
+                log(f"pretrain step {step:5d}/{steps} ({100 * step // steps:3d}%)  loss "
+                    f"{sum(recent) / len(recent):.4f}  ETA {eta:4.0f}s")
+            if step % save_every == 0 or step == steps or time.time() - saved > 60 * save_minutes:
+                save()
+                saved = time.time()
     model.eval()
-    return losses
+    return losses, time.time() - start
+
+
+def store(model, tokenizer, folder):
+    """Write a backbone; RunFailed if it cannot be written, whatever error the libraries make of a full disk."""
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        raise RunFailed(f"the backbone cannot be written to {folder} ({error}); what was learned is in its checkpoint: "
+                        "make room and repeat the command to go on") from error
 
 
 # ------------------------------------------------------------------------------------------------------ the micro-world
@@ -187,16 +253,18 @@ def score_capabilities(model, tokenizer, seed=0, count=400):
     return scores
 
 
-def pretrain_toy(folder=toy.FOLDER, seed=0, steps=1500, log=print, device="cpu"):
-    """Make the micro-world's backbone in `folder`: weights, tokenizer, scores.json; -> (model, tokenizer, scores)."""
-    start, tokenizer = time.time(), toy.tokenizer()
+def pretrain_toy(folder=toy.FOLDER, seed=0, steps=1500, log=print, device="cpu", **saving):
+    """Make the micro-world's backbone in `folder`: weights, tokenizer, scores.json; -> (model, tokenizer, scores).
+
+    saving: checkpoint, signals and so on, as `pretrain` takes them.
+    """
+    tokenizer = toy.tokenizer()
     torch.manual_seed(seed)
     model = new_backbone(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, width=128, layers=4).to(device)
     log(f"pretraining a Qwen2 of {model.num_parameters():,} parameters on the micro-world, seed {seed}")
-    losses = pretrain(model, toy_documents(seed, 36 * steps, tokenizer), tokenizer.pad_token_id, seed, steps, log=log)
-    seconds = time.time() - start
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    losses, seconds = pretrain(model, toy_documents(seed, 36 * steps, tokenizer), tokenizer.pad_token_id, seed, steps,
+                               log=log, **saving)
+    store(model, tokenizer, folder)
     model, tokenizer = toy.load_backbone(folder)  # score what was stored
     scores = score_capabilities(model, tokenizer)
     worst = min(scores, key=scores.get)
@@ -228,11 +296,11 @@ def character_tokenizer(texts, vocab_size=6000):
 
 
 def pretrain_text(folder, texts, seed=0, steps=1500, width=128, layers=4, row_tokens=256, rows_per_step=16, log=print,
-                  device="cpu"):
+                  device="cpu", **saving):
     """Make a character-level backbone in `folder` from plain texts (list of str). Returns (model, tokenizer).
 
     A text longer than a row is cut into pieces; the loss counts every character and the end of each text.
-    Raises ValueError if there is no text.
+    saving: as in `pretrain_toy`. Raises ValueError if there is no text.
     """
     if not any(texts):
         raise ValueError("there is no text to pretrain on; give at least one string that is not empty")
@@ -243,11 +311,10 @@ def pretrain_text(folder, texts, seed=0, steps=1500, width=128, layers=4, row_to
         pieces = [ids[i : i + row_tokens] for i in range(0, len(ids), row_tokens)]
         documents += [(piece, [1.0] * len(piece)) for piece in pieces]
     torch.manual_seed(seed)
-    model = new_backbone(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, width, layers, 4096)
+    model = new_backbone(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, width, layers, 4096).to(device)
     tokens = sum(len(ids) for ids, _ in documents)
     log(f"pretraining a Qwen2 of {model.num_parameters():,} parameters on {tokens:,} characters of text, "
         f"{len(tokenizer):,} distinct tokens, {steps * row_tokens * rows_per_step / tokens:.1f} epochs, seed {seed}")
-    pretrain(model, documents, tokenizer.pad_token_id, seed, steps, row_tokens, rows_per_step, log)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    pretrain(model, documents, tokenizer.pad_token_id, seed, steps, row_tokens, rows_per_step, log, **saving)
+    store(model, tokenizer, folder)
     return model, tokenizer

@@ -17,6 +17,7 @@ line "from the results" is made from results/<name>/results.jsonl alone.
 import json
 import math
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ import torch
 import figures
 import train
 from baselines import METHODS, VARIANTS
-from checkpoint import atomic
+from checkpoint import Lock, Signals, atomic
 from errors import Parser, RunFailed, Stopped, UserError, program
 
 SWEEP_SEED = 100  # for choosing rates, and for nothing else
@@ -133,24 +134,40 @@ def run_cells(cells: Sequence[Cell], out: Path, work: Path, jobs: int) -> None:
     """Run cells, ``jobs`` at a time, and append what each one found to results.jsonl as soon as it is finished."""
     started, done, failed = time.perf_counter(), 0, []
     # Processes that live on: to start Python and to make the micro-world's rows takes as long as a short cell.
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with Signals() as signals, ProcessPoolExecutor(jobs, get_context("spawn"), begin_worker) as pool:
         waiting, running = list(cells), {}
-        while running or (waiting and not failed):
-            while waiting and len(running) < jobs and not failed:
-                cell = waiting.pop(0)
-                running[pool.submit(run_cell, cell, work)] = cell
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                cell, error = running.pop(future), future.exception()
-                if error:
-                    failed.append(f"{cell.name}: {error} (see {work / cell.folder}/output.txt)")
-                    continue
-                write_records(out, [*read(out), *future.result()])
-                done += 1
-                left = (time.perf_counter() - started) / done * (len(cells) - done)
-                print(f"  {done:>3}/{len(cells)}  {cell.name:34} ETA {left // 60:.0f}:{left % 60:02.0f}", flush=True)
+        try:
+            while running or (waiting and not failed):
+                while waiting and len(running) < jobs and not failed:
+                    cell = waiting.pop(0)
+                    running[pool.submit(run_cell, cell, work)] = cell
+                finished = wait(running, return_when=FIRST_COMPLETED).done
+                with signals.finishing(lambda: None):  # a finished cell is kept before a signal is obeyed
+                    for future in finished:
+                        cell, error = running.pop(future), future.exception()
+                        if error:
+                            failed.append(f"{cell.name}: {error} (see {work / cell.folder}/output.txt)")
+                            continue
+                        write_records(out, [*read(out), *future.result()])
+                        done += 1
+                        left = (time.perf_counter() - started) / done * (len(cells) - done)
+                        print(f"  {done:>3}/{len(cells)}  {cell.name:34} ETA {left // 60:.0f}:{left % 60:02.0f}",
+                              flush=True)
+        except Stopped:
+            for worker in active_children():
+                worker.terminate()  # a run ends after its step, and its worker for want of others
+            pool.shutdown()
+            late = [future.result() for future in running if not future.exception()]  # finished just before
+            write_records(out, [*read(out), *sum(late, [])])
+            raise
     if failed:
         raise RunFailed(f"{len(failed)} of the cells failed, the others are kept; repeat the command to go on. "
                         + "; ".join(failed))
+
+
+def begin_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the suite stops its workers itself
 
 
 def run_cell(cell: Cell, work: Path) -> list[dict]:
@@ -487,7 +504,8 @@ def write_report(out: Path) -> None:
         f"**Target tasks, {f'{k} examples' if k else 'full data'}, by task**\n", task_table(records, "target", k))]
     if any(r["kind"].startswith("sweep") for r in records):
         parts += ["**Rates**: tried, with exact answers on development rows in %\n", rate_table(records)]
-    (out / "tables.md").write_text("\n".join(parts), encoding="utf-8")
+    with atomic(out / "tables.md") as file:
+        file.write("\n".join(parts).encode())
     draw(records, out)
 
 
@@ -568,8 +586,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--jobs is {options.jobs}, but must be at least 1")
     if options.name not in SUITES:
         raise UserError(f"there is no suite '{options.name}'; there are {', '.join(SUITES)}")
-    run_suite(options.name, SUITES[options.name], Path("results") / options.name,
-              Path("runs") / "suite" / options.name, options.jobs)
+    work = Path("runs") / "suite" / options.name
+    with Lock(work) as lock:
+        lock.take()
+        run_suite(options.name, SUITES[options.name], Path("results") / options.name, work, options.jobs)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ import figures
 import parallel
 import pretrain
 from backbone import load_backbone
-from baselines import Method
-from checkpoint import Signals, atomic, load_checkpoint, save_checkpoint, write_json
+from baselines import InputPrompts, Method
+from checkpoint import Lock, Signals, atomic, load_checkpoint, save_checkpoint, write_json
 from config import (
     ORDER,
     Config,
@@ -178,8 +178,7 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
             raise UserError(str(error)) from error
         log(f"{stage:9} goes on after step {now['step']} of {steps}")
     writes = parallel.RANK == 0
-    metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8") if writes else tempfile.TemporaryFile("w")
-    metrics.truncate(now["logged"])  # what was logged after the checkpoint comes again
+    metrics = open_metrics(folder / "metrics.jsonl", now["logged"], log) if writes else tempfile.TemporaryFile("w")
     started, saved = time.perf_counter() - now["seconds"], time.perf_counter()
 
     def record(**row):
@@ -236,6 +235,20 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
     parallel.wait()
     log(f"{stage:9} done in {clock(now['seconds'])}; best on development rows: {now['best'][0]:.1%} exactly right, "
         f"loss {-now['best'][1]:.4f}; {sampler.padding:.1%} of the tokens were padding")
+
+
+def open_metrics(path: Path, logged: int, log: "Log"):
+    """metrics.jsonl to go on with after ``logged`` bytes; what was logged after the checkpoint comes again.
+
+    If somebody shortened the file, its whole lines stay and training goes on: nothing that is learned depends on them.
+    """
+    found = path.read_bytes() if path.exists() else b""
+    if len(found) < logged:
+        log(f"{path} is shorter than its checkpoint says ({len(found)} of {logged} bytes): some earlier steps are "
+            "missing from it and from the pictures; what was learned is complete")
+    file = open(path, "a", encoding="utf-8")
+    file.truncate(found.rfind(b"\n", 0, logged) + 1)
+    return file
 
 
 def failed(error: Exception, stage: str, step: int, batches: list[Batch], cfg: Config, checkpoint: Path) -> RunFailed:
@@ -324,6 +337,18 @@ class Run:
                 print(f"{task}: " + "; ".join(dropped + report["notes"]))
             for split in ("train", "dev", "test"):
                 self.rows(task, split)
+            self.check_window(task)
+
+    def check_window(self, task: str) -> None:
+        """The choices of a row are scored behind its prompt in one pass, which a sliding window must hold."""
+        window = getattr(self.backbone.config, "sliding_window", None)
+        choices = max(sum(len(choice) - 1 for choice in row.choice_ids) for row in self.rows(task, "test"))
+        front = self.cfg.prompt_length if issubclass(self.method.model, InputPrompts) else 0
+        left = max(0, (window or 0) - front - choices)
+        if window and choices and self.cfg.max_length > left:
+            raise UserError(f"the backbone's sliding window of {window} tokens leaves {left} to a row of {task} beside "
+                            f"its choices, and --max-length is {self.cfg.max_length}; lower it, or take another "
+                            "--backbone")
 
     def new_model(self, tasks: list[str]) -> FrozenLM:
         cfg = self.cfg
@@ -368,13 +393,23 @@ class Run:
     def open(self, stage: str) -> Path:
         """The folder of a stage about to begin or to go on, with the options and the machine written into it."""
         folder = stage_folder(self.cfg, stage)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "identity.json", self.identity(stage))
-        write_json(folder / "options.json", dataclasses.asdict(self.cfg))
-        write_json(folder / "env.json", environment(self.command))
-        torch.manual_seed(10 * self.cfg.seed + ORDER.index(stage))  # the same whatever ran before in this process
         self.log(f"\n== {stage}: results go to {folder}/")
+        begin(folder, self.cfg, self.command, self.log)
+        write_json(folder / "identity.json", self.identity(stage))
+        torch.manual_seed(10 * self.cfg.seed + ORDER.index(stage))  # the same whatever ran before in this process
         return folder
+
+
+def begin(folder: Path, cfg: Config, command: str, log: "Log") -> None:
+    """Write the options and the machine of a stage into its folder; log which options are others than before."""
+    if (folder / "options.json").exists():
+        before, now = read_options(folder), dataclasses.asdict(cfg)
+        changed = [f"{flag(n)} {now[n]} (was {before.get(n)})" for n in now if before.get(n) != now[n]]
+        if changed:
+            log(f"options changed since it began: {', '.join(changed)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "options.json", dataclasses.asdict(cfg))
+    write_json(folder / "env.json", environment(command))
 
 
 def base_stage(run: Run) -> None:
@@ -591,38 +626,44 @@ def finished(cfg: Config, stage: str) -> bool:
             raise UserError(f"{folder} holds {'a finished' if done else 'an unfinished'} stage made with "
                             f"{', '.join(other)}; choose another folder with --run, or delete this one")
         if not done:
-            changed = [f"{flag(n)} {now[n]} (was {before.get(n)})" for n in now if before.get(n) != now[n]]
-            print(f"{folder} holds an unfinished stage: it goes on" + f" with {', '.join(changed)}" * bool(changed))
+            print(f"{folder} holds an unfinished stage: it goes on")
     return done
 
 
-def pretrain_stage(cfg: Config, command: str) -> None:
+def pretrain_stage(cfg: Config, command: str, lock: Lock) -> None:
     """Make a small backbone from scratch: on the micro-world's instructions, or on the text of --data-root."""
-    folder = stage_folder(cfg, "pretrain")
+    folder, texts = stage_folder(cfg, "pretrain"), []
     log = Log(Path(cfg.run) / "log.txt")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "options.json", dataclasses.asdict(cfg))
-    write_json(folder / "env.json", environment(command))
-    log(f"\n== pretrain: the backbone goes to {folder}/")
-    try:
+    if cfg.data_root:
+        names = sorted(path.parent.name for path in Path(cfg.data_root).glob("*/train.jsonl"))
+        texts = [e.prompt for task in names for e in data.load_task(task, "train", cfg.data_root)]  # no answers
+        if not any(texts):
+            raise UserError(f"no text was found in '{cfg.data_root}' to pretrain on; it should hold <task>/train.jsonl")
+    with Signals() as signals:
+        lock.take()
+        log(f"\n== pretrain: the backbone goes to {folder}/")
+        begin(folder, cfg, command, log)
+        saving = dict(checkpoint=folder / "checkpoint.pt", signals=signals, save_every=cfg.save_every,
+                      save_minutes=cfg.save_minutes)
         if cfg.data_root:
-            root = Path(cfg.data_root)
-            names = sorted(path.parent.name for path in root.glob("*/train.jsonl"))
-            texts = [e.prompt for task in names for e in data.load_task(task, "train", cfg.data_root)]  # no answers
-            pretrain.pretrain_text(folder, texts, cfg.seed, cfg.pretrain_steps, cfg.pretrain_width,
-                                   cfg.pretrain_layers, cfg.max_length, max(1, 4096 // cfg.max_length), log, cfg.device)
+            pretrain.pretrain_text(folder, texts, cfg.seed, cfg.pretrain_steps, cfg.pretrain_width, cfg.pretrain_layers,
+                                   cfg.max_length, max(1, 4096 // cfg.max_length), log, cfg.device, **saving)
             scores = {}
         else:
-            scores = pretrain.pretrain_toy(folder, cfg.seed, cfg.pretrain_steps, log, cfg.device)[2]
-    except FloatingPointError as error:
-        raise UserError(f"{error}; try another --seed") from error
-    write_json(folder / "results.json", {"stage": "pretrain", "seed": cfg.seed, "command": command, "scores": scores})
+            scores = pretrain.pretrain_toy(folder, cfg.seed, cfg.pretrain_steps, log, cfg.device, **saving)[2]
+        finish(folder, {"stage": "pretrain", "seed": cfg.seed, "command": command, "scores": scores})
     log(f"to train on this backbone: --backbone {folder}")
 
 
 def main(argv: list[str]) -> None:
     cfg, changed = parse(argv, __doc__)
-    check(cfg)
+    check(cfg, argv)
+    with Lock(Path(cfg.run)) as lock:
+        work(cfg, changed, argv, lock)
+
+
+def work(cfg: Config, changed: dict, argv: list[str], lock: Lock) -> None:
+    """Whatever of the stages asked for is not finished; everything is looked at before anything is written."""
     parallel.start(cfg.device)
     cfg.pictures = cfg.pictures and parallel.RANK == 0
     transformers.logging.set_verbosity_error()
@@ -653,7 +694,7 @@ def main(argv: list[str]) -> None:
         if parallel.PROCESSES > 1:
             raise UserError("--stage pretrain is the work of one process: run it first, without torchrun, as python "
                             "train.py --stage pretrain and the other options of this command")
-        pretrain_stage(cfg, command)
+        pretrain_stage(cfg, command, lock)
         todo.pop(0)
     if todo:
         with Signals() as signals:
@@ -662,6 +703,7 @@ def main(argv: list[str]) -> None:
             for stage, run.cfg in jobs:
                 if stage != "pretrain":
                     run.check_identity(stage, stage_folder(run.cfg, stage))
+            lock.take()
             parallel.wait()  # every process has seen the run's folder as it was
             run.folder.mkdir(parents=True, exist_ok=True)
             write_json(run.folder / "options.json", dataclasses.asdict(cfg))

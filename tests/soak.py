@@ -48,7 +48,8 @@ def command(backbone: Path, run: Path, *more: str) -> list[str]:
             "--targets", "toy-finre,toy-drcd", "--shots", "8", "--base-steps", "4", "--multitask-steps", "12",
             "--target-steps", "5", "--base-batch", "4", "--multitask-batch", "6", "--target-batch", "3",
             "--eval-every", "3", "--dev-rows", "4", "--log-every", "2",
-            "--prompt-length", "3", "--rank", "2", "--save-every", "1", "--no-references", "--no-pictures", *more]
+            "--prompt-length", "3", *(() if "spot" in more else ("--rank", "2")), "--save-every", "1",
+            "--no-references", "--no-pictures", *more]
 
 
 def left(run: Path) -> dict:

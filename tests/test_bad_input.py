@@ -13,6 +13,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import data
 import toy
 import train
+from baselines import METHODS
+from config import parse, unread
 from errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -93,13 +95,22 @@ def bad_data(tmp_path, kind):
 
 
 def bad_backbone(tmp_path, kind, good):
-    from transformers import BertConfig, BertModel
+    from transformers import BertConfig, BertModel, BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
     folder = tmp_path / "backbone"
     tokenizer = toy.tokenizer()
     if kind == "no causal LM":
         BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                              intermediate_size=16)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    elif kind == "no attention interface":
+        BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2)
+                         ).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    elif kind == "short window":
+        MistralForCausalLM(MistralConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, sliding_window=60)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     elif kind == "no pad token":
         Qwen2ForCausalLM.from_pretrained(good).save_pretrained(folder)
@@ -139,7 +150,7 @@ BAD = [  # options (a function of a folder and a good backbone) and what the sen
     (["--base-task", "toy-finre"], ["toy-finre", "toy-afqmc"]),
     (["--method", "deep-pt"], ["deep-pt", "multitask", "target"]),
     (["--method", "lora", "--stage", "base"], ["lora", "base", "multitask, target"]),
-    (["--variant", "no-base", "--stage", "base"], ["base", "multitask, target"]),
+    (["--variant", "no-base", "--stage", "base"], ["--variant no-base", "'base'", "multitask, target"]),
     (["--variant", "magic"], ["magic", "no-base"]),
     (["--variant", "no-base", "--method", "lora"], ["no-base", "lora"]),
     (["--variant", "rank-1", "--rank", "2"], ["rank-1", "--rank 1", "2"]),
@@ -188,6 +199,18 @@ BAD = [  # options (a function of a folder and a good backbone) and what the sen
     (["--data-root", "{data:empty file}"], ["sanwen", "train"]),
     (["--data-root", "{data:binary}"], ["train.jsonl"]),
     (["--data-root", "{data:other encoding}"], ["train.jsonl", "UTF-8"]),
+    (["--stage", "pretrain", "--data-root", "{data:no field}"], ["tail", "train.jsonl"]),
+    (["--stage", "pretrain", "--data-root", "{tmp}", "--sources", "mine"], ["no text", "train.jsonl"]),
+    (["--backbone", "{backbone:no attention interface}"], ["BloomForCausalLM", "qwen2"]),
+    (["--backbone", "{backbone:short window}", "--sources", "toy-cote_mfw,toy-cmnli"],
+     ["sliding window of 60", "57", "toy-cmnli", "--max-length is 128"]),
+    (["--backbone", "{backbone:short window}", "--method", "pt", "--stage", "target", "--targets", "toy-finre"],
+     ["sliding window of 60", "40", "--max-length is 128"]),
+    (["--method", "ft", "--reg-weight", "1", "--rank=4"], ["--method ft does not read --rank, --reg-weight; leave th"]),
+    (["--method", "lora", "--slow-rate", "1"], ["--method lora does not read --slow-rate; leave it out"]),
+    (["--variant", "no-base", "--prompt-rate", "1"], ["--variant no-base does not read --prompt-rate; leave it out"]),
+    (["--method", "mpt", "--no-gate-per-head", "--scale", "2"], ["mpt does not read --scale, --gate-per-head"]),
+    (["--variant", "open-gate", "--gate-per-head"], ["open-gate does not read --gate-per-head"]),
 ]
 
 
@@ -223,6 +246,41 @@ def test_several_problems_are_reported_together(tmp_path):
                     "0", "--sources", "toy-bq,toy-bq", "--device", "banana"])
     assert all(word in str(caught.value) for word in ("--multitask-batch", "--fast-rate", "--prompt-length", "toy-bq",
                                                       "banana"))
+
+
+def test_what_every_method_reads(tmp_path):
+    """Every rate that something learns at, and every size: nothing of use is refused, nothing idle is let through."""
+    idle = {name: unread(parse(["--method", name])[0]) for name in METHODS}
+    assert idle["talora"] == []
+    assert idle["ft"] == ["prompt_length", "rank", "scale", "gate_per_head", "slow_rate", "fast_rate", "regulariser",
+                          "reg_weight"]
+    assert "prompt_rate" in idle["pt"] and "prompt_rate" not in idle["spot"]
+    assert [name for name in METHODS if "scale" not in idle[name]] == ["talora", "lora"]
+    assert [name for name in METHODS if "gate_per_head" not in idle[name]] == [
+        "talora", "deep-pt", "deep-spot", "deep-spot-nearest", "deep-mpt"]
+
+
+def test_offline_a_name_of_the_hub_is_refused_in_one_sentence(tmp_path):
+    out = subprocess.run([sys.executable, "train.py", "--backbone", "nobody/nothing", "--run", str(tmp_path / "run")],
+                         cwd=ROOT, capture_output=True, text=True,
+                         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
+    assert out.returncode == 2 and len(out.stderr.splitlines()) == 1, out.stderr
+    assert "'nobody/nothing'" in out.stderr and "--backbone takes a folder" in out.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_file_without_permission_is_named(tmp_path, monkeypatch):
+    root, read = bad_data(tmp_path, "none"), Path.read_bytes
+
+    def refused(path):  # root may read whatever it likes
+        if path.name == "train.jsonl":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    with pytest.raises(UserError, match="sanwen/train.jsonl cannot be read .Permission denied.; give yourself"):
+        train.main(["--data-root", root, "--run", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):

@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from transformers import Qwen2ForCausalLM
 
 import checkpoint
 import data
+import evaluate
 import figures
+import pretrain
 import toy
 import train
 from errors import RunFailed, Stopped, UserError, program
@@ -137,16 +141,17 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(backbone, tmp_pa
     assert program(train.main, ["--resume", str(run), "--save-every", "3"]) == 0
     out = capsys.readouterr().out
     assert f"goes on after step {done}" in out and "--save-every 3 (was 1000)" in out
+    assert "--save-every 3 (was 1000)" in (run / "log.txt").read_text()
     assert soak.left(run) == soak.left(tmp_path / "whole")
+
+
+def killed(*_):
+    raise KeyboardInterrupt
 
 
 def test_what_is_logged_before_the_first_step_is_not_logged_again(backbone, tmp_path, monkeypatch):
     """Killed between the checkpoint of step 0 and that of step 1."""
     train.main(soak.command(backbone, tmp_path / "whole"))
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patched:
         patched.setattr(train, "train_step", killed)
         assert program(train.main, soak.command(backbone, tmp_path / "run")) == 130
@@ -184,6 +189,19 @@ def test_what_would_make_it_another_run_is_refused(backbone, interrupted, capsys
         error = capsys.readouterr().err
         assert all(word in error for word in words) and "--run" in error
     assert soak.left(interrupted) == before
+
+
+@pytest.mark.parametrize("left", [0, 1, 700], ids=["deleted", "not one line", "cut in a line"])
+def test_shortened_metrics_are_noted_and_the_run_goes_on(backbone, interrupted, left):
+    """What was learned does not depend on them; every line that is there afterwards can be read."""
+    metrics = interrupted / "multitask/metrics.jsonl"
+    found = metrics.read_bytes()[:left]
+    metrics.write_bytes(found) if left else metrics.unlink()
+    assert program(train.main, soak.command(backbone, interrupted)) == 0
+    assert "shorter than its checkpoint says" in (interrupted / "log.txt").read_text()
+    rows = figures.read_metrics(interrupted / "multitask")
+    assert [row["step"] for row in rows if "loss" in row][-2:] == [10, 12] and metrics.read_bytes().startswith(
+        found[: found.rfind(b"\n") + 1])
 
 
 def test_other_data_is_refused(backbone, interrupted, monkeypatch, capsys):
@@ -228,6 +246,114 @@ class evil:  # noqa: N801
         return os.system, ("touch was-run",)
 
 
+# ------------------------------------------------------------------------------------------------- making a backbone
+
+@pytest.fixture
+def pretraining(tmp_path):
+    """pretraining(name) -> the command that makes a tiny backbone from text in the run of this name."""
+    torch.set_num_threads(1)  # a fork has one, and other numbers of threads give other roundings
+    folder = tmp_path / "data" / "mine"
+    folder.mkdir(parents=True)
+    rows = [json.dumps({"prompt": f"{a} and {b} are {a + b} >", "answer": "yes"}) + "\n"
+            for a in range(9) for b in range(9)]
+    (folder / "train.jsonl").write_text("".join(rows[:70]))
+    (folder / "test.jsonl").write_text("".join(rows[70:]))
+    return lambda name: ["--stage", "pretrain", "--data-root", str(tmp_path / "data"), "--sources", "mine",
+                         "--run", str(tmp_path / name), "--max-length", "16", "--pretrain-steps", "6",
+                         "--pretrain-width", "8", "--pretrain-layers", "1", "--save-every", "2"]
+
+
+def weights(run):
+    return (run / "pretrain/model.safetensors").read_bytes(), (run / "pretrain/tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("number, left", [(signal.SIGTERM, 3), (signal.SIGINT, 3), (signal.SIGKILL, 2)])
+def test_pretraining_goes_on_where_it_was_stopped(pretraining, tmp_path, number, left):
+    train.main(pretraining("whole"))
+    child = os.fork()
+    if not child:  # a process of its own: SIGKILL cannot be caught
+        whole, count = pretrain.step_loss, [0]
+
+        def loss(*arguments):
+            count[0] += 1
+            if count[0] == 3:
+                os.kill(os.getpid(), number)
+            return whole(*arguments)
+
+        pretrain.step_loss = loss
+        os._exit(program(train.main, pretraining("run")))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == (-number if number == signal.SIGKILL else 128 + number)
+    state = torch.load(tmp_path / "run/pretrain/checkpoint.pt", weights_only=True)
+    assert len(state["progress"]["losses"]) == left
+    assert program(train.main, pretraining("run")) == 0
+    assert f"goes on after step {left} of 6" in (tmp_path / "run/log.txt").read_text()
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert not (tmp_path / "run/pretrain/checkpoint.pt").exists()
+
+
+def test_a_backbone_that_does_not_fit_on_the_disk_is_written_when_there_is_room(pretraining, tmp_path, monkeypatch,
+                                                                                capsys):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    train.main(pretraining("whole"))
+    with monkeypatch.context() as patched:
+        patched.setattr(Qwen2ForCausalLM, "save_pretrained", full)
+        assert program(train.main, pretraining("run")) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "No space left" in error and "run/pretrain" in error
+    monkeypatch.setattr(pretrain, "step_loss", pytest.fail)  # nothing is learned again
+    assert program(train.main, pretraining("run")) == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+
+
+def test_pretraining_on_other_text_is_refused(pretraining, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(pretrain, "store", killed)
+        assert program(train.main, pretraining("run")) == 130
+    rows = tmp_path / "data/mine/train.jsonl"
+    rows.write_text(rows.read_text().replace("and", "dna"))
+    data.load_splits.cache_clear()
+    assert program(train.main, pretraining("run")) == 2
+    assert "belongs to another text" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------- one process at a time
+
+def test_a_second_process_on_a_run_is_refused_until_the_first_is_gone(backbone, tmp_path, capsys, monkeypatch):
+    run, (ready, tell) = tmp_path / "run", os.pipe()
+    run.mkdir()
+    first = os.fork()
+    if not first:
+        with checkpoint.Lock(run):
+            os.write(tell, b"!")
+            signal.pause()
+    os.read(ready, 1)
+    try:
+        assert program(train.main, soak.command(backbone, run)) == 2
+        error = capsys.readouterr().err
+        assert "another process" in error and str(run) in error and len(error.splitlines()) == 1
+        assert [path.name for path in run.iterdir()] == [".lock"]
+        with monkeypatch.context() as patched:  # another process of the same job
+            patched.setenv("RANK", "1")
+            with checkpoint.Lock(run) as lock:
+                lock.take()
+    finally:
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+    with checkpoint.Lock(run) as lock:
+        assert lock.file, "a process that was killed holds nothing"
+
+
+def test_of_two_processes_that_would_make_a_folder_one_is_refused(tmp_path):
+    with checkpoint.Lock(tmp_path / "run") as one, checkpoint.Lock(tmp_path / "run") as other:
+        one.take()
+        one.take()  # once is enough
+        with pytest.raises(UserError, match="another process"):
+            other.take()
+
+
 # ---------------------------------------------------------------------------------------------------- numbers gone bad
 
 def test_bad_numbers_name_step_tasks_and_the_last_good_state(backbone, tmp_path, monkeypatch, capsys):
@@ -256,6 +382,19 @@ def test_a_full_gpu_names_the_options_that_help(backbone, tmp_path, monkeypatch,
     assert program(train.main, soak.command(backbone, tmp_path / "run")) == 1
     error = capsys.readouterr().err
     assert "--checkpointing" in error and "--tokens-per-batch" in error and "GB" in error and "4 rows" in error
+
+
+@pytest.mark.parametrize("name", ["dev_score", "predict"])
+def test_a_full_gpu_outside_of_a_step_is_one_sentence(backbone, tmp_path, monkeypatch, capsys, name):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(evaluate, name, full)
+    assert program(train.main, soak.command(backbone, tmp_path / "run")) == 1
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in ("--checkpointing", "--tokens-per-batch", "EVAL_TOKENS", "GB"))
+    assert hasattr(evaluate, "EVAL_TOKENS")
 
 
 def test_gradient_norm_is_logged(backbone, tmp_path):

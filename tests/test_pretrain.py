@@ -71,8 +71,8 @@ def test_a_short_run_learns_and_is_reproducible():
         torch.manual_seed(seed)
         model = pretrain.new_backbone(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, 32, 2)
         lines = []
-        losses = pretrain.pretrain(model, documents, tokenizer.pad_token_id, seed, 60, rows_per_step=8,
-                                   log=lines.append)
+        losses, _ = pretrain.pretrain(model, documents, tokenizer.pad_token_id, seed, 60, rows_per_step=8,
+                                      log=lines.append)
         return losses, lines, model.state_dict()
 
     losses, lines, weights = run(0)

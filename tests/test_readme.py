@@ -62,7 +62,7 @@ def test_every_training_command_parses(tmp_path, monkeypatch):
         words = shlex.split(command[command.index("python"):])
         if words[1] == "train.py":
             cfg, _ = parse(words[2:])
-            check(cfg)
+            check(cfg, words)
             count += 1
     assert count >= 7
 

@@ -2,8 +2,13 @@
 
 import json
 import math
+import os
 import pickle
+import signal
 import statistics
+import threading
+import time
+from multiprocessing import active_children
 
 import pytest
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -13,6 +18,7 @@ import suite
 import toy
 from baselines import METHODS, VARIANTS
 from config import check, method_of, parse
+from errors import program
 from suite import REWRITTEN, SOURCE, Suite, by_seed, interval, paired, target, verdict
 
 
@@ -146,7 +152,7 @@ def test_every_cell_of_the_declared_suites_is_a_command_that_can_run(tmp_path, m
         assert len({cell.name for cell in cells}) == len(cells)
         for cell in cells:
             cfg, _ = parse(list(cell.command[1:]))
-            check(cfg)
+            check(cfg, cell.command)
             assert cfg.seed == cell.seed and cfg.run == str(tmp_path / cell.folder)
             if cell.kind == "variant":
                 assert method_of(cfg) is VARIANTS[cfg.variant] and cfg.method == "talora"
@@ -174,7 +180,7 @@ def tiny_world(tmp_path, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "backbone")
     yield ("--backbone", str(tmp_path / "backbone"), "--sources", "toy-amazon,toy-cote_mfw", "--targets", "toy-finre",
            "--multitask-steps", "3", "--base-steps", "2", "--target-steps", "2", "--multitask-batch", "4",
-           "--eval-every", "2", "--dev-rows", "4", "--prompt-length", "2", "--rank", "1")
+           "--eval-every", "2", "--dev-rows", "4")
     for cached in (toy._rows, data.load_splits):
         cached.cache_clear()
 
@@ -220,6 +226,35 @@ def test_a_failing_cell_is_named_and_the_others_are_kept(tiny_world, tmp_path, m
         suite.run_suite("tiny", declared, tmp_path / "out", tmp_path / "work", jobs=1)
     assert "repeat the command" in str(caught.value)
     assert [r["cell"] for r in suite.read(tmp_path / "out")] == ["talora seed 0"]
+
+
+def test_a_signal_stops_the_workers_and_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
+    """The second of two cells would sleep for an hour, and its worker never hears of what happens to the suite."""
+    monkeypatch.setattr(suite, "run_cell", sleep_second)
+    cells = [suite.cell(f"{name} seed 0", "method", name, 0, tmp_path) for name in ("talora", "lora")]
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def main(_):
+        threading.Thread(target=signal_after, args=(out / "results.jsonl",)).start()
+        suite.run_cells(cells, out, tmp_path, jobs=2)
+
+    began = time.perf_counter()
+    assert program(main, []) == 143 and time.perf_counter() - began < 600
+    assert "repeat the command" in capsys.readouterr().err
+    assert [r["cell"] for r in suite.read(out)] == ["talora seed 0"] and not active_children()
+
+
+def signal_after(path):
+    while not path.exists():
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def sleep_second(cell, work):
+    if cell.method == "lora":
+        time.sleep(3600)
+    return [record("talora", 0, 50)]
 
 
 def fail_second(cell, work):

@@ -16,7 +16,7 @@ import tasks
 import toy
 import train
 from baselines import METHODS, VARIANTS
-from config import ORDER, Config, check, depends, parse, plan
+from config import ORDER, Config, check, depends, flag, parse, plan, unread
 from data import UserError
 from lowrank import orthogonality
 from model import NO_TASK, TALoRA, TALoRAConfig
@@ -64,9 +64,12 @@ def backbone_folder(tmp_path_factory):
 
 def small(folder, run, *more):
     """A command line that runs in a second or two."""
+    sizes = {"--prompt-length": "3", "--rank": "2"}
+    idle = [flag(name) for name in unread(parse([*more])[0])]
     return ["--backbone", str(folder), "--run", str(run), "--sources", ",".join(TASKS), "--base-steps", "3",
             "--multitask-steps", "5", "--target-steps", "3", "--multitask-batch", "6", "--base-batch", "4",
-            "--eval-every", "2", "--log-every", "2", "--dev-rows", "4", "--prompt-length", "3", "--rank", "2", *more]
+            "--eval-every", "2", "--log-every", "2", "--dev-rows", "4",
+            *(word for size in sizes.items() if size[0] not in idle for word in size), *more]
 
 
 @pytest.fixture
