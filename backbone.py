@@ -31,6 +31,8 @@ def load_backbone(name: str, dtype: str, device: torch.device | str):
             name, dtype=getattr(torch, dtype), device_map={"": torch.device(device)}, output_loading_info=True)
         if loaded["missing_keys"]:
             raise ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}")
+    except torch.OutOfMemoryError:
+        raise  # a RuntimeError, too, but no fault of the backbone
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"'{name}' is no causal language model that can be loaded ({reason}); --backbone takes "
