@@ -49,6 +49,7 @@ from data import Batch, Encoded, Sampler, collate
 from errors import Parser, RunFailed, UserError, program
 from frozen import FrozenLM, Output, TALoRAConfig
 from model import TALoRA
+from parallel import place
 from train import build_optimizer, environment, learning_tensors, train_step
 
 try:
@@ -463,9 +464,9 @@ def main(argv: list[str]) -> None:
         if getattr(options, name) is not None and getattr(options, name) < least:
             raise UserError(f"--{name} is {getattr(options, name)}, but must be at least {least}")
     cfg, _ = parse(["--preset", options.shape, *(("--device", options.device) if options.device != "auto" else ())])
-    options.tokens = options.tokens or (4096 if cfg.device == "cuda" else 1024)
-    bench = Bench(options, cfg, torch.device(cfg.device))
-    out = Path(options.out) / f"{options.shape}-{cfg.device}.json"
+    bench = Bench(options, cfg, torch.device(place(cfg.device)))
+    options.tokens = options.tokens or (4096 if bench.gpu else 1024)
+    out = Path(options.out) / f"{options.shape}-{bench.device.type}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     report = environment(" ".join(["python bench.py", *argv])) | {
         "peft": peft.__version__ if peft else "not installed: its two rows are left out",

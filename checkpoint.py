@@ -183,9 +183,10 @@ class Signals:
         self.busy = True
         try:
             yield
-            if self.caught:
+            stop = parallel.largest(self.caught)  # all processes stop after the same step, or none
+            if stop:
                 save()
         finally:
             self.busy = False
-        if self.caught:
-            raise Stopped(self.caught)
+        if stop or (self.caught and parallel.PROCESSES == 1):
+            raise Stopped(stop or self.caught)

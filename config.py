@@ -190,8 +190,6 @@ def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:
         parts = [cfg.preset] + [cfg.method] * (cfg.method != "talora") + [cfg.variant] * bool(cfg.variant)
         parts += [f"seed{cfg.seed}"] * (cfg.seed != 0)
         cfg.run = "runs/" + "-".join(parts)
-    if cfg.device == "auto":
-        cfg.device = f"cuda:{parallel.LOCAL_RANK}" if torch.cuda.is_available() else "cpu"
     if cfg.data_root:  # whatever tasks are there
         here = {name: [task for task in names if (Path(cfg.data_root) / task).is_dir()]
                 for name, names in (("sources", tasks.SOURCES), ("targets", tasks.TARGETS))}
@@ -284,13 +282,18 @@ def check(cfg: Config, argv: Sequence[str] = ()) -> None:
         problems.append(f"--run '{cfg.run}' is a file, or in one; name a folder")
     elif not os.access(place, os.W_OK):
         problems.append(f"--run '{cfg.run}' cannot be written: there is no permission for {place}; name another folder")
+    device, here = parallel.place(cfg.device), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device.startswith("cuda") and here > torch.cuda.device_count() > 0:
+        problems.append(f"torchrun started {here} processes, but there are {torch.cuda.device_count()} GPUs; lower "
+                        "--nproc-per-node")
+        device = "cpu"
     try:
-        torch.empty(1, device=cfg.device)
-        if cfg.device.startswith("cuda") and "bfloat16" in (cfg.dtype, "bfloat16" * cfg.autocast):
+        torch.empty(1, device=device)
+        if device.startswith("cuda") and "bfloat16" in (cfg.dtype, "bfloat16" * cfg.autocast):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
-                problems.append(f"--device {cfg.device} does not know bfloat16; use --dtype float32 --no-autocast")
+                problems.append(f"--device {device} does not know bfloat16; use --dtype float32 --no-autocast")
     except (RuntimeError, AssertionError, NotImplementedError):
-        problems.append(f"--device {cfg.device} is not to be had here; use --device cpu, or auto")
+        problems.append(f"--device {device} is not to be had here; use --device cpu, or auto")
     if problems:
         raise UserError("; ".join(problems))
 

@@ -172,11 +172,14 @@ def predict(model: FrozenLM, tokenizer, examples: Sequence[Example], task_id: in
 
 
 def length_batches(rows: Sequence[Encoded]) -> list[list[int]]:
-    """Indices of rows, sorted by length and cut where a batch would hold more than EVAL_TOKENS padded tokens."""
-    batches, order = [], sorted(range(len(rows)), key=lambda i: -len(rows[i].prompt_ids))
-    for i in order:
-        longest = len(rows[batches[-1][0]].prompt_ids) if batches else 0
-        if not batches or (len(batches[-1]) + 1) * longest > EVAL_TOKENS:
+    """Indices of rows, sorted by length and cut where a batch would hold more than EVAL_TOKENS padded tokens.
+
+    The length of a row is that of its prompt and of all its choices, which are read behind it.
+    """
+    lengths = [len(row.prompt_ids) + sum(map(len, row.choice_ids)) for row in rows]
+    batches = []
+    for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > EVAL_TOKENS:
             batches.append([])
         batches[-1].append(i)
     return batches
@@ -262,7 +265,7 @@ class Trained:
             raise UserError(f"'{folder}' is no finished stage of a run ({error!r}); give a folder that train.py made, "
                             "such as runs/toy or runs/toy/multitask") from error
         self.folder, self.method = folder, method_of(self.cfg)
-        device = self.cfg.device if torch.cuda.is_available() else "cpu"
+        device = parallel.place(self.cfg.device) if torch.cuda.is_available() else "cpu"
         self.backbone, self.tokenizer = backbone_of(self.cfg.backbone, self.cfg.dtype, device)
 
     @cache  # noqa: B019 (lives as long as the program)

@@ -13,7 +13,7 @@ from pathlib import Path
 from checkpoint import atomic
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("o-", "s--", "^-.", "v:", "D-", "x--", "P-.")
+STYLES = ("o-", "s--", "^-.", "v:", "D-", "x--")  # another number than colours: pairs repeat after 42
 
 
 def new(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 3.5), **options):
@@ -111,7 +111,7 @@ def few_shot_curves(axis, shots: Sequence[int], curves: dict[str, dict[int, tupl
     for i, (label, points) in enumerate(curves.items()):
         x = [at + 0.03 * (i - len(curves) / 2) for at, k in enumerate(shots) if k in points]
         mean, half = zip(*(points[k] for k in shots if k in points))
-        axis.errorbar(x, mean, bars(half), fmt=STYLES[i % 7], color=COLOURS[i % 7], capsize=2, label=label)
+        axis.errorbar(x, mean, bars(half), fmt=STYLES[i % 6], color=COLOURS[i % 7], capsize=2, label=label)
     axis.set(xticks=range(len(shots)), xticklabels=[k or "full" for k in shots], xlabel="examples of a target task",
              ylabel="score, mean of the target tasks (%)")
     axis.legend(fontsize="small")

@@ -113,7 +113,9 @@ class TALoRA(FrozenLM):
     def diagnose(self) -> dict:
         """What training logs of the adapter: by layer |tanh g| and `norms`, and |cos(A_i, A_j)| of the tasks, mean over
         layers."""
-        state = {"gates": torch.tanh(self.gate).abs().reshape(len(self.gate), -1).mean(1), **self.norms()}
+        state = {"gates": torch.tanh(self.gate).abs().reshape(len(self.gate), -1).mean(1)}  # (L,)
+        if self.tasks:
+            state |= self.norms()
         if len(self.tasks) > 1:
             state["cosines"] = self.cosines().abs().mean(0)  # (N, N)
         return {"tasks": self.tasks} | {name: t.double().round(decimals=5).tolist() for name, t in state.items()}

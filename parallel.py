@@ -26,19 +26,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 RANK, PROCESSES = 0, 1  # which process this is, and of how many
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # its number on this machine, and of its GPU
+DEVICE = "cpu"  # where numbers that are exchanged lie
+
+
+def place(device: str) -> str:
+    """The device of this process: "auto" is a GPU if there is one; of several processes each has a GPU of its own."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device.startswith("cuda") and several else device
 
 
 def start(device: str) -> None:
     """Join the other processes that torchrun started, if any; the first one alone goes on printing."""
-    global RANK, PROCESSES
+    global RANK, PROCESSES, DEVICE
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     atexit.register(dist.destroy_process_group)
-    RANK, PROCESSES = dist.get_rank(), dist.get_world_size()
+    RANK, PROCESSES, DEVICE = dist.get_rank(), dist.get_world_size(), device
     if RANK:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
@@ -60,20 +68,18 @@ def together(own: list) -> list:
     return rows
 
 
-def total(count: int, device: torch.device) -> int:
+def total(count: int) -> int:
     """The sum of a whole number over all processes."""
-    return _reduced(count, device, dist.ReduceOp.SUM)
+    return count if PROCESSES == 1 else _reduced(count, dist.ReduceOp.SUM)
 
 
-def largest(count: int, device: torch.device) -> int:
+def largest(count: int) -> int:
     """The largest of every process's whole number."""
-    return _reduced(count, device, dist.ReduceOp.MAX)
+    return count if PROCESSES == 1 else _reduced(count, dist.ReduceOp.MAX)
 
 
-def _reduced(count: int, device: torch.device, how) -> int:
-    if PROCESSES == 1:
-        return count
-    number = torch.tensor(count, device=device)
+def _reduced(count: int, how) -> int:
+    number = torch.tensor(count, device=DEVICE)
     dist.all_reduce(number, how)
     return int(number)
 

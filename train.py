@@ -119,7 +119,7 @@ def train_step(model: FrozenLM, optimizer: torch.optim.Optimizer, batches: list[
     Raises RunFailed, before any weight has changed, if the loss or the gradient is not finite.
     """
     learning = [p for group in optimizer.param_groups for p in group["params"]]
-    examples = parallel.total(sum(len(batch.task_ids) for batch in batches), model.device)
+    examples = parallel.total(sum(len(batch.task_ids) for batch in batches))
     optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW then leaves a task alone that nothing asks to move
     task_loss = torch.zeros((), device=model.device)
     for batch in batches:
@@ -230,7 +230,6 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
             if due:
                 save()
                 saved = time.perf_counter()
-            run.signals.caught = parallel.largest(run.signals.caught, device)  # all stop, or none
     metrics.close()
     parallel.wait()
     log(f"{stage:9} done in {clock(now['seconds'])}; best on development rows: {now['best'][0]:.1%} exactly right, "
@@ -299,7 +298,7 @@ class Run:
     def __init__(self, cfg: Config, command: str, signals: Signals):
         self.cfg, self.command, self.method, self.signals = cfg, command, method_of(cfg), signals
         self.folder = Path(cfg.run)
-        self.device = torch.device(cfg.device)
+        self.device = torch.device(parallel.place(cfg.device))
         self.log = Log(self.folder / "log.txt")
         self.backbone, self.tokenizer = load_backbone(cfg.backbone, cfg.dtype, self.device)
         try:
@@ -601,8 +600,10 @@ def clock(seconds: float) -> str:
 
 def environment(command: str) -> dict:
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
-                             capture_output=True, check=False).stdout.strip()
+        git, changed = (subprocess.run(["git", *words], cwd=Path(__file__).parent, text=True, capture_output=True,
+                                       check=False).stdout.strip() for words in
+                        (("describe", "--always"), ("status", "--porcelain", "--untracked-files=no", "*.py")))
+        git += "-dirty" * bool(changed)
     except OSError:  # no git on this machine
         git = ""
     return {"command": command, "commit": git, "python": platform.python_version(), "torch": torch.__version__,
@@ -632,7 +633,7 @@ def finished(cfg: Config, stage: str) -> bool:
 
 def pretrain_stage(cfg: Config, command: str, lock: Lock) -> None:
     """Make a small backbone from scratch: on the micro-world's instructions, or on the text of --data-root."""
-    folder, texts = stage_folder(cfg, "pretrain"), []
+    folder, texts, device = stage_folder(cfg, "pretrain"), [], parallel.place(cfg.device)
     log = Log(Path(cfg.run) / "log.txt")
     if cfg.data_root:
         names = sorted(path.parent.name for path in Path(cfg.data_root).glob("*/train.jsonl"))
@@ -647,10 +648,10 @@ def pretrain_stage(cfg: Config, command: str, lock: Lock) -> None:
                       save_minutes=cfg.save_minutes)
         if cfg.data_root:
             pretrain.pretrain_text(folder, texts, cfg.seed, cfg.pretrain_steps, cfg.pretrain_width, cfg.pretrain_layers,
-                                   cfg.max_length, max(1, 4096 // cfg.max_length), log, cfg.device, **saving)
+                                   cfg.max_length, max(1, 4096 // cfg.max_length), log, device, **saving)
             scores = {}
         else:
-            scores = pretrain.pretrain_toy(folder, cfg.seed, cfg.pretrain_steps, log, cfg.device, **saving)[2]
+            scores = pretrain.pretrain_toy(folder, cfg.seed, cfg.pretrain_steps, log, device, **saving)[2]
         finish(folder, {"stage": "pretrain", "seed": cfg.seed, "command": command, "scores": scores})
     log(f"to train on this backbone: --backbone {folder}")
 
@@ -664,7 +665,7 @@ def main(argv: list[str]) -> None:
 
 def work(cfg: Config, changed: dict, argv: list[str], lock: Lock) -> None:
     """Whatever of the stages asked for is not finished; everything is looked at before anything is written."""
-    parallel.start(cfg.device)
+    parallel.start(parallel.place(cfg.device))
     cfg.pictures = cfg.pictures and parallel.RANK == 0
     transformers.logging.set_verbosity_error()
     if not cfg.backbone:  # nothing large to load
@@ -675,7 +676,8 @@ def work(cfg: Config, changed: dict, argv: list[str], lock: Lock) -> None:
     jobs = [(stage, dataclasses.replace(cfg, shots=str(shots)) if stage == "target" else cfg)
             for stage in stages for shots in (shots_of(cfg) if stage == "target" else [0])]
     todo = [(stage, stage_cfg) for stage, stage_cfg in jobs if not finished(stage_cfg, stage)]
-    print(f"run {cfg.run}/ on {cfg.device}; options: " + ", ".join(f"{flag(n)} {v}" for n, v in changed.items()))
+    print(f"run {cfg.run}/ on {parallel.place(cfg.device)}; options: "
+          + ", ".join(f"{flag(n)} {v}" for n, v in changed.items()))
     sources, targets = split_names(cfg.sources), split_names(cfg.targets)
     needed = sources * (not {"base", "multitask"}.isdisjoint(stages)) + targets * ("target" in stages)
     for task in needed:

@@ -24,7 +24,7 @@ def code_hash(notebook) -> str:
 def execute(path: Path) -> tuple[nbformat.NotebookNode, float]:
     """The notebook with new outputs, and the seconds it took; CellExecutionError for a cell that raises."""
     notebook, started = nbformat.read(path, as_version=4), time.perf_counter()
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": str(FOLDER)}}).execute()
     notebook.metadata["code_hash"] = code_hash(notebook)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day

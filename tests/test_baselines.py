@@ -137,6 +137,7 @@ def test_what_is_logged_of_an_adapter(name, opened):
     """Layer by layer, from the definitions: |tanh g|, the norms of theta0 and of the steps, or of the prompts."""
     model = opened(name)
     logged = model.diagnose()
+    assert "step_norms" not in ALL[name].model(model.backbone, [], TALoRAConfig(5, 2)).diagnose(), "no tasks, no steps"
     if not hasattr(model, "gate"):
         assert logged == {}
         return

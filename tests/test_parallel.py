@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import parallel
 import toy
 import train
+from checkpoint import Signals
+from config import check, parse
+from errors import Stopped, UserError
 
 DRIVER = """
 import os, signal, sys
@@ -67,7 +72,7 @@ def assert_same(one: Path, other: Path):
             for x, y in zip(a[name], b[name]):
                 assert x.keys() == y.keys()
                 for key in x.keys() & {"step", "loss", "reg", "grad_norm", "dev_loss", "dev_accuracy", "gates"}:
-                    assert y[key] == pytest.approx(x[key], rel=1e-4, abs=1e-5), (name, x["step"], key)
+                    assert y[key] == pytest.approx(x[key], rel=1e-5, abs=1e-5), (name, x["step"], key)
         elif name.endswith("results.json"):
             assert a[name] == b[name], name
 
@@ -95,6 +100,32 @@ def test_one_process_told_to_stop_stops_both_and_one_goes_on_alone(backbone, tmp
     assert torch.load(two / "multitask" / "checkpoint.pt", weights_only=True)["progress"]["step"] == 5
     train.main(soak.command(backbone, two))
     assert_same(one, two)
+
+
+def test_a_signal_while_others_are_asked_is_not_lost(monkeypatch):
+    """It arrives after this process has said that it has none: the next step obeys."""
+    saved = []
+    with Signals() as signals:
+        monkeypatch.setattr(parallel, "PROCESSES", 2)
+        monkeypatch.setattr(parallel, "largest", lambda caught: os.kill(os.getpid(), signal.SIGTERM) or caught)
+        with signals.finishing(lambda: saved.append(1)):
+            pass
+        monkeypatch.setattr(parallel, "largest", lambda caught: caught)
+        with pytest.raises(Stopped) as stop, signals.finishing(lambda: saved.append(2)):
+            pass
+    assert stop.value.code == 143 and saved == [2]
+
+
+def test_every_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert parallel.place("auto") == "cuda" and parallel.place("cuda:1") == "cuda:1" and parallel.place("cpu") == "cpu"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [parallel.place(device) for device in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:3"] * 3 + ["cpu"]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="4 processes, but there are 2 GPUs; lower --nproc-per-node"):
+        check(parse(["--run", "runs/none"])[0])
 
 
 def test_what_one_process_alone_can_do_is_said_by_one(tmp_path):
