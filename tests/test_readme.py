@@ -49,7 +49,8 @@ def test_the_file_map_is_complete_and_imports_go_up():
 def commands():
     lines = re.findall(r"^    (.*python (?:train|evaluate|data)\.py.*)$", README, re.MULTILINE)
     assert len(lines) >= 8
-    return [part.strip() for line in lines for part in re.split("&&|;", line) if "python" in part]
+    alone = [part.strip() for line in lines for part in re.split("&&|;", line) if "python" in part]
+    return alone + re.findall(r"^    torchrun .* -- (train\.py .*)$", README, re.MULTILINE)
 
 
 def test_every_training_command_parses(tmp_path, monkeypatch):
@@ -59,12 +60,12 @@ def test_every_training_command_parses(tmp_path, monkeypatch):
     count = 0
     for command in commands():
         command = command.replace("DIR", str(ROOT)).replace("$seed", "1").replace("PATH", "path")
-        words = shlex.split(command[command.index("python"):])
-        if words[1] == "train.py":
-            cfg, _ = parse(words[2:])
+        words = shlex.split(command)
+        if "train.py" in words:
+            cfg, _ = parse(words[words.index("train.py") + 1:])
             check(cfg, words)
             count += 1
-    assert count >= 7
+    assert count >= 8 and any(command.startswith("train.py") for command in commands()), "torchrun's, too"
 
 
 def test_every_option_named_in_the_text_exists():
