@@ -78,7 +78,7 @@ def assert_same(one: Path, other: Path):
 
 
 @pytest.mark.parametrize("more", [("--multitask-batch", "1", "--regulariser", "off"),
-                                  ("--method", "lora", "--tokens-per-batch", "128")], ids=["talora", "lora"])
+                                  ("--method", "attempt", "--tokens-per-batch", "128")], ids=["talora", "attempt"])
 def test_two_processes_give_the_losses_of_one(backbone, tmp_path, more):
     """Steps of one row, so that process 1 has none and a task is in no process; micro-batches by a token budget; every
     stage, and the test scores."""
