@@ -120,7 +120,7 @@ def few_shot_curves(axis, shots: Sequence[int], curves: dict[str, dict[int, tupl
 def sizes_against_scores(axis, points: dict[str, tuple[int, float, float]]) -> None:
     """Score against the numbers stored for a task; points[method] = numbers, mean, half interval in %."""
     placed = []  # labels so far: (log of the size, height), so that a new one can step aside
-    line = 0.045 * (max(mean for _, mean, _ in points.values()) - min(mean for _, mean, _ in points.values()))
+    line = 0.06 * (max(mean for _, mean, _ in points.values()) - min(mean for _, mean, _ in points.values()))
     for method, (size, mean, half) in sorted(points.items(), key=lambda item: -item[1][1]):
         own = method == "talora"
         axis.errorbar(size, mean, bars([half]), fmt="D" if own else "o", color=COLOURS[1 if own else 0], capsize=2)
