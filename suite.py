@@ -3,7 +3,7 @@ r"""The experiment: methods x seeds x settings, and what it says about the paper
     python evaluate.py --suite quick        ten minutes on two cores: the path, not the evidence
     python evaluate.py --suite full         hours; it can be stopped and repeated: finished cells are kept
 
-A *cell* is one run of train.py: a method or variant with a seed, its source stage and its target stages. A seed changes
+A *cell* is one run of train.py: a method or variant with a seed, its source and its target stages. A seed changes all
 that training draws: the start, the order of the batches, the k examples, and which backbone (separately pretrained ones
 take turns). The seed is the unit of statistics; n seeds give one mean and one interval,
 
@@ -197,8 +197,6 @@ def run_cell(cell: Cell, work: Path) -> list[dict]:
             train.main(list(cell.command[1:]))
         except Stopped as stop:
             raise RunFailed("stopped") from stop
-    for kept in (train.Run.rows, train.Run.rows_of, train.references):
-        kept.cache_clear()  # they hold on to the run, and this process goes on
     records = records_of(cell, folder, round(time.perf_counter() - started))
     if cell.kind in ("method", "variant", "sweep-target"):
         shutil.rmtree(folder)  # all that is needed is in the records

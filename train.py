@@ -307,6 +307,8 @@ class Run:
             raise UserError(str(error)) from error
         if cfg.checkpointing == "on":
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for once in ("rows", "rewritten", "rows_of", "references"):  # kept as long as the run is
+            setattr(self, once, cache(getattr(self, once)))
 
     def examples(self, task: str, split: str):
         return data.load_task(task, split, self.cfg.data_root or None)
@@ -320,7 +322,6 @@ class Run:
                 bar.update()
         return rows
 
-    @cache  # noqa: B019 (a run lives as long as the program)
     def rows(self, task: str, split: str) -> list[Encoded]:
         """Tokens of a split; of dev at most --dev-rows."""
         examples = self.examples(task, split)
@@ -349,6 +350,31 @@ class Run:
                             f"its choices, and --max-length is {self.cfg.max_length}; lower it, or take another "
                             "--backbone")
 
+    def references(self, tasks: tuple[str, ...]) -> dict[str, dict]:
+        """What to compare with, on test rows as they are and rewritten: the most frequent answer, the frozen backbone,
+        and the instruction put in words."""
+        columns, frozen, ids = {}, FrozenLM(self.backbone, TALoRAConfig()), dict.fromkeys(tasks, NO_TASK)
+        for suffix, tests in self.tests(tasks).items():
+            columns["majority" + suffix] = {t: evaluate.majority_scores(t, self.examples(t, "train"), tests[t])
+                                            for t in tasks}
+            if not self.cfg.references:
+                continue
+            columns["frozen backbone" + suffix] = evaluate.evaluate_tasks(frozen, self.tokenizer, tests, ids, self.cfg)
+            if all(rows[0].hard_prompt for rows in tests.values()):  # the micro-world hides it; real templates hold it
+                asked = {t: [dataclasses.replace(e, prompt=e.hard_prompt) for e in rows] for t, rows in tests.items()}
+                columns["hard instruction" + suffix] = evaluate.evaluate_tasks(frozen, self.tokenizer, asked, ids,
+                                                                               self.cfg)
+        return columns
+
+    def tests(self, tasks: Sequence[str]) -> dict[str, dict[str, list[data.Example]]]:
+        """Test rows by task, by what ends the name of their columns: as they are, and rewritten."""
+        return {"": {task: self.examples(task, "test") for task in tasks},
+                REWRITTEN: {task: self.rewritten(task) for task in tasks}}
+
+    def rewritten(self, task: str) -> list[data.Example]:
+        """The test rows with their text rewritten as training never shows it, where that can be done."""
+        return [data.perturb(example, self.cfg.seed) for example in self.examples(task, "test")]
+
     def new_model(self, tasks: list[str]) -> FrozenLM:
         cfg = self.cfg
         sizes = TALoRAConfig(cfg.prompt_length, cfg.rank, cfg.scale, cfg.gate_per_head)
@@ -364,7 +390,6 @@ class Run:
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    @cache  # noqa: B019
     def rows_of(self, task: str) -> str:
         """Hash of all rows of a task."""
         return data.data_hash([e for split in ("train", "dev", "test") for e in self.examples(task, split)])
@@ -437,7 +462,7 @@ def multitask_stage(run: Run) -> None:
     fit(run, model, "multitask", train, dev, ids, folder)
     model = run.load(folder)
     numbers = count(model, learning_tensors(model, method, "multitask", list(ids.values())))
-    columns = dict(references(run, tuple(sources)))
+    columns = dict(run.references(tuple(sources)))
     columns |= score_columns(run, model, sources, ids)
     if cfg.pictures:
         figures.draw_run(folder)
@@ -448,7 +473,7 @@ def target_stage(run: Run) -> None:
     """Each target task from --shots examples (or all), one after another, with everything shared frozen."""
     cfg, targets = run.cfg, split_names(run.cfg.targets)
     folder = run.open("target")
-    columns, starts, numbers = dict(references(run, tuple(targets))), {}, 0
+    columns, starts, numbers = dict(run.references(tuple(targets))), {}, 0
     for task in targets:
         if not (folder / task / "results.json").exists():
             run.log(f"\n-- {task}")
@@ -481,7 +506,7 @@ def one_target(run: Run, task: str, folder: Path) -> None:
     model = run.load(stage_folder(cfg, "multitask")) if "multitask" in method.learns else run.new_model([task])
     task_id, start, columns = 0, "", {}
     if cfg.method == "talora":
-        columns["theta0 (k = 0)"] = evaluate.evaluate_tasks(model, run.tokenizer, test_rows(run, [task]),
+        columns["theta0 (k = 0)"] = evaluate.evaluate_tasks(model, run.tokenizer, {task: run.examples(task, "test")},
                                                             {task: NO_TASK}, cfg)
     if method.per_task:
         task_id, start = nearest_start(model, task, rows)
@@ -508,42 +533,15 @@ def count(model: FrozenLM, names) -> int:
     return sum(model.get_parameter(name).numel() for name in names)
 
 
-@cache  # once for all numbers of shots
-def references(run: Run, tasks: tuple[str, ...]) -> dict[str, dict]:
-    """What to compare with, on test rows as they are and rewritten: the most frequent answer, the frozen backbone, and
-    the instruction put in words."""
-    columns, frozen, ids = {}, FrozenLM(run.backbone, TALoRAConfig()), dict.fromkeys(tasks, NO_TASK)
-    for suffix, tests in (("", test_rows(run, tasks)), (REWRITTEN, rewritten_rows(run, tasks))):
-        columns["majority" + suffix] = {t: evaluate.majority_scores(t, run.examples(t, "train"), tests[t])
-                                        for t in tasks}
-        if not run.cfg.references:
-            continue
-        columns["frozen backbone" + suffix] = evaluate.evaluate_tasks(frozen, run.tokenizer, tests, ids, run.cfg)
-        if all(rows[0].hard_prompt for rows in tests.values()):  # the micro-world hides it; real templates hold it
-            asked = {t: [dataclasses.replace(e, prompt=e.hard_prompt) for e in rows] for t, rows in tests.items()}
-            columns["hard instruction" + suffix] = evaluate.evaluate_tasks(frozen, run.tokenizer, asked, ids, run.cfg)
-    return columns
-
-
 def score_columns(run: Run, model: FrozenLM, tasks: list[str], ids: dict[str, int]) -> dict[str, dict]:
     """The method's scores on the test rows, and on the same rows rewritten as training never shows them."""
     return {label(run.cfg) + suffix: evaluate.evaluate_tasks(model, run.tokenizer, rows, ids, run.cfg)
-            for suffix, rows in (("", test_rows(run, tasks)), (REWRITTEN, rewritten_rows(run, tasks)))}
+            for suffix, rows in run.tests(tasks).items()}
 
 
 def label(cfg: Config) -> str:
     """What a method is called in tables: talora, deep-pt, talora without a base stage: talora no-base."""
     return cfg.method + f" {cfg.variant}" * bool(cfg.variant)
-
-
-def test_rows(run: Run, tasks: Sequence[str]) -> dict[str, list[data.Example]]:
-    return {task: run.examples(task, "test") for task in tasks}
-
-
-def rewritten_rows(run: Run, tasks: Sequence[str]) -> dict[str, list[data.Example]]:
-    """The test rows with their text rewritten as training never shows it, where that can be done."""
-    return {task: [data.perturb(example, run.cfg.seed) for example in rows]
-            for task, rows in test_rows(run, tasks).items()}
 
 
 def finish(folder: Path, results: dict) -> None:
@@ -566,7 +564,7 @@ def report(run: Run, folder: Path, stage: str, columns: dict[str, dict], **more)
     metrics = {task: data.task_of(task, run.examples(task, "test")).metric for task in columns["majority"]}
     plain = {name: column for name, column in columns.items() if not name.endswith(REWRITTEN)}
     unseen = {name.removesuffix(REWRITTEN): c for name, c in columns.items() if name.endswith(REWRITTEN)}
-    changed = [bool(e.operations) for rows in rewritten_rows(run, tuple(metrics)).values() for e in rows]
+    changed = [bool(e.operations) for task in metrics for e in run.rewritten(task)]
     table = (f"test rows\n\n{evaluate.table(plain, metrics)}\nthe same rows, {sum(changed) / len(changed):.0%} of them "
              f"rewritten as training never shows it\n\n{evaluate.table(unseen, metrics)}")
     with atomic(folder / "table.md") as file:

@@ -3,10 +3,15 @@
 A zero gate hides every bug behind it, and so does a zero bias or a norm of ones: everything here has random values.
 """
 
+from contextlib import contextmanager
+
 import pytest
+import soak
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import data
+import toy
 from model import TALoRA, TALoRAConfig
 
 VOCABULARY = 53
@@ -14,6 +19,30 @@ SHAPE = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hi
              num_key_value_heads=2, head_dim=8, max_position_embeddings=128, attention_dropout=0.0,
              bos_token_id=None, eos_token_id=None, pad_token_id=0)
 TASKS = ["first", "second", "third"]
+
+
+@contextmanager
+def few_rows(train_rows, test_rows):
+    """A smaller micro-world: what a run does is the same with few rows of a task, and much quicker."""
+    whole = toy.TRAIN_ROWS, toy.TEST_ROWS
+
+    def resize(*sizes):
+        toy.TRAIN_ROWS, toy.TEST_ROWS = sizes
+        toy._rows.cache_clear()
+        data.load_splits.cache_clear()
+
+    resize(train_rows, test_rows)
+    try:
+        yield
+    finally:
+        resize(*whole)
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    """60 and 6 rows of a task, and the folder of a random backbone of one layer that reads them."""
+    with few_rows(60, 6):
+        yield soak.small_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

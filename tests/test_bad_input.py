@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import few_rows
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-import data
 import toy
 import train
 from baselines import METHODS
@@ -34,14 +34,9 @@ def backbone_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_rows():
-    whole = toy.TRAIN_ROWS, toy.TEST_ROWS
-    caches = toy._rows.cache_clear, data.load_splits.cache_clear
-    toy.TRAIN_ROWS, toy.TEST_ROWS = 60, 6
-    [clear() for clear in caches]
-    yield
-    toy.TRAIN_ROWS, toy.TEST_ROWS = whole
-    [clear() for clear in caches]
+def smaller_world():
+    with few_rows(60, 6):
+        yield
 
 
 def json_rows(folder, task, train_rows, test_rows):

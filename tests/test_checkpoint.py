@@ -28,14 +28,8 @@ import soak  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    whole = toy.TRAIN_ROWS, toy.TEST_ROWS
-    caches = toy._rows.cache_clear, data.load_splits.cache_clear
-    folder = soak.small_world(tmp_path_factory.mktemp("world"))
-    [clear() for clear in caches]
-    yield folder
-    toy.TRAIN_ROWS, toy.TEST_ROWS = whole
-    [clear() for clear in caches]
+def backbone(small_world):
+    return small_world
 
 
 # -------------------------------------------------------------------------------------------------------------- files

@@ -12,9 +12,7 @@ import soak
 import torch
 from safetensors.torch import load_file
 
-import data
 import parallel
-import toy
 import train
 from checkpoint import Signals
 from config import check, parse
@@ -40,14 +38,8 @@ sys.exit(program(train.main, sys.argv[1:]))
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    whole = toy.TRAIN_ROWS, toy.TEST_ROWS
-    caches = toy._rows.cache_clear, data.load_splits.cache_clear
-    folder = soak.small_world(tmp_path_factory.mktemp("world"))
-    [clear() for clear in caches]
-    yield folder
-    toy.TRAIN_ROWS, toy.TEST_ROWS = whole
-    [clear() for clear in caches]
+def backbone(small_world):
+    return small_world
 
 
 def torchrun(tmp_path, command, stop=0):

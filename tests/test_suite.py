@@ -11,6 +11,7 @@ import time
 from multiprocessing import active_children
 
 import pytest
+from conftest import few_rows
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import data
@@ -195,21 +196,16 @@ def test_every_cell_of_the_declared_suites_is_a_command_that_can_run(tmp_path, m
 def tiny_world(tmp_path, monkeypatch):
     """The shipped backbone's place is taken by a random one, the world has few rows, and the worker is this process."""
     monkeypatch.setattr(suite, "ProcessPoolExecutor", Here)
-    for name, rows in (("TRAIN_ROWS", 400), ("TEST_ROWS", 40)):
-        monkeypatch.setattr(toy, name, rows)
-    for cached in (toy._rows, data.load_splits):
-        cached.cache_clear()
     tokenizer = toy.tokenizer()
     Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id)).save_pretrained(tmp_path / "backbone")
     tokenizer.save_pretrained(tmp_path / "backbone")
-    yield ("--backbone", str(tmp_path / "backbone"), "--sources", "toy-amazon,toy-cote_mfw", "--targets", "toy-finre",
-           "--multitask-steps", "3", "--base-steps", "2", "--target-steps", "2", "--multitask-batch", "4",
-           "--eval-every", "2", "--dev-rows", "4")
-    for cached in (toy._rows, data.load_splits):
-        cached.cache_clear()
+    with few_rows(400, 40):
+        yield ("--backbone", str(tmp_path / "backbone"), "--sources", "toy-amazon,toy-cote_mfw", "--targets",
+               "toy-finre", "--multitask-steps", "3", "--base-steps", "2", "--target-steps", "2", "--multitask-batch",
+               "4", "--eval-every", "2", "--dev-rows", "4")
 
 
 def test_a_suite_runs_end_to_end_and_goes_on_where_it_was_stopped(tiny_world, tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import few_rows
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import data
@@ -26,18 +27,9 @@ TASKS = ("toy-amazon", "toy-sanwen", "toy-cote_mfw")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_rows():
-    """A smaller micro-world: what a run does is the same with 300 rows of a task as with 2,000, and much quicker."""
-    whole = toy.TRAIN_ROWS, toy.TEST_ROWS
-    caches = (toy._rows, data.load_splits)
-
-    def resize(train_rows, test_rows):
-        toy.TRAIN_ROWS, toy.TEST_ROWS = train_rows, test_rows
-        [cached.cache_clear() for cached in caches]
-
-    resize(300, 40)
-    yield
-    resize(*whole)
+def smaller_world():
+    with few_rows(300, 40):
+        yield
 
 
 @pytest.fixture(autouse=True)
