@@ -30,6 +30,7 @@ import math
 import os
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -402,8 +403,22 @@ def padding(bench: Bench) -> list[dict]:
     return table
 
 
+def imports(bench: Bench) -> list[dict]:
+    """Imports in a process of its own: the libraries alone, and train.py with all that it needs"""
+    table = []
+    for what, code in (("torch", "pass"), ("torch and transformers", "from transformers import Qwen2Model"),
+                       ("train.py", "import train")):
+        seconds = []
+        for _ in range(bench.options.repeats):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, "-c", f"import torch; {code}"], cwd=Path(__file__).parent, check=True)
+            seconds.append(time.perf_counter() - started)
+        table.append({"": what, "seconds": statistics.median(seconds)})
+    return table
+
+
 PEFT_PROMPT = "peft prompt tuning, 100 tokens"
-SECTIONS = {f.__name__: f for f in (methods, tasks, prompts, lengths, logits, labels, padding)}
+SECTIONS = {f.__name__: f for f in (methods, tasks, prompts, lengths, logits, labels, padding, imports)}
 
 
 def goals(tables: dict[str, list[dict]]) -> list[dict]:

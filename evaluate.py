@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import statistics
 import string
 import sys
@@ -313,15 +314,17 @@ def evaluate_run(stage: Trained) -> str:
     return table({cfg.variant or cfg.method: scores}, metrics) + f"every answer: {path}\n"
 
 
-def ask(stage: Trained, task: str, texts: Sequence[str]) -> str:
+def ask(stage: Trained, task: str, texts: Sequence[str], choices: Sequence[str] = ()) -> str:
     """One input from the shell: the answer, and the probability of every choice.
 
-    texts: the fields of the task's template in its order; for a task without a template its whole prompt.
+    texts: the fields of the task's template in its order; for a task without a template its whole prompt. choices:
+    answers to choose from, where they are other ones in every row. Raises UserError for other numbers of texts, and
+    for choices that are missing.
     """
     model, task_id = stage.adapter(task)
     rows = stage.rows(task, "test")
     spec = task_of(task, rows)
-    choices = spec.answers
+    choices = tuple(choices) or spec.answers
     if spec.template:
         names = [name for name in spec.fields if name != "options"]
         if len(texts) != len(names):
@@ -330,6 +333,9 @@ def ask(stage: Trained, task: str, texts: Sequence[str]) -> str:
         if spec.kind == "choice":  # lettered options, one a line
             choices = tuple(string.ascii_uppercase[: texts[names.index("choices")].count("\n") + 1])
     else:
+        if rows[0].choices and not choices:
+            raise UserError(f"every text of {task} has choices of its own; name those of this one, as in --choices "
+                            + shlex.join(rows[0].choices))
         prompt = " ".join(texts) + " =>" * (rows[0].prompt.endswith(" =>") and not texts[-1].endswith("=>"))
     example = Example(task, prompt, (*choices, rows[0].answer)[0], choices)
     if not choices:
@@ -391,12 +397,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--ask", nargs="+", metavar="TEXT", help="with --run and --task: answer one input (a task that "
                         "reads a pair takes two texts)")
     parser.add_argument("--task", help="the task of --ask")
+    parser.add_argument("--choices", nargs="+", default=(), metavar="ANSWER",
+                        help="with --ask: the answers to choose from, for a task whose texts each have their own")
     parser.add_argument("--diagnose", type=Path, metavar="RUN", help="what the adapter does: gates, prompts, cosines")
     parser.add_argument("--suite", metavar="NAME", help="run the experiment of this name (suite.py): quick, full")
     parser.add_argument("--jobs", type=int, default=2, help="cells of the suite at a time, one thread each")
     options = parser.parse_args(argv)
     if not (options.run or options.diagnose or options.suite) or bool(options.ask) != bool(options.task):
         raise UserError("say what to do: --run RUN, --run RUN --ask TEXT --task NAME, --diagnose RUN or --suite NAME")
+    if options.choices and not options.ask:
+        raise UserError("--choices needs the text that is asked about: --ask TEXT")
     if options.ask and not options.run:
         raise UserError("--ask needs the run that is to answer: --run RUN")
     if options.jobs < 1:
@@ -406,7 +416,7 @@ def main(argv: list[str]) -> None:
     if options.ask:
         stages = open_run(options.run)
         stage = next((stage for stage in stages if options.task in stage.tasks), stages[0])
-        print(f"{stage.folder} answers: {ask(stage, options.task, options.ask)}")
+        print(f"{stage.folder} answers: {ask(stage, options.task, options.ask, options.choices)}")
     elif options.run:
         for stage in open_run(options.run):
             print(evaluate_run(stage))

@@ -45,18 +45,21 @@ SWEEP_SEED = 100  # for choosing rates, and for nothing else
 LOGGED = ("step", "gates", "theta0_norms", "step_norms", "cosines", "tasks")  # of an adapter, kept from metrics.jsonl
 EVERY_K = ("talora", "pt", "deep-pt", "deep-spot", "deep-mpt")  # the other methods: 8, 32 and all examples
 
-# (--slow-rate and --fast-rate, or --prompt-rate) on the sources, --target-rate on a target: four values each. The last
-# one was added after the first three, where the best of them stood at an end.
+# (--slow-rate and --fast-rate, or --prompt-rate) on the sources, --target-rate on a target: three values each, and one
+# more at a time, twice at most, where the best of them stood at an end.
 INPUT, DEEP, SMALL = (0.01, 0.03, 0.1, 0.3), (0.05, 0.1, 0.2, 0.025), (0.001, 0.003, 0.01, 0.03)
+DEEP_TARGET, FULL = (0.02, 0.04, 0.1, 0.2), (0.0003, 0.001, 0.003, 0.0001)
 GRIDS = {
     "talora": (((0.03, 0.04), (0.06, 0.08), (0.12, 0.16), (0.24, 0.32)), (0.02, 0.04, 0.08, 0.16)),
-    **{name: (INPUT, INPUT) for name in ("pt", "spot", "spot-nearest", "attempt", "mpt")},
-    **{name: (DEEP, (0.02, 0.04, 0.1, 0.2)) for name in ("deep-pt", "deep-spot", "deep-spot-nearest")},
-    "deep-mpt": ((0.04, 0.08, 0.16, 0.02), (0.02, 0.04, 0.1, 0.2)),
+    **{name: (INPUT, INPUT) for name in ("pt", "spot", "spot-nearest", "mpt")},
+    "attempt": (INPUT, (*INPUT, 1.0)),
+    **{name: (DEEP, DEEP_TARGET) for name in ("deep-pt", "deep-spot-nearest")},
+    "deep-spot": (DEEP, (*DEEP_TARGET, 0.01)),
+    "deep-mpt": ((0.04, 0.08, 0.16, 0.02), (*DEEP_TARGET, 0.4)),
     "adapter": (SMALL, SMALL),
     "lora": (SMALL, SMALL),
-    "bitfit": ((0.003, 0.01, 0.03, 0.1), (0.003, 0.01, 0.03, 0.1)),
-    "ft": ((0.0003, 0.001, 0.003, 0.0001), (0.0003, 0.001, 0.003, 0.0001)),
+    "bitfit": ((0.003, 0.01, 0.03, 0.1, 0.3), (0.003, 0.01, 0.03, 0.1)),
+    "ft": (FULL, (*FULL, 0.00003)),
 }
 
 

@@ -60,6 +60,8 @@ def test_all_measurements_run_and_their_ratios_are_sane(run):
     assert len(waste) == 6 and waste[0] > waste[1] > 0.2, "sorting the rows of one step helps, but not enough"
     assert waste[0] > 0.5 and max(waste[2:]) <= 0.05, "a token budget keeps padding at 5 % or less"
     assert f"| {waste[0]:.1%} | 64 |" in out
+    assert [row[""] for row in tables["imports"]] == ["torch", "torch and transformers", "train.py"]
+    assert all(row["seconds"] > 0 for row in tables["imports"])
 
 
 def test_a_published_shape_with_few_layers_and_words(run):

@@ -148,7 +148,7 @@ def run(tmp_path_factory):
     return folder.parent
 
 
-TASKS = ("toy-amazon", "toy-cote_mfw")
+TASKS = ("toy-amazon", "toy-cote_mfw", "toy-c3")
 
 
 def test_a_run_answers_its_test_rows_again(run, capsys, monkeypatch):
@@ -182,6 +182,10 @@ def test_ask_answers_one_text_with_probabilities(run, capsys):
     assert shares["two"] <= 100 * first + 0.06, "a whole answer is never likelier than its first word"
     evaluate.main(["--run", str(run), "--task", "toy-cote_mfw", "--ask", text])
     assert len(capsys.readouterr().out.splitlines()) == 1  # generated
+    text += " ; food or tech"
+    evaluate.main(["--run", str(run), "--task", "toy-c3", "--ask", text, "--choices", "tech", "food"])
+    lines = capsys.readouterr().out.partition(" answers: ")[2].splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["tech", "food", "another"] and lines[0] in ("tech", "food")
 
 
 def test_diagnose_closes_the_gates(run, capsys):
@@ -191,7 +195,7 @@ def test_diagnose_closes_the_gates(run, capsys):
     rows = {t: [data.encode(e, stage.tokenizer, 128, False) for e in data.load_task(t, "dev")[:16]] for t in TASKS}
     plain = TALoRA(stage.backbone, ["a"], TALoRAConfig(3, 2))  # its gates are zero
     off = [evaluate.dev_score(plain, {t: rows[t]}, {t: 0})[1] for t in TASKS]
-    assert f"(loss {sum(off) / 2:.3f})" in out.splitlines()[0]
+    assert f"(loss {sum(off) / len(off):.3f})" in out.splitlines()[0]
     layers = [line for line in out.splitlines() if re.match(r" +\d ", line)]
     assert len(layers) == 4 and all(f"{math.tanh(0.3):.3f}" in line for line in layers)
     assert len({line.split("loss")[1] for line in layers}) == 4, "closing another layer costs another loss"
@@ -203,6 +207,8 @@ def test_diagnose_closes_the_gates(run, capsys):
     (["--run", "nowhere"], ["nowhere", "no finished stage"]),
     (["--run", "RUN", "--task", "toy-bq", "--ask", "x"], ["toy-bq", "toy-amazon, toy-cote_mfw"]),
     (["--run", "RUN", "--ask", "x"], ["--task"]),
+    (["--run", "RUN", "--task", "toy-c3", "--ask", "x"], ["toy-c3", "choices of its own", "--choices "]),
+    (["--run", "RUN", "--choices", "x"], ["--choices", "--ask"]),
     (["--ask", "x", "--task", "toy-bq"], ["--run"]),
     ([], ["--run", "--suite"]),
     (["--jobs", "many"], ["--jobs", "many", "evaluate.py --help"]),
