@@ -368,7 +368,8 @@ def diagnose(stage: Trained) -> str:
                 [gate.copy_(old) for gate, old in zip(gates, before)]
         return tuple(statistics.mean(column) for column in zip(*found))
 
-    (model, task_id), on = stage.adapter(stage.tasks[0]), dev()
+    on, adapters = dev(), [stage.adapter(task) for task in stage.tasks]  # the sources' is one and the same
+    model = adapters[0][0]
     off = dev_score(FrozenLM(stage.backbone, model.config), rows, dict.fromkeys(rows, -1))
     lines = [f"{stage.folder}: of {sum(map(len, rows.values()))} development rows {on[0]:.1%} are right (loss "
              f"{on[1]:.3f}), without the adapter {off[0]:.1%} (loss {off[1]:.3f})"]
@@ -376,13 +377,15 @@ def diagnose(stage: Trained) -> str:
         lines.append("the adapter changes next to nothing: train longer, or at higher rates")
     looks = model.diagnose()
     if "gates" in looks:
-        norms = model.prompts([task_id])[:, 0].norm(dim=-1).mean(-1).tolist()  # (L,)
-        lines += ["", "layer  |tanh g|  norm of a prompt row  right if this layer's gate is closed"]
-        for layer, (gate, norm) in enumerate(zip(looks["gates"], norms)):
+        gates = torch.tensor([one.diagnose()["gates"] for one, _ in adapters]).mean(0)  # (L,)
+        norms = torch.stack([one.prompts([i])[:, 0].norm(dim=-1).mean(-1) for one, i in adapters]).mean(0)  # (L,)
+        lines += ["", "means over the tasks",
+                  "layer  |tanh g|  norm of a prompt row  right if this layer's gate is closed"]
+        for layer, (gate, norm) in enumerate(zip(gates.tolist(), norms.tolist())):
             right, loss = dev(layer)
             lines.append(f"{layer:>5}  {gate:8.3f}  {norm:20.2f}  {right:7.1%} (loss {loss:.3f})")
-    if "cosines" in looks:
-        lines += ["", "|cos(A_i, A_j)|, mean over layers"]
+    if "cosines" in looks and set(stage.tasks) <= set(model.tasks):
+        lines += ["", "|cos| between tasks, mean over layers"]
         for task, row in zip(model.tasks, looks["cosines"]):
             lines.append(f"{task:16} " + " ".join(f"{c:5.2f}" for c in row))
     return "\n".join(lines)
@@ -402,7 +405,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--diagnose", type=Path, metavar="RUN", help="what the adapter does: gates, prompts, cosines")
     parser.add_argument("--suite", metavar="NAME", help="run the experiment of this name (suite.py): quick, full")
     parser.add_argument("--jobs", type=int, default=2, help="cells of the suite at a time, one thread each")
-    options = parser.parse_args(argv)
+    parser.add_argument("--out", help="folder for the suite's results (default: results/NAME); what stands behind -- "
+                        "are options of train.py for all its runs")
+    at = argv.index("--") if "--" in argv else len(argv)
+    options, more = parser.parse_args(argv[:at]), argv[at:]
     if not (options.run or options.diagnose or options.suite) or bool(options.ask) != bool(options.task):
         raise UserError("say what to do: --run RUN, --run RUN --ask TEXT --task NAME, --diagnose RUN or --suite NAME")
     if options.choices and not options.ask:
@@ -411,6 +417,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--ask needs the run that is to answer: --run RUN")
     if options.jobs < 1:
         raise UserError(f"--jobs is {options.jobs}, but must be at least 1")
+    if (more or options.out) and not options.suite:
+        raise UserError(f"{'--out' if options.out else ' '.join(more)} is for --suite NAME only; leave it out")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if options.ask:
@@ -425,7 +433,7 @@ def main(argv: list[str]) -> None:
             print(diagnose(stage) + "\n")
     if options.suite:  # a program of its own: it starts train.py, which needs this file
         command = [sys.executable, str(Path(__file__).parent / "suite.py"), options.suite, "--jobs", str(options.jobs)]
-        os.execv(sys.executable, command)
+        os.execv(sys.executable, [*command, *(["--out", options.out] if options.out else []), *more])
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def draw_cosines(path: Path, first: dict, last: dict) -> None:
     for axis, row, when in zip(axes, (first, last), ("before", "after")):
         image = cosine_matrix(axis, row["tasks"], row["cosines"], top)
         axis.set_title(f"{when} training (step {row['step']})")
-    figure.colorbar(image, ax=axes, label="|cos(A_i, A_j)|, mean over layers")
+    figure.colorbar(image, ax=axes, label="|cos| between tasks, mean over layers")
     save(figure, path)
 
 
@@ -118,19 +118,31 @@ def few_shot_curves(axis, shots: Sequence[int], curves: dict[str, dict[int, tupl
 
 
 def sizes_against_scores(axis, points: dict[str, tuple[int, float, float]]) -> None:
-    """Score against the numbers stored for a task; points[method] = numbers, mean, half interval in %."""
-    placed = []  # labels so far: (log of the size, height), so that a new one can step aside
-    line = 0.06 * (max(mean for _, mean, _ in points.values()) - min(mean for _, mean, _ in points.values()))
-    for method, (size, mean, half) in sorted(points.items(), key=lambda item: -item[1][1]):
-        own = method == "talora"
-        axis.errorbar(size, mean, bars([half]), fmt="D" if own else "o", color=COLOURS[1 if own else 0], capsize=2)
-        at = mean
-        while any(abs(math.log10(size) - x) < 0.45 and abs(at - y) < line for x, y in placed):
-            at -= line / 8
-        placed.append((math.log10(size), at))
-        axis.annotate(method, (size, mean), (size * 1.12, at), fontsize="small", va="center")
-    axis.set(xscale="log", xlabel="numbers stored for a target task")
-    axis.set_xlim(right=4 * max(size for size, _, _ in points.values()))
+    """Score against the numbers stored for a task; points[method] = numbers, mean, half interval in %.
+
+    The names stand in two columns beside the points, the small methods' on the left and the others' on the right, in
+    the order of their scores, so that none covers another.
+    """
+    low, high = (of(mean + sign * (0 if math.isnan(half) else half) for _, mean, half in points.values())
+                 for of, sign in ((min, -1), (max, 1)))
+    middle = statistics.median(math.log10(size) for size, _, _ in points.values())
+    for left in (True, False):
+        column = [item for item in points.items() if (math.log10(item[1][0]) < middle) == left]
+        column.sort(key=lambda item: item[1][1])
+        step = max((high - low) / 14, 1e-6)
+        at = [mean for _, (_, mean, _) in column]
+        for i in range(1, len(at)):  # from below: each at least a line above the one before ...
+            at[i] = max(at[i], at[i - 1] + step)
+        over = max(0.0, at[-1] - high) if at else 0.0
+        at = [y - over for y in at]  # ... and none above the highest bar
+        for (method, (size, mean, half)), y in zip(column, at):
+            own = method == "talora"
+            axis.errorbar(size, mean, bars([half]), fmt="D" if own else "o", color=COLOURS[1 if own else 0], capsize=2)
+            axis.annotate(method, (size, mean), (0.01 if left else 0.99, y), fontsize="small", va="center",
+                          textcoords=axis.get_yaxis_transform(), ha="left" if left else "right",
+                          arrowprops=dict(arrowstyle="-", color="#bbbbbb", linewidth=0.6, shrinkA=0, shrinkB=3))
+    sizes = [size for size, _, _ in points.values()]
+    axis.set(xscale="log", xlabel="numbers stored for a target task", xlim=(min(sizes) / 40, max(sizes) * 60))
 
 
 def difference_bars(axis, differences: dict[str, tuple[float, float, str]]) -> None:
@@ -150,6 +162,14 @@ def layer_heat_map(axis, rows: dict[str, Sequence[float]]):
     axis.set(xlabel="layer", xticks=range(len(next(iter(rows.values())))), yticks=range(len(rows)),
              yticklabels=list(rows))
     return image
+
+
+def mean_and_most(axis, values: Sequence[tuple[float, float]]) -> None:
+    """A dot at the mean and a line up to the largest value, for every row of the panels beside it."""
+    for y, (mean, most) in enumerate(values):
+        axis.plot([mean, most], [y, y], "-", color="#888888")
+        axis.plot(mean, y, "o", color=COLOURS[0])
+    axis.set_xlim(left=0)
 
 
 def bars(half: Sequence[float]) -> list[float]:

@@ -2,6 +2,7 @@ r"""The experiment: methods x seeds x settings, and what it says about the paper
 
     python evaluate.py --suite quick        ten minutes on two cores: the path, not the evidence
     python evaluate.py --suite full         hours; it can be stopped and repeated: finished cells are kept
+    python evaluate.py --suite full --out results/mine -- --data-root DIR --backbone PATH       on other data
 
 A *cell* is one run of train.py: a method or variant with a seed, its source and its target stages. A seed changes all
 that training draws: the start, the order of the batches, the k examples, and which backbone (separately pretrained ones
@@ -29,7 +30,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
@@ -39,6 +40,7 @@ import figures
 import train
 from baselines import METHODS, VARIANTS
 from checkpoint import Lock, Signals, atomic
+from config import check, parse
 from errors import Parser, RunFailed, Stopped, UserError, program
 
 SWEEP_SEED = 100  # for choosing rates, and for nothing else
@@ -163,7 +165,12 @@ def run_cells(cells: Sequence[Cell], out: Path, work: Path, jobs: int) -> None:
                         if error:
                             failed.append(f"{cell.name}: {error} (see {work / cell.folder}/output.txt)")
                             continue
-                        write_records(out, [*read(out), *future.result()])
+                        others = [r for r in read(out) if r["cell"] != cell.name]
+                        if not all(same_backbone(r, future.result()) for r in read(out) if r["cell"] == cell.name):
+                            failed.append(f"{cell.name}: made again it came out otherwise, so new cells could not be "
+                                          f"compared with those in {out}/results.jsonl; move that file away")
+                            continue
+                        write_records(out, [*others, *future.result()])
                         done += 1
                         left = (time.perf_counter() - started) / done * (len(cells) - done)
                         print(f"  {done:>3}/{len(cells)}  {cell.name:34} ETA {left // 60:.0f}:{left % 60:02.0f}",
@@ -178,6 +185,11 @@ def run_cells(cells: Sequence[Cell], out: Path, work: Path, jobs: int) -> None:
     if failed:
         raise RunFailed(f"{len(failed)} of the cells failed, the others are kept; repeat the command to go on. "
                         + "; ".join(failed))
+
+
+def same_backbone(record: dict, again: Sequence[dict]) -> bool:
+    """Whether a backbone of which results.jsonl knows has the same weights, now that it was made again."""
+    return all(record.get("weights") == new.get("weights") for new in again)
 
 
 def begin_worker() -> None:
@@ -219,7 +231,9 @@ def records_of(cell: Cell, folder: Path, seconds: int) -> list[dict]:
                   "starts": result.get("starts"), "scores": columns, "seconds": seconds,
                   "command": "python " + " ".join(cell.command), "commit": env["commit"], "torch": env["torch"],
                   "started": env["started"]}
-        if result["stage"] == "multitask":
+        if result["stage"] == "pretrain":
+            record["weights"] = result["weights"]
+        elif result["stage"] == "multitask":
             rows = figures.read_metrics(path.parent)
             record["dev"] = best_dev(rows)
             record["first"], record["last"] = ({name: row[name] for name in LOGGED if name in row} for row in
@@ -308,6 +322,7 @@ def chosen(records: Sequence[dict], method: str, kind: str, given: dict | None =
 # ------------------------------------------------------------------------------------------------ from the results
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # by degrees of freedom, from 1
+REFERENCES = ("majority", "frozen backbone", "hard instruction")
 SOURCE, REWRITTEN = ("multitask", None, ""), ("multitask", None, ", rewritten")  # (stage, shots, which test rows)
 
 
@@ -394,7 +409,7 @@ def main_table(records: Sequence[dict]) -> str:
     names = {SOURCE: "sources", REWRITTEN: "sources, rewritten"} | {
         target(k): f"targets, k = {k}" if k else "targets, full" for k in shots_in(records)}
     rows = []
-    for column in ["majority", "frozen backbone", "hard instruction", *methods_in(records, "method")]:
+    for column in (*REFERENCES, *methods_in(records, "method")):
         values = [by_seed(records, column, setting) for setting in settings]
         if any(values):
             stored = f"{numbers_of(records, column):,}" if column in METHODS else ""
@@ -426,7 +441,7 @@ def variant_table(records: Sequence[dict]) -> str:
 def task_table(records: Sequence[dict], stage: str, shots: int | None) -> str:
     """Mean over seeds of every task, by method."""
     chosen_ = [r for r in records if r["kind"] == "method" and (r["stage"], r["shots"]) == (stage, shots)]
-    columns = [c for c in methods_in(records, "method") if any(c in r["scores"] for r in chosen_)]
+    columns = [c for c in (*REFERENCES, *methods_in(records, "method")) if any(c in r["scores"] for r in chosen_)]
     tasks = list(next(iter(chosen_[0]["scores"].values())))
     rows = [[task, *(f"{100 * statistics.mean(r['scores'][c][task] for r in chosen_ if c in r['scores']):.1f}"
                      for c in columns)] for task in tasks]
@@ -484,7 +499,7 @@ def claims(records: Sequence[dict]) -> str:
         fewer = [m for m in others if 0 < sizes[m] < sizes["talora"]]
         rows.append(["fewest numbers stored for a task", "no" if fewer else "yes",
                      f"{sizes['talora']:,}" + "".join(f"; {m} {sizes[m]:,}" for m in fewer)])
-    for names, part in ((("equal-rates", "rates-swapped"), "a fast and a slow rate are needed"),
+    for names, part in ((("equal-rates", "rates-swapped"), "a fast and a slow rate (here 4 : 3) are needed"),
                         (("open-gate", "one-softmax"), "zero-initialised attention is needed"),
                         (("reg-off",), "the regulariser (cosine form) is needed")):
         found = {f"{n} ({what})": paired(by_seed(records, f"talora {n}", s), by_seed(records, "talora", s))
@@ -562,11 +577,14 @@ def draw(records: Sequence[dict], out: Path) -> None:
 
     run = next((r for r in records if r["cell"].startswith("talora seed") and r.get("last")), None)
     if run:
-        figure, axes = figures.new(1, 3, (11, 1.2 + 0.28 * (1 + len(variants))), sharey=True)
+        names = ["talora", *variants]
+        figure, axes = figures.new(1, 4, (13, 1.4 + 0.28 * len(names)), sharey=True)
         for axis, (name, title) in zip(axes, (("gates", "gates |tanh g|"), ("theta0_norms", "shared prompt |theta0|"),
                                               ("step_norms", "a task's step |s B A_i|"))):
-            figure.colorbar(figures.layer_heat_map(axis, logged(records, name, ["talora", *variants])), ax=axis)
+            figure.colorbar(figures.layer_heat_map(axis, logged(records, name, names)), ax=axis)
             axis.set_title(title)
+        figures.mean_and_most(axes[3], alignments(records, names))
+        axes[3].set(title="|cos| of two tasks", xlabel="mean (dot) and largest (bar's end)")
         figures.save(figure, out / "mechanism.png")
         figures.draw_cosines(out / "cosines.png", run["first"], run["last"])
 
@@ -604,19 +622,46 @@ def logged(records: Sequence[dict], what: str, names: Sequence[str]) -> dict[str
             for name, rows in found.items()}
 
 
+def alignments(records: Sequence[dict], names: Sequence[str]) -> list[tuple[float, float]]:
+    """|cos| of every two tasks after the multitask stage, (mean, largest) of each name; means over seeds."""
+    found = []
+    for name in names:
+        seeds = [[c for i, line in enumerate(r["last"]["cosines"]) for j, c in enumerate(line) if i < j]
+                 for r in records if r["stage"] == "multitask" and name in r["scores"]
+                 and r["kind"] in ("method", "variant") and "cosines" in r.get("last", ())]
+        found.append(tuple(statistics.mean(map(of, seeds)) if seeds else math.nan for of in (statistics.mean, max)))
+    return found
+
+
 def main(argv: list[str]) -> None:
     parser = Parser(prog="suite.py", description="Run an experiment; python evaluate.py --suite NAME.")
     parser.add_argument("name", help=", ".join(SUITES))
     parser.add_argument("--jobs", type=int, default=2, help="cells at a time, one thread each")
-    options = parser.parse_args(argv)
+    parser.add_argument("--out", type=Path, help="folder for the results (default: results/NAME)")
+    at = argv.index("--") if "--" in argv else len(argv)
+    options, more = parser.parse_args(argv[:at]), argv[at + 1 :]  # behind "--": options of train.py for every cell
     if options.jobs < 1:
         raise UserError(f"--jobs is {options.jobs}, but must be at least 1")
     if options.name not in SUITES:
         raise UserError(f"there is no suite '{options.name}'; there are {', '.join(SUITES)}")
-    work = Path("runs") / "suite" / options.name
+    suite, out = with_options(SUITES[options.name], more), options.out or Path("results") / options.name
+    work = Path("runs") / "suite" / out.name
     with Lock(work) as lock:
         lock.take()
-        run_suite(options.name, SUITES[options.name], Path("results") / options.name, work, options.jobs)
+        run_suite(options.name, suite, out, work, options.jobs)
+
+
+def with_options(suite: Suite, more: Sequence[str]) -> Suite:
+    """The suite with further options of train.py in every cell: other data, another backbone.
+
+    Raises UserError for options that train.py would refuse, and for data without a backbone that reads them.
+    """
+    asked, _ = parse([*suite.options, *more])
+    check(asked, more)
+    if asked.data_root and not asked.backbone:
+        raise UserError("a suite on other data needs one backbone for all its runs: --backbone PATH (python train.py "
+                        f"--stage pretrain --data-root {asked.data_root} makes a small one)")
+    return replace(suite, options=(*suite.options, *more), backbones=suite.backbones if not asked.backbone else (0,))
 
 
 if __name__ == "__main__":

@@ -645,12 +645,14 @@ def pretrain_stage(cfg: Config, command: str, lock: Lock) -> None:
         saving = dict(checkpoint=folder / "checkpoint.pt", signals=signals, save_every=cfg.save_every,
                       save_minutes=cfg.save_minutes)
         if cfg.data_root:
-            pretrain.pretrain_text(folder, texts, cfg.seed, cfg.pretrain_steps, cfg.pretrain_width, cfg.pretrain_layers,
-                                   cfg.max_length, max(1, 4096 // cfg.max_length), log, device, **saving)
+            model, _ = pretrain.pretrain_text(folder, texts, cfg.seed, cfg.pretrain_steps, cfg.pretrain_width,
+                                              cfg.pretrain_layers, cfg.max_length, max(1, 4096 // cfg.max_length), log,
+                                              device, **saving)
             scores = {}
         else:
-            scores = pretrain.pretrain_toy(folder, cfg.seed, cfg.pretrain_steps, log, device, **saving)[2]
-        finish(folder, {"stage": "pretrain", "seed": cfg.seed, "command": command, "scores": scores})
+            model, _, scores = pretrain.pretrain_toy(folder, cfg.seed, cfg.pretrain_steps, log, device, **saving)
+        finish(folder, {"stage": "pretrain", "seed": cfg.seed, "command": command,
+                        "weights": describe(model)["weights"], "scores": scores})
     log(f"to train on this backbone: --backbone {folder}")
 
 

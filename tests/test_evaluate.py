@@ -203,6 +203,20 @@ def test_diagnose_closes_the_gates(run, capsys):
     assert torch.equal(model.gate, torch.full((4,), 0.3)), "the gates are as they were"
 
 
+def test_diagnose_of_targets_is_a_mean_over_their_adapters(run, tmp_path, capsys):
+    stage, = evaluate.open_run(run)
+    folder = tmp_path / "target"
+    for task, gate in (("toy-amazon", 0.3), ("toy-cote_mfw", 0.9)):
+        model = TALoRA(stage.backbone, [task], TALoRAConfig(3, 2))
+        torch.nn.init.constant_(model.gate, gate)
+        model.save(folder / task / "best")
+    (folder / "options.json").write_text((run / "options.json").read_text())
+    (folder / "results.json").write_text(json.dumps({"columns": {"majority": {"toy-amazon": {}, "toy-cote_mfw": {}}}}))
+    evaluate.main(["--diagnose", str(folder)])
+    out = capsys.readouterr().out
+    assert out.count(f"{(math.tanh(0.3) + math.tanh(0.9)) / 2:.3f}") == 4 and "cos" not in out
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--run", "nowhere"], ["nowhere", "no finished stage"]),
     (["--run", "RUN", "--task", "toy-bq", "--ask", "x"], ["toy-bq", "toy-amazon, toy-cote_mfw"]),

@@ -116,6 +116,20 @@ def test_tables_hold_means_intervals_and_counts():
     assert variants[1] == VARIANTS["open-gate"].says and variants[2] == "-5.2 ± 0.7 (3): hurts"
     assert variants[4] == "+0.0 ± 0.0 (3): no effect seen"
     assert row_of(suite.task_table(RECORDS, "target", 8), "x") == ["x", "61.0", "61.3", "51.3"]
+    asked = [dict(RECORDS[0], scores={**RECORDS[0]["scores"], "majority": {"x": 0.2, "y": 0.3}})]
+    assert row_of(suite.task_table(asked, "multitask", None), "y") == ["y", "30.0", "90.0"], "with its references"
+
+
+def test_every_variant_says_what_the_paper_says():
+    assert [name for name, each in VARIANTS.items() if "[paper" not in each.says and "[printed" not in each.says] == []
+
+
+def test_how_alike_the_tasks_are_is_a_mean_over_seeds_of_mean_and_largest():
+    three = [[1, 0.2, 0.4], [0.2, 1, 0.0], [0.4, 0.0, 1]], [[1, 0.1, 0.1], [0.1, 1, 0.1], [0.1, 0.1, 1]]
+    records = [record("talora", seed, 9, last={"cosines": cosines}) for seed, cosines in enumerate(three)]
+    (mean, most), nothing = suite.alignments(records, ["talora", "talora open-gate"])
+    assert (mean, most) == (pytest.approx((0.2 + 0.1) / 2), pytest.approx((0.4 + 0.1) / 2))
+    assert all(map(math.isnan, nothing))
 
 
 def claims_of(records):
@@ -144,7 +158,7 @@ def test_a_claim_names_whom_it_compares_with_and_what_counts_for_it():
     assert claims["better than every baseline on unseen tasks, k = 8"][0] == "unclear"
     rates = [r for name, score in (("equal-rates", 90), ("rates-swapped", 90), ("slow-eighth", 70)) for r in
              seeds(f"talora {name}", (score, score + 1, score + 2), kind="variant", rewritten=80)]
-    answer = claims_of([*RECORDS, *rates])["a fast and a slow rate are needed"]
+    answer = claims_of([*RECORDS, *rates])["a fast and a slow rate (here 4 : 3) are needed"]
     assert answer[0] == "no effect seen" and "slow-eighth" not in answer[1], "more of a difference is no lack of it"
 
 
@@ -249,6 +263,39 @@ def test_a_failing_cell_is_named_and_the_others_are_kept(tiny_world, tmp_path, m
         suite.run_suite("tiny", declared, tmp_path / "out", tmp_path / "work", jobs=1)
     assert "repeat the command" in str(caught.value)
     assert [r["cell"] for r in suite.read(tmp_path / "out")] == ["talora seed 0"]
+
+
+def test_a_backbone_that_comes_out_otherwise_is_not_compared_with_the_old_one(tmp_path, monkeypatch):
+    """Runs of an earlier machine are in results.jsonl, and the backbone they were made with has to be made again."""
+    monkeypatch.setattr(suite, "ProcessPoolExecutor", Here)
+    cells = [suite.cell("backbone 1", "backbone", "", 1, tmp_path)]
+    made = {"cell": "backbone 1", "kind": "backbone", "weights": "abc"}
+    out = write(tmp_path / "out", [made, record("talora", 1, 50)])
+    monkeypatch.setattr(suite, "run_cell", lambda cell, work: [made])
+    suite.run_cells(cells, out, tmp_path, jobs=1)
+    assert [r["cell"] for r in suite.read(out)] == ["talora seed 1", "backbone 1"], "once, not twice"
+    monkeypatch.setattr(suite, "run_cell", lambda cell, work: [{**made, "weights": "other"}])
+    with pytest.raises(data.UserError, match="backbone 1: made again it came out otherwise"):
+        suite.run_cells(cells, out, tmp_path, jobs=1)
+    assert [r.get("weights") for r in suite.read(out)] == [None, "abc"]
+
+
+def test_a_suite_takes_options_of_train_for_all_its_runs(tmp_path, monkeypatch):
+    asked = ["--data-root", str(tmp_path), "--backbone", "somewhere", "--sources", "a", "--targets", "b"]
+    declared = suite.with_options(suite.SUITES["full"], asked)
+    assert declared.backbones == (0,) and declared.options[-8:] == tuple(asked)
+    assert suite.with_options(suite.SUITES["full"], ["--dev-rows", "8"]).backbones == (0, 1, 2)
+    for more, words in (([*asked[:2], *asked[4:]], "--backbone PATH"), (["--dev-rows", "0"], "--dev-rows is 0"),
+                        (["--ev"], "--ev")):
+        with pytest.raises(data.UserError, match=words):
+            suite.main(["full", "--", *more])
+    ran = []
+    monkeypatch.setattr(suite, "run_suite", lambda *arguments: ran.append(arguments))
+    monkeypatch.chdir(tmp_path)
+    suite.main(["quick", "--out", "results/mine", "--jobs", "1", "--", "--dev-rows", "8"])
+    (name, declared, out, work, jobs), = ran
+    assert (name, str(out), str(work), jobs) == ("quick", "results/mine", "runs/suite/mine", 1)
+    assert declared.options[-2:] == ("--dev-rows", "8")
 
 
 def test_a_signal_stops_the_workers_and_keeps_what_is_finished(tmp_path, monkeypatch, capsys):
