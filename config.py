@@ -108,8 +108,8 @@ class Config:
     save_minutes: float = option(10.0, NEVER, "minutes between two checkpoints at most")
     # a small backbone from scratch
     pretrain_steps: int = option(1500, "pretrain", "steps of --stage pretrain")
-    pretrain_width: int = option(128, "pretrain", "width d of a backbone made from --data-root (micro-world: 128)")
-    pretrain_layers: int = option(4, "pretrain", "layers L of a backbone made from --data-root (micro-world: 4)")
+    pretrain_width: int = option(128, "pretrain", "width d of a backbone that --stage pretrain makes")
+    pretrain_layers: int = option(4, "pretrain", "layers L of a backbone that --stage pretrain makes")
 
 
 # The rates of the large presets are ours and unswept: sweep --fast-rate and --slow-rate on development rows first.

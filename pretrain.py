@@ -253,14 +253,14 @@ def score_capabilities(model, tokenizer, seed=0, count=400):
     return scores
 
 
-def pretrain_toy(folder=toy.FOLDER, seed=0, steps=1500, log=print, device="cpu", **saving):
+def pretrain_toy(folder=toy.FOLDER, seed=0, steps=1500, width=128, layers=4, log=print, device="cpu", **saving):
     """Make the micro-world's backbone in `folder`: weights, tokenizer, scores.json; -> (model, tokenizer, scores).
 
     saving: checkpoint, signals and so on, as `pretrain` takes them.
     """
     tokenizer = toy.tokenizer()
     torch.manual_seed(seed)
-    model = new_backbone(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, width=128, layers=4).to(device)
+    model = new_backbone(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id, width, layers).to(device)
     log(f"pretraining a Qwen2 of {model.num_parameters():,} parameters on the micro-world, seed {seed}")
     losses, seconds = pretrain(model, toy_documents(seed, 36 * steps, tokenizer), tokenizer.pad_token_id, seed, steps,
                                log=log, **saving)
@@ -270,7 +270,8 @@ def pretrain_toy(folder=toy.FOLDER, seed=0, steps=1500, log=print, device="cpu",
     worst = min(scores, key=scores.get)
     log(f"{len(scores)} capabilities with the instruction in the text, mean {sum(scores.values()) / len(scores):.3f}, "
         f"worst {worst} {scores[worst]:.3f}; {seconds:.0f}s; saved in {folder}")
-    record = {"command": f"python train.py --stage pretrain --seed {seed}", "seed": seed, "steps": steps,
+    record = {"command": f"python train.py --stage pretrain --seed {seed} --pretrain-steps {steps} --pretrain-width "
+                         f"{width} --pretrain-layers {layers}", "seed": seed, "steps": steps,
               "seconds": round(seconds), "threads": torch.get_num_threads(), "torch": torch.__version__,
               "loss": round(losses[-1], 4), "scores": scores}
     (Path(folder) / "scores.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

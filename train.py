@@ -232,8 +232,9 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
                 saved = time.perf_counter()
     metrics.close()
     parallel.wait()
+    peak = f"; at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU" * (model.device.type == "cuda")
     log(f"{stage:9} done in {clock(now['seconds'])}; best on development rows: {now['best'][0]:.1%} exactly right, "
-        f"loss {-now['best'][1]:.4f}; {sampler.padding:.1%} of the tokens were padding")
+        f"loss {-now['best'][1]:.4f}; {sampler.padding:.1%} of the tokens were padding{peak}")
 
 
 def open_metrics(path: Path, logged: int, log: "Log"):
@@ -650,7 +651,8 @@ def pretrain_stage(cfg: Config, command: str, lock: Lock) -> None:
                                               device, **saving)
             scores = {}
         else:
-            model, _, scores = pretrain.pretrain_toy(folder, cfg.seed, cfg.pretrain_steps, log, device, **saving)
+            model, _, scores = pretrain.pretrain_toy(folder, cfg.seed, cfg.pretrain_steps, cfg.pretrain_width,
+                                                          cfg.pretrain_layers, log, device, **saving)
         finish(folder, {"stage": "pretrain", "seed": cfg.seed, "command": command,
                         "weights": describe(model)["weights"], "scores": scores})
     log(f"to train on this backbone: --backbone {folder}")

@@ -2,12 +2,14 @@
 
 import json
 
+import gpu
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import bench
-from config import parse
+import pretrain
+from config import check, parse
 from errors import UserError, program
 
 TINY = ["--device", "cpu", "--tokens", "160", "--batches", "2", "--repeats", "1", "--layers", "1"]
@@ -168,3 +170,19 @@ def test_what_cannot_work_is_refused_in_a_sentence(make, monkeypatch, capsys, tm
         monkeypatch.setattr(bench.os, "sysconf", lambda name: 1000)
         with pytest.raises(UserError, match=r"takes 28.6 GB, but there are 0.0 GB; make it smaller with --layers"):
             _ = make("--shape", "qwen2.5-7b", "--layers", "26").backbone
+
+
+def test_the_gpu_script_is_made_of_commands_that_can_run(tmp_path):
+    options = gpu.parser().parse_args(["--data-root", str(tmp_path), "--sources", "sanwen", "--device", "cpu"])
+    commands = gpu.commands(options)
+    assert [words[0] for words in commands] == ["bench.py"] * 2 + ["train.py"] * 4
+    for program_, *words in commands:
+        if program_ == "bench.py":
+            assert bench.parser().parse_args(words).shape in bench.SHAPES
+        else:
+            cfg, _ = parse(words)
+            check(cfg, words)
+    large = parse(commands[2][1:])[0]
+    assert (large.dtype, large.checkpointing, large.tokens_per_batch) == ("bfloat16", "on", 4096)
+    world = pretrain.new_backbone(184, 0, 1, options.width, options.layers)
+    assert 10 < world.num_parameters() / 835_712 < 11

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, Phi3Config, Qwen2Config
 
+import gating
 from gating import prefix_key_value
 from model import FAMILIES, NO_TASK, TALoRA, TALoRAConfig, describe, positions
 
@@ -836,3 +837,22 @@ def test_a_damaged_adapter_is_refused_by_the_name_of_its_tensor(harm, words, tin
     with pytest.raises(ValueError) as caught:
         TALoRA.load(tmp_path, backbone)
     assert all(word in str(caught.value) for word in [*words, str(tmp_path)])
+
+
+def test_a_mask_is_built_only_where_something_is_padded(tiny_backbone, open_adapter, monkeypatch):
+    """Without one the flash kernel can run on a GPU."""
+    masks, attention = [], gating.attention
+
+    def spy(q, k, v, mask, *rest):
+        masks.append(mask)
+        return attention(q, k, v, mask, *rest)
+
+    monkeypatch.setattr(gating, "attention", spy)
+    model = open_adapter(tiny_backbone())
+    for rows, padded in ((PROMPTS[:1] * 2, False), (PROMPTS, True)):
+        ids, mask = pad(rows)
+        masks.clear()
+        model(ids, mask, torch.arange(len(rows)))
+        texts, prompts = masks[::2], masks[1::2]
+        assert len(texts) == len(prompts) > 0 and prompts == [None] * len(prompts), "nobody is kept from the prompt"
+        assert all((mask is not None) == padded for mask in texts)

@@ -132,12 +132,13 @@ def test_pretrain_text_from_plain_texts(tmp_path):
 
 def test_a_small_toy_run_writes_everything(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "score_capabilities", partial(pretrain.score_capabilities, count=10))
-    pretrain.pretrain_toy(tmp_path, seed=3, steps=2, log=lambda line: None)
+    pretrain.pretrain_toy(tmp_path, seed=3, steps=2, width=32, layers=2, log=lambda line: None)
     record = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert record["seed"] == 3 and record["steps"] == 2 and "pretrain" in record["command"]
     assert min(record["scores"].values()) < 0.5  # two steps teach nothing, and the score says so
     assert len(record["scores"]) == 38
     model, tokenizer = toy.load_backbone(tmp_path)
     assert model.config.vocab_size == len(tokenizer) == len(toy.vocabulary())
+    assert (model.config.hidden_size, model.config.num_hidden_layers) == (32, 2)
     with pytest.raises(FileNotFoundError, match="--stage pretrain"):
         toy.load_backbone(tmp_path / "nothing")
