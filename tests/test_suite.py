@@ -9,6 +9,7 @@ import statistics
 import threading
 import time
 from multiprocessing import active_children
+from pathlib import Path
 
 import pytest
 from conftest import few_rows
@@ -80,6 +81,15 @@ def test_rates_are_chosen_on_development_rows():
     targets = [record("lora", 100, 9, kind="sweep-target", rates={"prompt_rate": s, "target_rate": t}, dev=[acc, -1])
                for s, t, acc in ((0.1, 1, 0.99), (0.3, 2, 0.7), (0.3, 3, 0.6))]
     assert suite.chosen(targets, "lora", "sweep-target", {"prompt_rate": 0.3}) == {"prompt_rate": 0.3, "target_rate": 2}
+
+
+def test_the_defaults_of_every_method_are_what_the_search_found_best():
+    records = suite.read(Path(__file__).parent.parent / "results" / "full")
+    for method in suite.SUITES["full"].methods:
+        sources = suite.chosen(records, method, "sweep-source")
+        best = sources | suite.chosen(records, method, "sweep-target", sources)
+        cfg, _ = parse(["--method", method])
+        assert best and {name: getattr(cfg, name) for name in best} == best, method
 
 
 # ------------------------------------------------------------------------------------------------------------ report
