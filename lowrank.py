@@ -79,8 +79,8 @@ def orthogonality(u: Tensor, v: Tensor, form: str = "cosine") -> Tensor:
         pairs = uu.square() * norms.unsqueeze(-1) * norms.unsqueeze(-2)  # ||A_i^T A_j||_F^2
         if form == "printed":
             pairs = pairs - 2 * uu * vv + v.shape[-1]  # ||A_i^T A_j - I||_F^2  Eq. (4)
-    others = ~torch.eye(tasks, dtype=torch.bool, device=u.device)  # (N, N): i != j
-    return pairs[..., others].mean()
+    itself = torch.eye(tasks, dtype=torch.bool, device=u.device)  # (N, N): i == j
+    return pairs.masked_fill(itself, 0).sum((-2, -1)).mean() / (tasks * (tasks - 1))
 
 
 def task_cosines(u: Tensor, v: Tensor) -> Tensor:

@@ -70,8 +70,8 @@ def test_every_training_command_parses(tmp_path, monkeypatch):
 
 def test_every_option_named_in_the_text_exists():
     options = {"--" + name.replace("_", "-") for name in vars(parse([])[0])} | {
-        "--help", "--ask", "--choices", "--task", "--diagnose", "--suite", "--jobs", "--out", "--resume", "--debug",
-        "--nproc-per-node"}
+        "--help", "--no-references", "--ask", "--choices", "--task", "--diagnose", "--suite", "--jobs", "--out",
+        "--resume", "--debug", "--nproc-per-node"}
     options |= set(re.findall(r"--[a-z]+", bench.parser().format_usage()))
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
     assert named <= options, named - options
