@@ -10,9 +10,11 @@ logged after it are cut off when training goes on, and written again by the same
 N more steps leave the same files as 2 N steps, bit for bit, but for times.
 """
 
+import copy
 import errno
 import io
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -62,6 +64,30 @@ def write_json(path: Path, value) -> None:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode())
 
 
+def read_json(path: Path, remedy: str, **form: type):
+    """What write_json wrote; UserError with the remedy if it cannot be read, or is no dictionary that holds ``form``:
+    values of these types by these names."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        wrong = [name for name, kind in form.items() if type(dict(value).get(name)) is not kind]
+        if wrong:
+            raise ValueError(f"it should hold '{wrong[0]}' as a {form[wrong[0]].__name__}")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(f"'{path}' cannot be read ({reason}); {remedy}") from error
+    return value
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError from in here names the file, which write and flush do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 class Lock:
     """One process at a time works in a folder: within this context, from the start if the folder is there, otherwise
     from `take`, which makes it. UserError if another one has it.
@@ -79,7 +105,7 @@ class Lock:
         return self
 
     def take(self) -> None:
-        if self.file or fcntl is None or os.environ.get("RANK", "0") != "0":
+        if self.file or fcntl is None or parallel.told("RANK"):
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=not self.new)  # made by another one meanwhile: FileExistsError
