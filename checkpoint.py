@@ -138,7 +138,8 @@ def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], optimizer: tor
 
 def misfit(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
     """Why tensors from a file cannot take the place of our own, by name; "" if they can."""
-    kinds, others = ({name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()} for tensors in (own, found))
+    kinds, others = ({name: f"{tuple(t.shape)} {t.dtype}" if isinstance(t, torch.Tensor) else f"a {type(t).__name__}"
+                      for name, t in tensors.items()} for tensors in (own, found))
     if kinds != others:
         name = sorted(set(kinds.items()) ^ set(others.items()))[0][0]
         return f"tensor '{name}' should be {kinds.get(name, 'absent')} and is {others.get(name, 'absent')}"
@@ -146,37 +147,81 @@ def misfit(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
     return f"it holds numbers that are not finite, in {', '.join(bad)}" if bad else ""
 
 
+def like(value, model) -> bool:
+    """Whether a value has the form of another: types, names, lengths, shapes, and no negative number for one from 0 up.
+
+    An empty list is the form of any.
+    """
+    if type(value) is not type(model):
+        return False
+    if isinstance(model, torch.Tensor):
+        return value.shape == model.shape and value.dtype == model.dtype
+    if isinstance(model, dict):
+        return value.keys() == model.keys() and all(like(value[name], own) for name, own in model.items())
+    if isinstance(model, list):
+        return not model or len(value) == len(model) and all(map(like, value, model))
+    return not isinstance(model, (int, float)) or model < 0 or 0 <= value < math.inf
+
+
+# What an optimizer keeps of a tensor that has moved: a number (True), or something of the tensor's shape.
+MOMENTS = {"AdamW": {"step": True, "exp_avg": False, "exp_avg_sq": False}, "Muon": {"momentum_buffer": False}}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, moments: dict) -> None:
+    """Take over what was kept of every tensor; rates are the options'. Raises for what does not fit."""
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, found in moments.items():
+        fits = {name: () if single else tensors[number].shape
+                for name, single in MOMENTS[type(optimizer).__name__].items()}
+        if {name: t.shape for name, t in found.items()} != fits or not all(t.isfinite().all() for t in found.values()):
+            raise ValueError(f"the optimizer's numbers for tensor {number} do not fit it, or are not finite")
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, sampler,
-                    identity: dict) -> dict:
+                    progress: dict, identity: dict) -> dict:
     """Put a checkpoint's state into the tensors, the optimizer, the sampler and the random generators -> its progress.
 
-    Raises ValueError, before anything is changed, if the file cannot be read or belongs to something else.
+    progress: what it is before the first step, which shows its form. Raises ValueError, before a tensor is changed, if
+    the file cannot be read, is not whole or belongs to something else.
     """
+    def unreadable(error: Exception) -> ValueError:  # whatever a broken file makes torch and others raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return ValueError(f"the checkpoint '{path}' cannot be read ({reason}); delete it to begin this stage anew")
+
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain numbers, never code
-        before, state, progress = dict(saved["identity"]), dict(saved["tensors"]), dict(saved["progress"])
-        rest = saved["optimizer"], saved["sampler"], saved["random"]["cpu"]
-    except Exception as error:  # whatever a broken file makes torch raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"the checkpoint '{path}' cannot be read ({reason}); delete it to begin this stage anew"
-                         ) from error
+        before, state = dict(saved["identity"]), dict(saved["tensors"])
+        wrong = misfit(tensors, state)
+    except Exception as error:
+        raise unreadable(error) from error
     for name, value in identity.items():
         if before.get(name) != value:
             raise ValueError(f"the checkpoint '{path}' belongs to another {name} ({before.get(name)}, now {value}); go "
                              "on with that one, or choose another --run")
-    wrong = misfit(tensors, state)
     if wrong:
         raise ValueError(f"the checkpoint '{path}' does not fit this stage: {wrong}; another --run, or delete it "
                          "to begin this stage anew")
-    sampler.load_state_dict(rest[1])
-    optimizer.load_state_dict(rest[0])
-    torch.set_rng_state(rest[2])
+    try:
+        for name, own in (("progress", progress), ("sampler", sampler.state_dict())):
+            if not like(saved[name], own):
+                raise ValueError(f"its {name} is not what it should be: {str(saved[name])[:80]}")
+        trial = copy.copy(sampler)
+        trial.load_state_dict(saved["sampler"])
+        trial.next()  # a place that is not in the data shows now
+        sampler.load_state_dict(saved["sampler"])
+        pair = optimizer, saved["optimizer"]
+        for one, its in zip(*pair, strict=True) if isinstance(optimizer, list) else [pair]:
+            load_optimizer(one, its["state"])
+        torch.set_rng_state(saved["random"]["cpu"])
+        if torch.cuda.is_available() and "cuda" in saved["random"]:
+            torch.cuda.set_rng_state(saved["random"]["cuda"])
+    except Exception as error:
+        raise unreadable(error) from error
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(state[name])
-    if torch.cuda.is_available() and "cuda" in saved["random"]:
-        torch.cuda.set_rng_state(saved["random"]["cuda"])
-    return progress
+    return saved["progress"]
 
 
 # -------------------------------------------------------------------------------------------------------- signals
