@@ -64,18 +64,28 @@ def write_json(path: Path, value) -> None:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode())
 
 
-def read_json(path: Path, remedy: str, **form: type):
-    """What write_json wrote; UserError with the remedy if it cannot be read, or is no dictionary that holds ``form``:
-    values of these types by these names."""
+def like(value, model) -> bool:
+    """Whether a value has the form of another: types, a dictionary's names, a list's length (of an empty one any), and
+    no negative number for one from 0 up."""
+    if type(value) is not type(model):
+        return False
+    if isinstance(model, dict):
+        return all(name in value and like(value[name], own) for name, own in model.items())
+    if isinstance(model, list):
+        return not model or len(value) == len(model) and all(map(like, value, model))
+    return not isinstance(model, (int, float)) or model < 0 or 0 <= value < math.inf
+
+
+def read_json(path: Path, remedy: str, **form):
+    """What write_json wrote; UserError with the remedy if it cannot be read, or lacks something that is like `form`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        wrong = [name for name, kind in form.items() if type(dict(value).get(name)) is not kind]
-        if wrong:
-            raise ValueError(f"it should hold '{wrong[0]}' as a {form[wrong[0]].__name__}")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+        if form and not like(value, form):
+            raise ValueError(f"{' and '.join(form)} should be in it, in the form they are written in")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"'{path}' cannot be read ({reason}); {remedy}") from error
-    return value
 
 
 @contextmanager
@@ -145,22 +155,6 @@ def misfit(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
         return f"tensor '{name}' should be {kinds.get(name, 'absent')} and is {others.get(name, 'absent')}"
     bad = [name for name, t in found.items() if not t.isfinite().all()]
     return f"it holds numbers that are not finite, in {', '.join(bad)}" if bad else ""
-
-
-def like(value, model) -> bool:
-    """Whether a value has the form of another: types, names, lengths, shapes, and no negative number for one from 0 up.
-
-    An empty list is the form of any.
-    """
-    if type(value) is not type(model):
-        return False
-    if isinstance(model, torch.Tensor):
-        return value.shape == model.shape and value.dtype == model.dtype
-    if isinstance(model, dict):
-        return value.keys() == model.keys() and all(like(value[name], own) for name, own in model.items())
-    if isinstance(model, list):
-        return not model or len(value) == len(model) and all(map(like, value, model))
-    return not isinstance(model, (int, float)) or model < 0 or 0 <= value < math.inf
 
 
 # What an optimizer keeps of a tensor that has moved: a number (True), or something of the tensor's shape.

@@ -176,9 +176,7 @@ def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:
         if os.path.isdir(typed.get(name, "")):  # its whole path: seen from another folder it is not the hub's, say
             typed[name] = str(Path(typed[name]).resolve())
     if "resume" in typed:  # the run's own options as they are, but for what is typed
-        resumed = Path(typed["resume"])
-        if not typed.pop("resume"):
-            raise UserError("--resume '' names no folder; give that of a run, such as --resume runs/toy")
+        resumed = Path(typed.pop("resume"))
         options = read_options(resumed)
         if (resumed / "env.json").exists():
             raise UserError(f"--resume '{resumed}' is a stage of a run; go on with the run: --resume {resumed.parent}")
@@ -254,7 +252,7 @@ def check(cfg: Config, argv: Sequence[str] = ()) -> None:
             zero = " or 0" * (f.name in MAY_BE_ZERO)
             problems.append(f"{flag(f.name)} is {value}, but must be a number above 0{zero}, and at most {most:g}")
         if f.type is str and not tasks.writable(value):
-            problems.append(f"{flag(f.name)} {value!r} has characters that no name has; type it anew")
+            problems.append(f"{flag(f.name)} {value!r} has characters that no name has, or is too long; type it anew")
     if cfg.method == "talora" and cfg.rank > cfg.prompt_length:
         problems.append(f"--rank is {cfg.rank}, above --prompt-length {cfg.prompt_length}: B has only that many rows, "
                         "so a larger rank adds nothing; lower it")
@@ -284,7 +282,7 @@ def check(cfg: Config, argv: Sequence[str] = ()) -> None:
     unfit = [name for name in [*sources, *targets] if not tasks.can_be_folder(name)]
     if unfit:
         problems.append(f"{unfit[0]!r} cannot be a task: its name is a folder's, without / or \\, no dot in front, no "
-                        f"ending such as {', '.join(tasks.OURS)}, and of 100 bytes at most")
+                        f"ending such as {', '.join(tasks.OURS)}, and no longer than 255 bytes")
     for names in (sources, targets):
         problems += [f"task '{name}' is named twice" for name in sorted({n for n in names if names.count(n) > 1})]
     both = [name for name in targets if name in sources]
@@ -295,16 +293,12 @@ def check(cfg: Config, argv: Sequence[str] = ()) -> None:
                         f"{cfg.max_length}; raise it or lower that")
     if cfg.pretrain_width % 8:
         problems.append(f"--pretrain-width is {cfg.pretrain_width}, but must be a multiple of 8 (4 heads of even size)")
-    try:
-        place = next(folder for folder in (Path(cfg.run).absolute(), *Path(cfg.run).absolute().parents)
-                     if folder.exists())
-        if not place.is_dir():
-            problems.append(f"--run '{cfg.run}' is a file, or in one; name a folder")
-        elif not os.access(place, os.W_OK):
-            problems.append(f"--run '{cfg.run}' cannot be written: there is no permission for {place}; name another "
-                            "folder")
-    except OSError as error:
-        problems.append(f"--run '{cfg.run}' cannot be a folder ({error.strerror}); name another one")
+    place = next(folder for folder in (Path(cfg.run).absolute(), *Path(cfg.run).absolute().parents)
+                 if os.path.exists(folder))
+    if not place.is_dir():
+        problems.append(f"--run '{cfg.run}' is a file, or in one; name a folder")
+    elif not os.access(place, os.W_OK):
+        problems.append(f"--run '{cfg.run}' cannot be written: there is no permission for {place}; name another folder")
     device, here = parallel.place(cfg.device), parallel.told("LOCAL_WORLD_SIZE")
     if device.startswith("cuda") and here > torch.cuda.device_count() > 0:
         problems.append(f"torchrun started {here} processes, but there are {torch.cuda.device_count()} GPUs; lower "
@@ -335,17 +329,15 @@ def plan(cfg: Config) -> list[str]:
 
 def read_options(folder: Path) -> dict:
     """What options.json of a run or a stage holds; UserError if it is not there, or an option is not what it can be."""
-    path, remedy = folder / "options.json", "give a folder that train.py made"
-    options, fields = read_json(path, remedy, run=str), {f.name: f for f in dataclasses.fields(Config)}
-    kinds = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    path, remedy = folder / "options.json", "give --run or --resume a folder that train.py made"
+    options, fields = read_json(path, remedy, run=""), {f.name: f for f in dataclasses.fields(Config)}
     for name, value in options.items():
-        if name not in fields:
-            raise UserError(f"'{path}' has '{name}', which is no option; {remedy}")
-        kind, choices = fields[name].type, fields[name].metadata["choices"]
-        if not (type(value) is kind or kind is float and type(value) is int):
-            raise UserError(f"'{path}' says {name} {str(value)[:80]!r}, but must say {kinds[kind]}; {remedy}")
-        if choices and value not in (*choices, fields[name].default):
-            raise UserError(f"'{path}' says {name} '{value}', but must say one of {', '.join(choices)}; {remedy}")
+        f = fields.get(name)
+        choices, kind = (f.metadata["choices"], f.type) if f else ((), None)
+        if not (type(value) is kind or kind is float and type(value) is int) or choices and value not in (
+                *choices, f.default):
+            must = f"be one of {', '.join(choices)}" if choices else f"be of type {kind.__name__}" if f else "go"
+            raise UserError(f"'{path}' says {name} {str(value)[:80]!r}, but that must {must}; {remedy}")
     return options
 
 

@@ -10,6 +10,7 @@ Amazon reviews, balanced over the stars, as Amazon. Published tasks without test
 
 from __future__ import annotations
 
+import re
 import string
 import unicodedata
 from dataclasses import dataclass
@@ -170,13 +171,13 @@ SOURCES = tuple(task.name for task in TABLE if task.role == "source")
 TARGETS = tuple(task.name for task in TABLE if task.role == "target")
 
 
-def writable(name: str) -> bool:
-    """Whether a name is text that any file system takes: no control character, no half of one (bytes of another
-    encoding)."""
-    return all(unicodedata.category(character) not in ("Cc", "Cs") for character in name)
+def writable(names: str) -> bool:
+    """Whether a path, or names with commas, can be files': no control character, no torn one, not too long."""
+    return (all(unicodedata.category(character) not in ("Cc", "Cs") for character in names) and len(names) < 3000
+            and all(len(part.encode()) < 256 for part in re.split("[/,]", names)))
 
 
 def can_be_folder(name: str) -> bool:
     """Whether a task's name can be a folder's, in the data and among the files of a run, and of no other place."""
-    return (writable(name) and not set(name) & set("/\\") and not name.startswith(".") and len(name.encode()) <= 100
+    return (writable(name) and not set(name) & set("/\\") and not name.startswith(".")
             and Path(name).suffix.lower() not in OURS)

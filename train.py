@@ -327,7 +327,7 @@ class Run:
             raise UserError(str(error)) from error
         if cfg.checkpointing == "on":
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for once in ("rows", "rewritten", "rows_of", "tokens_of", "references"):  # kept as long as the run is
+        for once in ("rows", "rewritten", "rows_of", "references"):  # kept as long as the run is
             setattr(self, once, cache(getattr(self, once)))
 
     def examples(self, task: str, split: str):
@@ -414,16 +414,11 @@ class Run:
         """Hash of all rows of a task."""
         return data.data_hash([e for split in ("train", "dev", "test") for e in self.examples(task, split)])
 
-    def tokens_of(self, task: str) -> str:
-        """Hash of the train rows of a task as this tokenizer reads them."""
-        return rows_hash({task: self.rows(task, "train")})
-
     def identity(self, stage: str) -> dict:
         """What a stage was made of beside its options: the backbone, and the rows of every task."""
         names = split_names(self.cfg.targets if stage == "target" else self.cfg.sources)
-        rows, tokens = ({name + end: of(name) for name in names}
-                        for end, of in (("", self.rows_of), (" in tokens", self.tokens_of)))
-        return {"backbone": describe(self.backbone), "data": rows | tokens}
+        read = {f"{name} in tokens": rows_hash({name: self.rows(name, "train")}) for name in names}  # by its tokenizer
+        return {"backbone": describe(self.backbone), "data": {name: self.rows_of(name) for name in names} | read}
 
     def check_identity(self, stage: str, folder: Path) -> None:
         """Refuse to build on, or go on with, what was made with another backbone or other data; before any writing."""
@@ -431,7 +426,7 @@ class Run:
         if not path.exists():
             return
         before = read_json(path, "delete it if backbone and data are those of then, or choose another --run",
-                           backbone=dict, data=dict)
+                           backbone={}, data={})
         now = self.identity(stage)
         if before["backbone"] != now["backbone"]:
             other = [name for name, value in now["backbone"].items() if before["backbone"].get(name) != value]
@@ -519,13 +514,9 @@ def target_stage(run: Run) -> None:
 
 def target_results(cfg: Config, folder: Path) -> dict:
     """What `one_target` left; UserError if it is not what that writes."""
-    path, remedy = folder / "results.json", "delete it, and this target is trained anew"
-    result = read_json(path, remedy, start=str, numbers=int, scores=dict)
-    for name in (label(cfg), label(cfg) + REWRITTEN):
-        column = result["scores"].get(name)
-        if type(column) is not dict or type(column.get("score")) is not float:
-            raise UserError(f"'{path}' has no score '{name}'; {remedy}")
-    return result
+    scores = {name: {"score": 0.0} for name in (label(cfg), label(cfg) + REWRITTEN)}
+    return read_json(folder / "results.json", "delete it, and this target is trained anew", start="", numbers=0,
+                     scores=scores)
 
 
 def one_target(run: Run, task: str, folder: Path) -> None:

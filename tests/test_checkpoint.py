@@ -249,7 +249,7 @@ def test_a_target_without_its_scores_is_refused(backbone, ended, capsys, scores)
     with harmed(path, json.dumps({"start": "", "numbers": 3, "scores": scores}).encode()):
         assert program(train.main, soak.command(backbone, ended)) == 2
     error = capsys.readouterr().err
-    assert f"'{path}' has no score 'talora'" in error and "delete it" in error
+    assert f"'{path}' cannot be read (start and numbers and scores should be in it" in error and "delete it" in error
 
 
 def test_a_table_with_odd_bytes_is_shown_all_the_same(backbone, ended, capsys):
