@@ -10,9 +10,11 @@ logged after it are cut off when training goes on, and written again by the same
 N more steps leave the same files as 2 N steps, bit for bit, but for times.
 """
 
+import copy
 import errno
 import io
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -62,6 +64,40 @@ def write_json(path: Path, value) -> None:
         file.write(json.dumps(value, indent=2, ensure_ascii=False).encode())
 
 
+def like(value, model) -> bool:
+    """Whether a value has the form of another: types, a dictionary's names, a list's length (of an empty one any), and
+    no negative number for one from 0 up."""
+    if type(value) is not type(model):
+        return False
+    if isinstance(model, dict):
+        return all(name in value and like(value[name], own) for name, own in model.items())
+    if isinstance(model, list):
+        return not model or len(value) == len(model) and all(map(like, value, model))
+    return not isinstance(model, (int, float)) or model < 0 or 0 <= value < math.inf
+
+
+def read_json(path: Path, remedy: str, **form):
+    """What write_json wrote; UserError with the remedy if it cannot be read, or lacks something that is like `form`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if form and not like(value, form):
+            raise ValueError(f"{' and '.join(form)} should be in it, in the form they are written in")
+        return value
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"'{path}' cannot be read ({reason}); {remedy}") from error
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError from in here names the file, which write and flush do not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 class Lock:
     """One process at a time works in a folder: within this context, from the start if the folder is there, otherwise
     from `take`, which makes it. UserError if another one has it.
@@ -79,7 +115,7 @@ class Lock:
         return self
 
     def take(self) -> None:
-        if self.file or fcntl is None or os.environ.get("RANK", "0") != "0":
+        if self.file or fcntl is None or parallel.told("RANK"):
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=not self.new)  # made by another one meanwhile: FileExistsError
@@ -112,7 +148,8 @@ def save_checkpoint(path: Path, tensors: dict[str, torch.Tensor], optimizer: tor
 
 def misfit(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
     """Why tensors from a file cannot take the place of our own, by name; "" if they can."""
-    kinds, others = ({name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()} for tensors in (own, found))
+    kinds, others = ({name: f"{tuple(t.shape)} {t.dtype}" if isinstance(t, torch.Tensor) else f"a {type(t).__name__}"
+                      for name, t in tensors.items()} for tensors in (own, found))
     if kinds != others:
         name = sorted(set(kinds.items()) ^ set(others.items()))[0][0]
         return f"tensor '{name}' should be {kinds.get(name, 'absent')} and is {others.get(name, 'absent')}"
@@ -120,37 +157,65 @@ def misfit(own: dict[str, torch.Tensor], found: dict[str, torch.Tensor]) -> str:
     return f"it holds numbers that are not finite, in {', '.join(bad)}" if bad else ""
 
 
+# What an optimizer keeps of a tensor that has moved: a number (True), or something of the tensor's shape.
+MOMENTS = {"AdamW": {"step": True, "exp_avg": False, "exp_avg_sq": False}, "Muon": {"momentum_buffer": False}}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, moments: dict) -> None:
+    """Take over what was kept of every tensor; rates are the options'. Raises for what does not fit."""
+    tensors = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, found in moments.items():
+        fits = {name: () if single else tensors[number].shape
+                for name, single in MOMENTS[type(optimizer).__name__].items()}
+        if {name: t.shape for name, t in found.items()} != fits or not all(t.isfinite().all() for t in found.values()):
+            raise ValueError(f"the optimizer's numbers for tensor {number} do not fit it, or are not finite")
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
 def load_checkpoint(path: Path, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, sampler,
-                    identity: dict) -> dict:
+                    progress: dict, identity: dict) -> dict:
     """Put a checkpoint's state into the tensors, the optimizer, the sampler and the random generators -> its progress.
 
-    Raises ValueError, before anything is changed, if the file cannot be read or belongs to something else.
+    progress: what it is before the first step, which shows its form. Raises ValueError, before a tensor is changed, if
+    the file cannot be read, is not whole or belongs to something else.
     """
+    def unreadable(error: Exception) -> ValueError:  # whatever a broken file makes torch and others raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return ValueError(f"the checkpoint '{path}' cannot be read ({reason}); delete it to begin this stage anew")
+
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain numbers, never code
-        before, state, progress = dict(saved["identity"]), dict(saved["tensors"]), dict(saved["progress"])
-        rest = saved["optimizer"], saved["sampler"], saved["random"]["cpu"]
-    except Exception as error:  # whatever a broken file makes torch raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"the checkpoint '{path}' cannot be read ({reason}); delete it to begin this stage anew"
-                         ) from error
+        before, state = dict(saved["identity"]), dict(saved["tensors"])
+        wrong = misfit(tensors, state)
+    except Exception as error:
+        raise unreadable(error) from error
     for name, value in identity.items():
         if before.get(name) != value:
             raise ValueError(f"the checkpoint '{path}' belongs to another {name} ({before.get(name)}, now {value}); go "
                              "on with that one, or choose another --run")
-    wrong = misfit(tensors, state)
     if wrong:
         raise ValueError(f"the checkpoint '{path}' does not fit this stage: {wrong}; another --run, or delete it "
                          "to begin this stage anew")
-    sampler.load_state_dict(rest[1])
-    optimizer.load_state_dict(rest[0])
-    torch.set_rng_state(rest[2])
+    try:
+        for name, own in (("progress", progress), ("sampler", sampler.state_dict())):
+            if not like(saved[name], own):
+                raise ValueError(f"its {name} is not what it should be: {str(saved[name])[:80]}")
+        trial = copy.copy(sampler)
+        trial.load_state_dict(saved["sampler"])
+        trial.next()  # a place that is not in the data shows now
+        sampler.load_state_dict(saved["sampler"])
+        pair = optimizer, saved["optimizer"]
+        for one, its in zip(*pair, strict=True) if isinstance(optimizer, list) else [pair]:
+            load_optimizer(one, its["state"])
+        torch.set_rng_state(saved["random"]["cpu"])
+        if torch.cuda.is_available() and "cuda" in saved["random"]:
+            torch.cuda.set_rng_state(saved["random"]["cuda"])
+    except Exception as error:
+        raise unreadable(error) from error
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(state[name])
-    if torch.cuda.is_available() and "cuda" in saved["random"]:
-        torch.cuda.set_rng_state(saved["random"]["cuda"])
-    return progress
+    return saved["progress"]
 
 
 # -------------------------------------------------------------------------------------------------------- signals

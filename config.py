@@ -9,9 +9,8 @@ changes, so that a finished stage is used again if, and only if, it would come o
 
 import argparse
 import dataclasses
-import json
-import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +21,15 @@ import parallel
 import tasks
 import toy
 from baselines import METHODS, VARIANTS, Method
+from checkpoint import read_json
 from errors import Parser, UserError
 from frozen import TALoRAConfig
 from lowrank import FORMS
 
 ORDER = ("pretrain", "base", "multitask", "target")
 MAY_BE_ZERO = ("scale", "reg_weight", "weight_decay", "save_minutes")
+MOST = {"seed": 2**32 - 1, **dict.fromkeys(("prompt_length", "rank", "pretrain_width", "pretrain_layers"), 10**4),
+        **dict.fromkeys(("base_batch", "multitask_batch", "target_batch"), 10**5), "clip": 1e12, "save_minutes": 1e12}
 NEVER = "never"  # an option that changes how a run goes, not what comes out
 
 
@@ -170,10 +172,19 @@ def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:
     parser.add_argument("--debug", action="store_true", help="show where an error came from")
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     typed.pop("debug")  # errors.py takes it
-    resumed = typed.pop("resume", "")
-    if resumed:  # the run's own options as they are, but for what is typed
-        cfg = Config(**{**read_options(Path(resumed)), "run": resumed, **typed})
-        return cfg, {"run": resumed, **typed}
+    for name in ("backbone", "data_root"):
+        if os.path.isdir(typed.get(name, "")):  # its whole path: seen from another folder it is not the hub's, say
+            typed[name] = str(Path(typed[name]).resolve())
+    if "resume" in typed:  # the run's own options as they are, but for what is typed
+        resumed = Path(typed.pop("resume"))
+        options = read_options(resumed)
+        if (resumed / "env.json").exists():
+            raise UserError(f"--resume '{resumed}' is a stage of a run; go on with the run: --resume {resumed.parent}")
+        if Path(typed.get("run", resumed)) != resumed:
+            raise UserError(f"--resume '{resumed}' goes on in that folder, but --run is '{typed['run']}'; leave one of "
+                            "them out")
+        typed["run"] = str(resumed)
+        return Config(**{**options, **typed}), typed
     preset, method = typed.get("preset", "toy"), typed.get("method", "talora")
     changed = {**PRESETS[preset], **METHOD_OPTIONS["toy" if preset == "toy" else "large"].get(method, {}), **typed}
     cfg = Config(**changed)
@@ -191,7 +202,7 @@ def parse(argv: list[str], about: str = "") -> tuple[Config, dict]:
         parts += [f"seed{cfg.seed}"] * (cfg.seed != 0)
         cfg.run = "runs/" + "-".join(parts)
     if cfg.data_root:  # whatever tasks are there
-        here = {name: [task for task in names if (Path(cfg.data_root) / task).is_dir()]
+        here = {name: [task for task in names if os.path.isdir(Path(cfg.data_root) / task)]
                 for name, names in (("sources", tasks.SOURCES), ("targets", tasks.TARGETS))}
         cfg.sources = typed.get("sources", ",".join(here["sources"]))
         cfg.targets = typed.get("targets", ",".join(here["targets"]))
@@ -233,15 +244,19 @@ def check(cfg: Config, argv: Sequence[str] = ()) -> None:
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         least = 0 if f.name in ("seed", "warmup", "tokens_per_batch") else 1
-        if f.type is int and value < least:
-            problems.append(f"{flag(f.name)} is {value}, but must be at least {least}")
-        if f.type is float and not (math.isfinite(value) and value >= 0 and (value > 0 or f.name in MAY_BE_ZERO)):
+        most = MOST.get(f.name, 10**9 if f.type is int else 10**4)
+        if f.type is int and not least <= value <= most:
+            limit = f"at least {least}" if value < least else f"at most {most}"
+            problems.append(f"{flag(f.name)} is {value}, but must be {limit}")
+        if f.type is float and not (0 <= value <= most and (value > 0 or f.name in MAY_BE_ZERO)):
             zero = " or 0" * (f.name in MAY_BE_ZERO)
-            problems.append(f"{flag(f.name)} is {value}, but must be a number above 0{zero}")
+            problems.append(f"{flag(f.name)} is {value}, but must be a number above 0{zero}, and at most {most:g}")
+        if f.type is str and not tasks.writable(value):
+            problems.append(f"{flag(f.name)} {value!r} has characters that no name has, or is too long; type it anew")
     if cfg.method == "talora" and cfg.rank > cfg.prompt_length:
         problems.append(f"--rank is {cfg.rank}, above --prompt-length {cfg.prompt_length}: B has only that many rows, "
                         "so a larger rank adds nothing; lower it")
-    if cfg.data_root and not Path(cfg.data_root).is_dir():
+    if cfg.data_root and not os.path.isdir(cfg.data_root):
         problems.append(f"--data-root '{cfg.data_root}' is no folder; it should hold <task>/train.jsonl and test.jsonl")
     try:
         shots_of(cfg)
@@ -264,9 +279,10 @@ def check(cfg: Config, argv: Sequence[str] = ()) -> None:
         problems.append(f"--base-task '{cfg.base_task}' is not among the sources {', '.join(sources)}")
     if not targets and cfg.stage in ("target", "all") and not problems:
         problems.append(f"no target task was found in '{cfg.data_root}'; name some with --targets")
-    outside = [name for name in [*sources, *targets] if name in (".", "..") or set(name) & set("/\\\0")]
-    if outside:
-        problems.append(f"'{outside[0]}' cannot be a task: a name is a folder's, without / and .. in it")
+    unfit = [name for name in [*sources, *targets] if not tasks.can_be_folder(name)]
+    if unfit:
+        problems.append(f"{unfit[0]!r} cannot be a task: its name is a folder's, without / or \\, no dot in front, no "
+                        f"ending such as {', '.join(tasks.OURS)}, and no longer than 255 bytes")
     for names in (sources, targets):
         problems += [f"task '{name}' is named twice" for name in sorted({n for n in names if names.count(n) > 1})]
     both = [name for name in targets if name in sources]
@@ -277,23 +293,26 @@ def check(cfg: Config, argv: Sequence[str] = ()) -> None:
                         f"{cfg.max_length}; raise it or lower that")
     if cfg.pretrain_width % 8:
         problems.append(f"--pretrain-width is {cfg.pretrain_width}, but must be a multiple of 8 (4 heads of even size)")
-    place = next(folder for folder in (Path(cfg.run).absolute(), *Path(cfg.run).absolute().parents) if folder.exists())
+    place = next(folder for folder in (Path(cfg.run).absolute(), *Path(cfg.run).absolute().parents)
+                 if os.path.exists(folder))
     if not place.is_dir():
         problems.append(f"--run '{cfg.run}' is a file, or in one; name a folder")
     elif not os.access(place, os.W_OK):
         problems.append(f"--run '{cfg.run}' cannot be written: there is no permission for {place}; name another folder")
-    device, here = parallel.place(cfg.device), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device, here = parallel.place(cfg.device), parallel.told("LOCAL_WORLD_SIZE")
     if device.startswith("cuda") and here > torch.cuda.device_count() > 0:
         problems.append(f"torchrun started {here} processes, but there are {torch.cuda.device_count()} GPUs; lower "
                         "--nproc-per-node")
         device = "cpu"
     try:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device):
+            raise NotImplementedError
         torch.empty(1, device=device)
         if device.startswith("cuda") and "bfloat16" in (cfg.dtype, "bfloat16" * cfg.autocast):
             if not torch.cuda.is_bf16_supported(including_emulation=False):
                 problems.append(f"--device {device} does not know bfloat16; use --dtype float32 --no-autocast")
     except (RuntimeError, AssertionError, NotImplementedError):
-        problems.append(f"--device {device} is not to be had here; use --device cpu, or auto")
+        problems.append(f"--device '{device}' is not to be had here; use --device cpu, cuda, cuda:1, mps or auto")
     if problems:
         raise UserError("; ".join(problems))
 
@@ -309,13 +328,16 @@ def plan(cfg: Config) -> list[str]:
 
 
 def read_options(folder: Path) -> dict:
-    """What options.json of a run or a stage holds; UserError if it is not there or no table of options."""
-    try:
-        options = json.loads((folder / "options.json").read_text(encoding="utf-8"))
-        method_of(Config(**options))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"'{folder}/options.json' does not hold the options of a run ({error!r}); give a folder that "
-                        "train.py made") from error
+    """What options.json of a run or a stage holds; UserError if it is not there, or an option is not what it can be."""
+    path, remedy = folder / "options.json", "give --run or --resume a folder that train.py made"
+    options, fields = read_json(path, remedy, run=""), {f.name: f for f in dataclasses.fields(Config)}
+    for name, value in options.items():
+        f = fields.get(name)
+        choices, kind = (f.metadata["choices"], f.type) if f else ((), None)
+        if not (type(value) is kind or kind is float and type(value) is int) or choices and value not in (
+                *choices, f.default):
+            must = f"be one of {', '.join(choices)}" if choices else f"be of type {kind.__name__}" if f else "go"
+            raise UserError(f"'{path}' says {name} {str(value)[:80]!r}, but that must {must}; {remedy}")
     return options
 
 

@@ -25,23 +25,46 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from errors import UserError
+
 RANK, PROCESSES = 0, 1  # which process this is, and of how many
 DEVICE = "cpu"  # where numbers that are exchanged lie
+
+
+def told(name: str) -> int:
+    """What torchrun tells a process of itself by an environment variable; without torchrun that of a process alone."""
+    alone = int(name.endswith("WORLD_SIZE"))
+    value = os.environ.get(name, str(alone))
+    if name != "WORLD_SIZE" and told("WORLD_SIZE") < 2:
+        return alone
+    if not (value.isascii() and value.isdecimal()):
+        raise UserError(f"the environment variable {name} is '{value}', but must be a whole number; start several "
+                        "processes with torchrun, which sets it, and for one process unset WORLD_SIZE")
+    return int(value)
 
 
 def place(device: str) -> str:
     """The device of this process: "auto" is a GPU if there is one; of several processes each has a GPU of its own."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device.startswith("cuda") and several else device
+    several = told("WORLD_SIZE") > 1
+    return f"cuda:{told('LOCAL_RANK')}" if device.startswith("cuda") and several else device
 
 
 def start(device: str) -> None:
-    """Join the other processes that torchrun started, if any; the first one alone goes on printing."""
+    """Join the other processes that torchrun started, if any; the first one alone goes on printing.
+
+    Raises UserError for an environment that torchrun has not made.
+    """
     global RANK, PROCESSES, DEVICE
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    processes = told("WORLD_SIZE")
+    if processes < 2:
         return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing or told("RANK") >= processes:
+        wrong = f"RANK is {os.environ['RANK']}" if not missing else f"{missing[0]} is not set"
+        raise UserError(f"the environment variable WORLD_SIZE is {processes}, but {wrong}; start several processes "
+                        "with torchrun, which sets both, and for one process unset WORLD_SIZE")
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")

@@ -146,7 +146,7 @@ def pretrain(model, documents, pad_id, seed, steps, row_tokens=ROW_TOKENS, rows_
     identity = {"text": hashlib.sha256(packed[0].numpy().tobytes()).hexdigest()[:16]}
     if checkpoint and checkpoint.exists():
         try:
-            now = load_checkpoint(checkpoint, model.state_dict(), optimizers, epochs, identity)
+            now = load_checkpoint(checkpoint, model.state_dict(), optimizers, epochs, now, identity)
         except ValueError as error:
             raise UserError(str(error)) from error
         log(f"pretrain goes on after step {len(now['losses'])} of {steps}")

@@ -46,7 +46,7 @@ import parallel
 import pretrain
 from backbone import load_backbone
 from baselines import InputPrompts, Method
-from checkpoint import Lock, Signals, atomic, load_checkpoint, save_checkpoint, write_json
+from checkpoint import Lock, Signals, atomic, load_checkpoint, naming, read_json, save_checkpoint, write_json
 from config import (
     ORDER,
     Config,
@@ -139,11 +139,16 @@ def train_step(model: FrozenLM, optimizer: torch.optim.Optimizer, batches: list[
     if not all(map(math.isfinite, measured.values())):
         tasks = sorted({model.tasks[i] if i >= 0 else "theta0 alone" for b in batches for i in b.task_ids.tolist()})
         raise RunFailed(f"the numbers went bad (loss {measured['loss']:.3g}, gradient norm {norm:.3g}) in a batch of "
-                        f"{', '.join(tasks)}; no weight was changed: try lower rates ("
-                        + ", ".join(f"{flag(group['name'] + '_rate')} {group['initial']:g}" for group in
-                                    optimizer.param_groups) + ") in another --run")
+                        f"{', '.join(tasks)}; no weight was changed: {lower(optimizer)}")
     optimizer.step()
     return measured
+
+
+def lower(optimizer: torch.optim.Optimizer) -> str:
+    """What to do about numbers that went bad."""
+    rates = dict.fromkeys(f"{flag(group['name'] + '_rate')} {group['initial']:g}" for group in optimizer.param_groups)
+    decay = max(group["weight_decay"] for group in optimizer.param_groups)
+    return f"try lower rates ({', '.join([*rates, *[f'--weight-decay {decay:g}'] * (decay > 0)])}) in another --run"
 
 
 def autocast(cfg: Config, device: torch.device):
@@ -173,7 +178,10 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
     checkpoint, identity = folder / "checkpoint.pt", {"backbone": model.described, "train rows": rows_hash(train)}
     if checkpoint.exists():
         try:
-            now = load_checkpoint(checkpoint, model.adapter_state(), optimizer, sampler, identity)
+            now = load_checkpoint(checkpoint, model.adapter_state(), optimizer, sampler, now, identity)
+            if now["step"] > steps:
+                raise ValueError(f"the checkpoint '{checkpoint}' says {now['step']} steps were done of {steps}; delete "
+                                 "it to begin this stage anew")
         except ValueError as error:
             raise UserError(str(error)) from error
         log(f"{stage:9} goes on after step {now['step']} of {steps}")
@@ -183,12 +191,23 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
 
     def record(**row):
         row = {**row, **model.diagnose()}
-        metrics.write(json.dumps(row) + "\n")
-        metrics.flush()
+        with naming(folder / "metrics.jsonl"):
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
         return row
 
+    def sound(loss=0.0):
+        """Raise RunFailed rather than keep what is not finite: a step from good numbers can end in bad ones."""
+        bad = [name for name in learns if not model.get_parameter(name).isfinite().all()]
+        if bad or not math.isfinite(loss):
+            what = f"{len(bad)} tensors, {bad[0]} first" if bad else f"the loss on development rows, {loss}"
+            raise RunFailed(f"{stage}, step {now['step']}: numbers went bad ({what}), and are not saved: "
+                            f"{lower(optimizer)}; the last good state is in {checkpoint}")
+
     def save():
-        os.fsync(metrics.fileno())
+        sound()
+        with naming(folder / "metrics.jsonl"):
+            os.fsync(metrics.fileno())
         now.update(seconds=time.perf_counter() - started, logged=os.fstat(metrics.fileno()).st_size)
         model.save(folder / "last")
         save_checkpoint(checkpoint, model.adapter_state(), optimizer, sampler, now, identity)
@@ -223,6 +242,7 @@ def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]]
             due = done % cfg.save_every == 0 or time.perf_counter() - saved > 60 * cfg.save_minutes or done == steps
             if done % cfg.eval_every == 0 or done == steps:
                 right, loss = evaluate.dev_score(model, dev, task_ids)
+                sound(loss)
                 record(step=done, dev_accuracy=right, dev_loss=loss)
                 if [right, -loss] > now["best"]:
                     now["best"], due = [right, -loss], True  # best/ and the checkpoint belong together
@@ -398,14 +418,17 @@ class Run:
     def identity(self, stage: str) -> dict:
         """What a stage was made of beside its options: the backbone, and the rows of every task."""
         names = split_names(self.cfg.targets if stage == "target" else self.cfg.sources)
-        return {"backbone": describe(self.backbone), "data": {name: self.rows_of(name) for name in names}}
+        read = {f"{name} in tokens": rows_hash({name: self.rows(name, "train")}) for name in names}  # by its tokenizer
+        return {"backbone": describe(self.backbone), "data": {name: self.rows_of(name) for name in names} | read}
 
     def check_identity(self, stage: str, folder: Path) -> None:
         """Refuse to build on, or go on with, what was made with another backbone or other data; before any writing."""
         path = folder / "identity.json"
         if not path.exists():
             return
-        before, now = json.loads(path.read_text(encoding="utf-8")), self.identity(stage)
+        before = read_json(path, "delete it if backbone and data are those of then, or choose another --run",
+                           backbone={}, data={})
+        now = self.identity(stage)
         if before["backbone"] != now["backbone"]:
             other = [name for name, value in now["backbone"].items() if before["backbone"].get(name) != value]
             raise UserError(f"{folder} was made with another backbone (other {', '.join(other)}); go on with that one, "
@@ -433,8 +456,8 @@ def begin(folder: Path, cfg: Config, command: str, log: "Log") -> None:
         if changed:
             log(f"options changed since it began: {', '.join(changed)}")
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "env.json", environment(command))  # first: it marks a stage's options.json as no run's
     write_json(folder / "options.json", dataclasses.asdict(cfg))
-    write_json(folder / "env.json", environment(command))
 
 
 def base_stage(run: Run) -> None:
@@ -479,7 +502,7 @@ def target_stage(run: Run) -> None:
         if not (folder / task / "results.json").exists():
             run.log(f"\n-- {task}")
             one_target(run, task, folder / task)
-        result = json.loads((folder / task / "results.json").read_text(encoding="utf-8"))
+        result = target_results(cfg, folder / task)
         numbers = result["numbers"]
         if result["start"]:
             starts[task] = result["start"]
@@ -488,6 +511,13 @@ def target_stage(run: Run) -> None:
     if cfg.pictures:
         figures.draw_targets(folder, targets)
     report(run, folder, "target", columns, shots=int(cfg.shots), starts=starts, numbers=numbers)
+
+
+def target_results(cfg: Config, folder: Path) -> dict:
+    """What `one_target` left; UserError if it is not what that writes."""
+    scores = {name: {"score": 0.0} for name in (label(cfg), label(cfg) + REWRITTEN)}
+    return read_json(folder / "results.json", "delete it, and this target is trained anew", start="", numbers=0,
+                     scores=scores)
 
 
 def one_target(run: Run, task: str, folder: Path) -> None:
@@ -589,7 +619,7 @@ class Log:
             sys.stdout = open(os.devnull, "w", encoding="utf-8")
         if parallel.RANK == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
+            with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
 
@@ -612,22 +642,29 @@ def environment(command: str) -> dict:
             "started": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
-def finished(cfg: Config, stage: str) -> bool:
-    """Whether the run holds this stage; UserError if it, or a part of it, was made with other options that matter."""
-    folder = stage_folder(cfg, stage)
+def finished(cfg: Config, stage: str) -> tuple[bool, list[str]]:
+    """Whether the run holds this stage; UserError if it, or a part of it, was made with other options that matter.
+
+    Backbone and data may lie in other places than they did, if identity.json says what they were: those are returned.
+    """
+    folder, moved = stage_folder(cfg, stage), []
     done = (folder / "results.json").exists()
+    for result in folder.glob("*/results.json"):
+        target_results(cfg, result.parent)
     for path in [folder] * done + [result.parent for result in folder.glob("*/results.json")]:
         clear(path)
     if done or any(folder.glob("**/checkpoint.pt")) or any(folder.glob("*/results.json")):
         before, now = read_options(folder), dataclasses.asdict(cfg)
-        other = [f"{flag(name)} {before.get(name)} (now {now[name]})" for name in depends(stage)
-                 if before.get(name) != now[name]]
+        other = {name: f"{flag(name)} {before.get(name)} (now {now[name]})" for name in depends(stage)
+                 if before.get(name) != now[name]}
+        if (folder / "identity.json").exists():
+            moved = [other.pop(name) for name in ("backbone", "data_root") if name in other]
         if other:
             raise UserError(f"{folder} holds {'a finished' if done else 'an unfinished'} stage made with "
-                            f"{', '.join(other)}; choose another folder with --run, or delete this one")
+                            f"{', '.join(other.values())}; choose another folder with --run, or delete this one")
         if not done:
             print(f"{folder} holds an unfinished stage: it goes on")
-    return done
+    return done, moved
 
 
 def pretrain_stage(cfg: Config, command: str, lock: Lock) -> None:
@@ -643,6 +680,7 @@ def pretrain_stage(cfg: Config, command: str, lock: Lock) -> None:
         lock.take()
         log(f"\n== pretrain: the backbone goes to {folder}/")
         begin(folder, cfg, command, log)
+        write_json(Path(cfg.run) / "options.json", dataclasses.asdict(cfg) | {"backbone": ""})  # for --resume
         saving = dict(checkpoint=folder / "checkpoint.pt", signals=signals, save_every=cfg.save_every,
                       save_minutes=cfg.save_minutes)
         if cfg.data_root:
@@ -674,10 +712,12 @@ def work(cfg: Config, changed: dict, argv: list[str], lock: Lock) -> None:
         transformers.logging.disable_progress_bar()
     command, stages = "python train.py " + " ".join(argv), plan(cfg)
     if "pretrain" in stages and cfg.stage != "pretrain":
-        cfg.backbone = str(stage_folder(cfg, "pretrain"))  # the run makes its own
+        cfg.backbone = str(stage_folder(cfg, "pretrain").resolve())  # the run makes its own
     jobs = [(stage, dataclasses.replace(cfg, shots=str(shots)) if stage == "target" else cfg)
             for stage in stages for shots in (shots_of(cfg) if stage == "target" else [0])]
-    todo = [(stage, stage_cfg) for stage, stage_cfg in jobs if not finished(stage_cfg, stage)]
+    found = [finished(stage_cfg, stage) for stage, stage_cfg in jobs]
+    todo = [job for job, (done, _) in zip(jobs, found) if not done]
+    moved = dict.fromkeys(place for _, places in found for place in places)
     print(f"run {cfg.run}/ on {parallel.place(cfg.device)}; options: "
           + ", ".join(f"{flag(n)} {v}" for n, v in changed.items()))
     sources, targets = split_names(cfg.sources), split_names(cfg.targets)
@@ -700,7 +740,7 @@ def work(cfg: Config, changed: dict, argv: list[str], lock: Lock) -> None:
                             "train.py --stage pretrain and the other options of this command")
         pretrain_stage(cfg, command, lock)
         todo.pop(0)
-    if todo:
+    if todo or moved:
         with Signals() as signals:
             run = Run(cfg, command, signals)
             run.check_rows(needed)
@@ -709,16 +749,19 @@ def work(cfg: Config, changed: dict, argv: list[str], lock: Lock) -> None:
                     run.check_identity(stage, stage_folder(run.cfg, stage))
             lock.take()
             parallel.wait()  # every process has seen the run's folder as it was
+            if moved:
+                run.log(f"another place, the same in it: {', '.join(moved)}")
             run.folder.mkdir(parents=True, exist_ok=True)
             write_json(run.folder / "options.json", dataclasses.asdict(cfg))
             for stage, run.cfg in todo:
                 {"base": base_stage, "multitask": multitask_stage, "target": target_stage}[stage](run)
+    if todo:
         return
     for stage, stage_cfg in jobs:
         folder = stage_folder(stage_cfg, stage)
         print(f"{folder}/ is finished, nothing more to do")
         if (folder / "table.md").exists():
-            print((folder / "table.md").read_text(encoding="utf-8"))
+            print((folder / "table.md").read_text(encoding="utf-8", errors="replace"))
 
 
 if __name__ == "__main__":

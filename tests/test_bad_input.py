@@ -1,5 +1,7 @@
 """Everything a user can do wrong: one sentence with the value, the limit and the remedy, before anything is written."""
 
+import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -11,11 +13,12 @@ import torch
 from conftest import few_rows
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import parallel
 import toy
 import train
 from baselines import METHODS
 from config import parse, unread
-from errors import UserError
+from errors import UserError, program
 
 ROOT = Path(__file__).parent.parent
 
@@ -128,6 +131,17 @@ def bad_backbone(tmp_path, kind, good):
     return str(folder)
 
 
+def bad_options(tmp_path, asked):
+    """{options:TEXT}: the folder of a run with this text for its options; {options}/STAGE: a good run's stage."""
+    folder = tmp_path / "options"
+    (folder / "multitask").mkdir(parents=True)
+    good = json.dumps(dataclasses.asdict(parse([])[0]))
+    for name in ("options.json", "multitask/options.json"):
+        (folder / name).write_text(asked[9:-1] if asked.startswith("{options:") else good)
+    (folder / "multitask/env.json").write_text("{}")
+    return str(folder) + asked[9:] * asked.startswith("{options}")
+
+
 BAD = [  # options (a function of a folder and a good backbone) and what the sentence must name
     (["--stage", "train"], ["train", "multitask"]),
     (["--preset", "huge"], ["huge", "qwen2.5-7b"]),
@@ -206,13 +220,49 @@ BAD = [  # options (a function of a folder and a good backbone) and what the sen
     (["--variant", "no-base", "--prompt-rate", "1"], ["--variant no-base does not read --prompt-rate; leave it out"]),
     (["--method", "mpt", "--no-gate-per-head", "--scale", "2"], ["mpt does not read --scale, --gate-per-head"]),
     (["--variant", "open-gate", "--gate-per-head"], ["open-gate does not read --gate-per-head"]),
+    (["--seed", str(2**63)], [f"--seed is {2**63}, but must be at most 4294967295"]),
+    (["--prompt-length", str(10**9)], ["--prompt-length is 1000000000", "at most 10000"]),
+    (["--pretrain-width", str(8 * 10**9)], ["--pretrain-width is 8000000000", "at most 10000"]),
+    (["--target-batch", str(10**9)], ["--target-batch is 1000000000", "at most 100000"]),
+    (["--fast-rate", "1e38"], ["--fast-rate is 1e+38", "above 0, and at most 10000"]),
+    (["--weight-decay", "1e30"], ["--weight-decay is 1e+30", "above 0 or 0, and at most 10000"]),
+    *((["--device", name], [f"--device '{name}'", "cpu, cuda, cuda:1, mps or auto"])
+      for name in ("meta", "privateuseone", "cpu:7", "", "cuda:x")),
+    *((["--targets", name], [repr(name), "cannot be a task", "255 bytes"])
+      for name in ("results.json", "x.part", "a.PT", ".hidden", "..", "a\\b", "a\x07b", "名" * 86)),
+    (["--run", "{tmp}/new\udcff"], ["new\\udcff'", "encoding"]),
+    (["--run", "{tmp}/a\0b"], ["--run", "a\\x00b'", "characters that no name has"]),
+    (["--run", "{tmp}/" + "x" * 300], ["--run", "xxx", "too long"]),
+    (["--data-root", "{tmp}/" + "x" * 5000], ["--data-root", "too long", "is no folder"]),
+    (["--backbone", "{tmp}/" + "x" * 300], ["--backbone", "xxx", "too long"]),
+    (["--resume", ""], ["'options.json' cannot be read", "--resume a folder"]),
+    (["--resume", "{options}", "--run", "{tmp}/other"], ["--resume '", "--run is '", "other'; leave one of them out"]),
+    (["--resume", "{options}/multitask"], ["options/multitask' is a stage", "with the run: --resume ", "options"]),
+    *((["--resume", "{options:" + text + "}"], ["options.json'", *named]) for text, named in (
+        ('{"run": "r", "seed": "x"}', ["seed 'x'", "of type int"]),
+        ('{"run": "r", "seed": true}', ["seed 'True'", "of type int"]),
+        ('{"run": "r", "fast_rate": null}', ["fast_rate 'None'", "of type float"]),
+        ('{"run": "r", "sources": ["a"]}', ["sources", "of type str"]),
+        ('{"run": "r", "shots": 8}', ["shots '8'", "of type str"]),
+        ('{"run": "r", "device": 7}', ["device '7'", "of type str"]),
+        ('{"run": "r", "backbone": 3}', ["backbone '3'", "of type str"]),
+        ('{"run": "r", "references": "no"}', ["references 'no'", "of type bool"]),
+        ('{"run": "r", "dtype": "float7"}', ["dtype 'float7'", "one of float32, bfloat16"]),
+        ('{"run": "r", "regulariser": "nope"}', ["regulariser 'nope'", "cosine"]),
+        ('{"run": "r", "method": "magic"}', ["method 'magic'", "talora"]),
+        ('{"run": "r", "colour": 3}', ["colour '3'", "must go"]),
+        ('{"run": 3}', ["run should be in it"]), ("[]", ["run should be in it"]), ("3", ["cannot be"]),
+        ("", ["cannot be read"]), ("[" * 100_000, ["cannot be read"]),
+        ('{"run": "r", "seed": ' + "9" * 5000 + "}", ["cannot be read"]))),
 ]
 
 
-@pytest.mark.parametrize("options, named", BAD, ids=[" ".join(options) for options, _ in BAD])
+@pytest.mark.parametrize("options, named", BAD, ids=[ascii(" ".join(options))[1:70] for options, _ in BAD])
 def test_it_is_one_sentence_before_anything_is_written(options, named, tmp_path, backbone_folder):
     def filled(option):
         kind = option.partition(":")[2].rstrip("}")
+        if option.startswith("{options"):
+            return bad_options(tmp_path, option)
         if option.startswith("{data:"):
             return bad_data(tmp_path, kind)
         return bad_backbone(tmp_path, kind, backbone_folder) if option.startswith("{backbone:") else option.replace(
@@ -222,7 +272,7 @@ def test_it_is_one_sentence_before_anything_is_written(options, named, tmp_path,
     (tmp_path / "a-file").write_text("")
     command = [*map(filled, options)]
     with pytest.raises(UserError) as caught:
-        train.main(command if "--run" in options else [*command, "--run", str(run)])
+        train.main(command if {"--run", "--resume"} & {*options} else [*command, "--run", str(run)])
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert all(name in sentence for name in named), sentence
@@ -233,6 +283,71 @@ def test_exit_code_and_no_traceback():
     out = subprocess.run([sys.executable, "train.py", "--stage", "nope"], cwd=ROOT, capture_output=True, text=True)
     assert out.returncode == 2 and out.stderr.startswith("error: ") and "Traceback" not in out.stderr
     assert len(out.stderr.strip().splitlines()) == 1
+
+
+TORCHRUN = {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize("environment, named", [
+    ({"WORLD_SIZE": "abc"}, ["WORLD_SIZE is 'abc'"]),
+    ({"WORLD_SIZE": ""}, ["WORLD_SIZE is ''"]),
+    ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": ""}, ["LOCAL_WORLD_SIZE is ''"]),
+    ({"WORLD_SIZE": "2"}, ["WORLD_SIZE is 2, but RANK is not set"]),
+    ({"WORLD_SIZE": "2", "RANK": "0"}, ["WORLD_SIZE is 2, but MASTER_ADDR is not set"]),
+    ({"WORLD_SIZE": "2", "RANK": "one", **TORCHRUN}, ["RANK is 'one'"]),
+    ({"WORLD_SIZE": "2", "RANK": "5", **TORCHRUN}, ["WORLD_SIZE is 2, but RANK is 5"]),
+])
+def test_an_environment_that_torchrun_has_not_made(environment, named, tmp_path, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(parallel.dist, "init_process_group", pytest.fail)
+    monkeypatch.setenv("RANK", environment.get("RANK", "x"))
+    if "RANK" not in environment:
+        monkeypatch.delenv("RANK")
+    code, error = program(train.main, ["--run", str(tmp_path / "run")]), capsys.readouterr().err
+    if error or environment.get("RANK", "0") == "0":  # another process says what is wrong
+        assert code == 2 and "unset WORLD_SIZE" in error and all(name in error for name in named), error
+    assert code == 2 and len(error.splitlines()) <= 1 and not (tmp_path / "run").exists()
+
+
+def test_of_several_processes_the_first_says_what_is_wrong(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")  # without WORLD_SIZE it means nothing
+    assert program(train.main, ["--stage", "nope"]) == 2 and "nope" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert program(train.main, ["--stage", "nope"]) == 2 and not capsys.readouterr().err
+
+
+def test_a_terminal_that_lacks_letters_shows_their_numbers(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+
+    def main(_):
+        print("新闻")
+        raise UserError("情感")
+
+    assert program(main, []) == 2
+    sys.stdout.flush(), sys.stderr.flush()
+    assert sys.stdout.buffer.getvalue() == rb"\u65b0\u95fb" + b"\n"
+    assert sys.stderr.buffer.getvalue() == rb"error: \u60c5\u611f" + b"\n"
+
+
+def test_without_a_terminal_nothing_is_printed(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert program(lambda _: sys.stdout.write("x"), []) == 0
+    assert program(lambda _: train.main(["--stage", "x"]), []) == 2
+
+
+def test_standard_output_that_is_full_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    assert program(lambda _: print("x"), []) == 1
+    assert capsys.readouterr().err.startswith("error: standard output: No space left on device; ")
+    sys.stdout.close()  # what is left in it no longer matters
+
+
+def test_a_long_name_is_shortened(tmp_path, capsys):
+    assert program(train.main, ["--run", str(tmp_path / ("x" * 5000))]) == 2
+    assert len(capsys.readouterr().err) < 400
 
 
 def test_several_problems_are_reported_together(tmp_path):

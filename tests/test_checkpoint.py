@@ -4,14 +4,17 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2ForCausalLM
 
 import checkpoint
@@ -21,6 +24,7 @@ import figures
 import pretrain
 import toy
 import train
+from config import parse
 from errors import RunFailed, Stopped, UserError, program
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -94,6 +98,18 @@ def test_a_run_on_a_full_disk_goes_on_when_there_is_room(backbone, tmp_path, mon
     assert soak.left(tmp_path / "run") == soak.left(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["base/metrics.jsonl", "log.txt"])
+def test_a_full_disk_while_something_is_logged_names_the_file(backbone, tmp_path, monkeypatch, capsys, name):
+    (tmp_path / "run").mkdir()
+    if name == "log.txt":
+        (tmp_path / "run/log.txt").symlink_to("/dev/full")
+    else:
+        monkeypatch.setattr(train, "open_metrics", lambda *_: open("/dev/full", "a"))
+    assert program(train.main, soak.command(backbone, tmp_path / "run")) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path}/run/{name}: No space left on device; "), error
+
+
 # ----------------------------------------------------------------------------------------------------------- going on
 
 @pytest.mark.parametrize("method", ["talora", "spot"])
@@ -153,6 +169,21 @@ def test_what_is_logged_before_the_first_step_is_not_logged_again(backbone, tmp_
     assert soak.left(tmp_path / "run") == soak.left(tmp_path / "whole")
 
 
+def test_checkpoints_by_minutes(backbone, tmp_path, monkeypatch):
+    """A kill in step 3 finds the checkpoint of step 2, though none is due by steps."""
+    whole, count = train.train_step, [0]
+
+    def two_steps(*arguments):
+        count[0] += 1
+        return whole(*arguments) if count[0] < 3 else killed()
+
+    monkeypatch.setattr(train, "train_step", two_steps)
+    often = "--save-every", "1000", "--save-minutes", "1e-9"
+    assert program(train.main, soak.command(backbone, tmp_path / "run", *often)) == 130
+    state = torch.load(tmp_path / "run/base/checkpoint.pt", weights_only=True)
+    assert state["progress"]["step"] == 2
+
+
 def test_a_second_signal_does_not_wait():
     with checkpoint.Signals() as signals:
         with pytest.raises(Stopped), signals.finishing(pytest.fail):
@@ -165,13 +196,102 @@ def test_a_second_signal_does_not_wait():
     assert stopped.value.code == 143
 
 
-@pytest.fixture
-def interrupted(backbone, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def stopped(backbone, tmp_path_factory):
     """A run that was stopped in its multitask stage."""
-    with monkeypatch.context() as patched:
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patched:
         stop_at(patched, "multitask", 9)
-        assert program(train.main, soak.command(backbone, tmp_path / "run")) == 143
-    return tmp_path / "run"
+        assert program(train.main, soak.command(backbone, run)) == 143
+    return run
+
+
+@pytest.fixture
+def interrupted(stopped, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(stopped, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def ended(backbone, tmp_path_factory):
+    """A run that is finished."""
+    run = tmp_path_factory.mktemp("ended") / "run"
+    train.main(soak.command(backbone, run))
+    return run
+
+
+@contextmanager
+def harmed(path: Path, content: bytes):
+    """A file with other content, for a while."""
+    before = path.read_bytes()
+    path.write_bytes(content)
+    yield
+    path.write_bytes(before)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"backbone": {}, "data', b'{"backbone": [], "data": {}}',
+                                     bytes(range(256)), b"[" * 100_000],
+                         ids=["empty", "nothing in it", "a list", "cut short", "of other types", "binary", "too deep"])
+@pytest.mark.parametrize("name", ["base/identity.json", "target-8-shot/toy-drcd/results.json"])
+def test_a_broken_file_of_a_run_is_refused_by_name(backbone, stopped, ended, capsys, name, content):
+    run = stopped if "identity" in name else ended
+    before = soak.left(run)
+    with harmed(run / name, content):
+        assert program(train.main, soak.command(backbone, run)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]  # a bar shows how weights are loaded
+    assert error.startswith(f"error: '{run / name}' cannot be read (") and "delete it" in error and len(error) < 500
+    assert soak.left(run) == before
+
+
+@pytest.mark.parametrize("scores", [{}, {"talora": 3, "talora, rewritten": {}}, {"talora": {"score": "x"}}])
+def test_a_target_without_its_scores_is_refused(backbone, ended, capsys, scores):
+    path = ended / "target-8-shot/toy-finre/results.json"
+    with harmed(path, json.dumps({"start": "", "numbers": 3, "scores": scores}).encode()):
+        assert program(train.main, soak.command(backbone, ended)) == 2
+    error = capsys.readouterr().err
+    assert f"'{path}' cannot be read (start and numbers and scores should be in it" in error and "delete it" in error
+
+
+def test_a_table_with_odd_bytes_is_shown_all_the_same(backbone, ended, capsys):
+    with harmed(ended / "multitask/table.md", b"| task \xff |"):
+        assert program(train.main, soak.command(backbone, ended)) == 0
+    assert "| task" in capsys.readouterr().out
+
+
+def test_the_same_things_in_another_place_are_the_same(backbone, ended, tmp_path, monkeypatch, capsys):
+    """A folder however it is written, a copy of it; but not one with other weights or another tokenizer in it."""
+    monkeypatch.chdir(backbone.parent)
+    for folder in ("backbone", "./backbone/", "../" + backbone.parent.name + "/backbone"):
+        cfg, _ = parse(["--backbone", folder, "--data-root", folder])
+        assert cfg.backbone == cfg.data_root == str(backbone.resolve())
+    copy, command = shutil.copytree(backbone, tmp_path / "copy"), soak.command("backbone", ended)
+    assert program(train.main, command) == 0 and "another place" not in capsys.readouterr().out
+    again = soak.command(copy, ended)
+    assert program(train.main, again) == 0
+    said = f"another place, the same in it: --backbone {backbone.resolve()} (now {copy})"
+    assert said in capsys.readouterr().out and said in (ended / "log.txt").read_text()
+    words = json.loads((copy / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["the"], vocabulary["was"] = vocabulary["was"], vocabulary["the"]
+    with harmed(copy / "tokenizer.json", json.dumps(words).encode()):
+        assert program(train.main, again) == 2
+    assert "made with other rows of toy-amazon in tokens" in capsys.readouterr().err
+    save_file({name: t + 1 for name, t in load_file(copy / "model.safetensors").items()}, copy / "model.safetensors",
+              {"format": "pt"})
+    assert program(train.main, again) == 2
+    assert f"{ended}/base was made with another backbone (other weights)" in capsys.readouterr().err
+
+
+def test_another_backbone_in_the_same_folder_is_refused(backbone, tmp_path, capsys):
+    """A finished stage is not built upon if the weights of its backbone were overwritten."""
+    own, run = shutil.copytree(backbone, tmp_path / "own"), tmp_path / "run"
+    train.main(soak.command(own, run, "--stage", "base"))
+    weights = own / "model.safetensors"
+    save_file({name: -t for name, t in load_file(weights).items()}, weights, {"format": "pt"})
+    before = soak.left(run)
+    assert program(train.main, soak.command(own, run)) == 2
+    assert f"{run}/base was made with another backbone (other weights)" in capsys.readouterr().err
+    assert soak.left(run) == before
 
 
 def test_what_would_make_it_another_run_is_refused(backbone, interrupted, capsys):
@@ -219,13 +339,56 @@ def test_other_data_is_refused(backbone, interrupted, monkeypatch, capsys):
     (lambda path: change(path, u=torch.ones(1, 3)), ["'u.0'", "(1, 3)", "(1, 2)"]),
     (lambda path: change(path, u=torch.full((1, 2), torch.nan)), ["'u.0'".strip("'"), "not finite"]),
     (lambda path: torch.save(evil(), path), ["cannot be read"]),
-], ids=["cut short", "empty", "of other things", "of another backbone", "of other shapes", "not finite", "code"])
+    (lambda path: change(path, u="x"), ["'u.0' should be (1, 2) torch.float32 and is a str"]),
+    (lambda path: change(path, optimizer="x"), ["cannot be read"]),
+    (lambda path: moments(path, lambda t: torch.ones(7)), ["the optimizer's numbers for tensor 0"]),
+    (lambda path: moments(path, lambda t: t * torch.nan), ["the optimizer's numbers for tensor 0"]),
+    (lambda path: moments(path, lambda t: "x"), ["cannot be read"]),
+    (lambda path: change(path, sampler={}), ["its sampler is not what it should be"]),
+    (lambda path: sampler_at(path, [0, 10**6]), ["cannot be read (list index out of range)"]),
+    (lambda path: sampler_at(path, [0, -1]), ["its sampler is not"]),
+    (lambda path: change(path, random={"cpu": torch.zeros(3)}), ["cannot be read"]),
+    (lambda path: change(path, random={}), ["cannot be read"]),
+    (lambda path: change(path, progress={}), ["its progress is not what it should be"]),
+    (lambda path: step(path, "x"), ["its progress is not what it should be"]),
+    (lambda path: step(path, -1), ["its progress is not what it should be"]),
+    (lambda path: step(path, 10**9), ["says 1000000000 steps were done of 12"]),
+], ids=["cut short", "empty", "of other things", "of another backbone", "of other shapes", "not finite", "code",
+        "a tensor is a text", "the optimizer is a text", "moments of another shape", "moments not finite",
+        "a moment is a text", "no sampler", "sampler beyond the rows", "sampler before them", "other random state",
+        "no random state", "no progress", "a step that is a text", "a step below 0", "a step beyond the last"])
 def test_a_broken_checkpoint_is_refused_by_name(backbone, interrupted, capsys, harm, words):
     path, = interrupted.rglob("checkpoint.pt")
     harm(path)
     assert program(train.main, soak.command(backbone, interrupted)) == 2
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err.splitlines()[-1]
     assert str(path) in error and all(word in error for word in words) and not Path("was-run").exists()
+    assert "--run" in error or "delete it" in error
+
+
+def test_rates_are_those_of_the_options_whatever_a_checkpoint_says(backbone, interrupted, ended):
+    path = interrupted / "multitask/checkpoint.pt"
+    optimizer = torch.load(path, weights_only=True)["optimizer"]
+    for group in optimizer["param_groups"]:
+        group.update(initial=1e9, betas="x", weight_decay=7.0)
+    change(path, optimizer=optimizer)
+    train.main(soak.command(backbone, interrupted))
+    assert soak.left(interrupted) == soak.left(ended)
+
+
+def moments(path, harm):
+    optimizer = torch.load(path, weights_only=True)["optimizer"]
+    optimizer["state"][0]["exp_avg"] = harm(optimizer["state"][0]["exp_avg"])
+    change(path, optimizer=optimizer)
+
+
+def sampler_at(path, place):
+    sampler = torch.load(path, weights_only=True)["sampler"]
+    change(path, sampler={**sampler, "position": dict.fromkeys(sampler["position"], place)})
+
+
+def step(path, number):
+    change(path, progress={**torch.load(path, weights_only=True)["progress"], "step": number})
 
 
 def change(path, u=None, **parts):
@@ -280,7 +443,7 @@ def test_pretraining_goes_on_where_it_was_stopped(pretraining, tmp_path, number,
     assert code == (-number if number == signal.SIGKILL else 128 + number)
     state = torch.load(tmp_path / "run/pretrain/checkpoint.pt", weights_only=True)
     assert len(state["progress"]["losses"]) == left
-    assert program(train.main, pretraining("run")) == 0
+    assert program(train.main, ["--resume", str(tmp_path / "run")]) == 0
     assert f"goes on after step {left} of 6" in (tmp_path / "run/log.txt").read_text()
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
     assert not (tmp_path / "run/pretrain/checkpoint.pt").exists()
@@ -330,6 +493,7 @@ def test_a_second_process_on_a_run_is_refused_until_the_first_is_gone(backbone, 
         assert "another process" in error and str(run) in error and len(error.splitlines()) == 1
         assert [path.name for path in run.iterdir()] == [".lock"]
         with monkeypatch.context() as patched:  # another process of the same job
+            patched.setenv("WORLD_SIZE", "2")
             patched.setenv("RANK", "1")
             with checkpoint.Lock(run) as lock:
                 lock.take()
@@ -366,6 +530,38 @@ def test_bad_numbers_name_step_tasks_and_the_last_good_state(backbone, tmp_path,
     assert "multitask, step 6" in error and "toy-amazon, toy-sanwen" in error and "checkpoint.pt" in error
     state = torch.load(tmp_path / "run/multitask/checkpoint.pt", weights_only=True)
     assert state["progress"]["step"] == 5 and all(t.isfinite().all() for t in state["tensors"].values())
+
+
+@pytest.mark.parametrize("at, kept", [(9, 3), (10, 3), (16, 9)], ids=["unsaved", "at an evaluation", "the last step"])
+def test_bad_numbers_are_never_saved(backbone, tmp_path, monkeypatch, capsys, at, kept):
+    """Numbers that the optimizer itself made bad: neither the checkpoint nor best/ nor last/ holds them."""
+    whole, count = train.train_step, [0]
+
+    def poisoned(model, *rest):
+        measured, count[0] = whole(model, *rest), count[0] + 1
+        if count[0] == at:
+            with torch.no_grad():
+                model.theta0.fill_(float("nan"))
+        return measured
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    folder = tmp_path / "run/multitask"
+    assert program(train.main, soak.command(backbone, tmp_path / "run", "--save-every", "1000")) == 1
+    error = capsys.readouterr().err
+    assert f"multitask, step {6 if at < 16 else 12}: " in error and f"is in {folder}/checkpoint.pt" in error
+    assert "--slow-rate 0.12" in error and "another --run" in error
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["progress"]["step"] == kept and not (folder / "results.json").exists()
+    for tensors in (state["tensors"], *map(load_file, folder.glob("*/adapter.safetensors"))):
+        assert all(t.isfinite().all() for t in tensors.values())
+
+
+def test_a_bad_loss_on_development_rows_stops_the_run(backbone, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "dev_score", lambda *_: (0.0, float("nan")))
+    assert program(train.main, soak.command(backbone, tmp_path / "run")) == 1
+    error = capsys.readouterr().err
+    assert "base, step 3: numbers went bad (the loss on development rows, nan), and are not saved" in error
+    assert error.count("--prompt-rate") == 1 and not (tmp_path / "run/base/best").exists()
 
 
 def test_a_full_gpu_names_the_options_that_help(backbone, tmp_path, monkeypatch, capsys):
