@@ -11,10 +11,13 @@ Amazon reviews, balanced over the stars, as Amazon. Published tasks without test
 from __future__ import annotations
 
 import string
+import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 FORMATS = ("text", "json", "parquet")  # builders of `datasets` that read files
+OURS = (".json", ".jsonl", ".md", ".part", ".png", ".pt", ".txt")  # files that stand beside the folders of tasks
 
 
 @dataclass(frozen=True)
@@ -165,3 +168,15 @@ TABLE = (
 TASKS = {task.name: task for task in TABLE}
 SOURCES = tuple(task.name for task in TABLE if task.role == "source")
 TARGETS = tuple(task.name for task in TABLE if task.role == "target")
+
+
+def writable(name: str) -> bool:
+    """Whether a name is text that any file system takes: no control character, no half of one (bytes of another
+    encoding)."""
+    return all(unicodedata.category(character) not in ("Cc", "Cs") for character in name)
+
+
+def can_be_folder(name: str) -> bool:
+    """Whether a task's name can be a folder's, in the data and among the files of a run, and of no other place."""
+    return (writable(name) and not set(name) & set("/\\") and not name.startswith(".") and len(name.encode()) <= 100
+            and Path(name).suffix.lower() not in OURS)
