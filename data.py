@@ -39,7 +39,7 @@ from tqdm import tqdm
 import rewrite
 import toy
 from errors import Parser, UserError, program
-from tasks import FORMATS, TASKS, Source, Task
+from tasks import FORMATS, TASKS, Source, Task, can_be_folder
 
 DEV_SHARE, DEV_ROWS = 0.1, 1024  # dev is a tenth of train, cut by group, 1024 rows at most
 
@@ -192,10 +192,20 @@ def to_example(task: Task, row: dict, where: str = "") -> Example:
     return Example(task.name, prompt, answer, choices, references, protected, group, fields=fields, row=where)
 
 
+TEXT, NUMBER, LIST = "a text", "a text or a number", "a list of texts or numbers"
+OWN = {"prompt": TEXT, "answer": NUMBER, "choices": LIST, "references": LIST, "protected": LIST, "group": NUMBER,
+       "hard_prompt": TEXT, "passage": TEXT}
+
+
 def _own_row(name: str, row: dict, where: str) -> Example:
     """A row that already is a prompt: {"prompt", "answer"} and maybe choices, references, protected, group,
     hard_prompt, passage (a part of the prompt that may be shortened)."""
-    prompt, answer = str(row["prompt"]), str(_column(row, "answer", where))
+    for field, form in OWN.items():
+        value, kinds = row.get(field), (str,) if form is TEXT else (str, int, float)
+        parts = value if form is LIST and type(value) is list else [value]
+        if value is not None and ((form is LIST) != (type(value) is list) or any(type(p) not in kinds for p in parts)):
+            raise UserError(f"{where}: {field} is {str(value)[:50]!r} ({type(value).__name__}), but must be {form}")
+    prompt, answer = ("" if value is None else str(value) for value in (row["prompt"], _column(row, "answer", where)))
     if not prompt.strip() or not answer.strip():
         raise _Drop("empty prompt" if not prompt.strip() else "empty answer")
     choices = tuple(map(str, row.get("choices") or ()))
@@ -206,7 +216,7 @@ def _own_row(name: str, row: dict, where: str) -> Example:
     references = tuple(dict.fromkeys((answer, *map(str, row["references"])))) if row.get("references") else ()
     return Example(
         name, prompt, answer, choices, references, tuple(map(str, row.get("protected") or ())),
-        str(row.get("group") or group_of(prompt)), row.get("hard_prompt", ""), fields, where,
+        str(row.get("group") or group_of(prompt)), row.get("hard_prompt") or "", fields, where,
     )
 
 
@@ -222,15 +232,15 @@ def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Itera
             yield f"{where}:{number}", dict(zip(columns, parts)) if len(parts) == len(columns) else None
         return
     try:
-        rows = [(f"{where}:{number}", json.loads(line)) for number, line in lines]
-    except json.JSONDecodeError as error:
+        rows = [(f"{where}:{number}", _json(line)) for number, line in lines]
+    except ValueError as error:
         rows = None
         number = next(number for number, line in lines if not _is_json(line))
-        problem = f"{where}:{number}: not readable as JSON ({error.msg}); write one object per line"
+        problem = f"{where}:{number}: not readable as JSON ({getattr(error, 'msg', error)}); write one object per line"
     if rows is None or (len(rows) == 1 and not (isinstance(rows[0][1], dict) and "data" not in rows[0][1])):
         try:
-            rows = list(_flatten(json.loads(text.removeprefix("\ufeff")), where))
-        except json.JSONDecodeError:
+            rows = list(_flatten(_json(text.removeprefix("\ufeff")), where))
+        except ValueError:
             raise UserError(problem) from None
     for place, row in rows:
         if not isinstance(row, dict):
@@ -238,10 +248,21 @@ def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Itera
         yield place, row
 
 
+def _json(text: str) -> object:
+    """json.loads; ValueError also for what Python reads and nothing can use."""
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # perhaps the first half of a character without the second one
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
 def _is_json(line: str) -> bool:
     try:
-        return json.loads(line) is not None
-    except json.JSONDecodeError:
+        return _json(line) is not None
+    except ValueError:
         return False
 
 
@@ -291,6 +312,8 @@ def load_task(name: str, split: str, root: str | Path | None = None) -> list[Exa
 def load_splits(name: str, root: str | None = None) -> Splits:
     """All splits of a task and the report of what was read and dropped; arguments and errors as in `load_task`."""
     task, notes = task_of(name), []
+    if not can_be_folder(name):
+        raise UserError(f"{name!r} cannot be a task: a name is that of a folder in --data-root, without / in it")
     if name.startswith("toy-"):
         if name not in toy.SOURCES + toy.TARGETS:
             raise UserError(f"no task {name!r} in the micro-world; it has {', '.join(toy.SOURCES + toy.TARGETS)}")
@@ -542,6 +565,8 @@ def perturb(example: Example, seed: int) -> Example:
         return replace(example, prompt=prompt, hard_prompt=hard, operations=operations)
     task = task_of(example.task)
     before = {name: example.prompt[start:end] for name, start, end in example.fields}
+    if task.template and set(before) != set(task.fields) - {"options", "choices"}:  # whole prompts of the user's own
+        return example
     after, operation = rewrite.rewrite(before, task, example.protected, random.Random(f"{seed} {example.prompt}"))
     if not operation:
         return example
@@ -577,13 +602,13 @@ def _ids(tokenizer, text: str) -> list[int]:
 
 
 @lru_cache(maxsize=4096)
-def _answer_ids(tokenizer, answer: str) -> tuple[int, ...]:
+def answer_ids(tokenizer, answer: str) -> tuple[int, ...]:
     return (*_ids(tokenizer, answer), tokenizer.eos_token_id)
 
 
 @lru_cache(maxsize=4096)
 def _choice_ids(tokenizer, choices: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    return tuple(_answer_ids(tokenizer, choice) for choice in choices)
+    return tuple(answer_ids(tokenizer, choice) for choice in choices)
 
 
 def encode(example: Example, tokenizer, max_length: int, keep_answer: bool = True) -> Encoded:
@@ -593,7 +618,7 @@ def encode(example: Example, tokenizer, max_length: int, keep_answer: bool = Tru
     around the answer of a span task (or at the beginning with keep_answer=False, for a test that must not know it),
     around the two names of a relation. Question, options and answer are never cut.
     Raises UserError naming the row if even that is too long, or if the answer has no token."""
-    answer = _answer_ids(tokenizer, example.answer)
+    answer = answer_ids(tokenizer, example.answer)
     if len(answer) < 2:
         raise UserError(f"{example.row or example.task}: the answer {example.answer!r} has no token in this tokenizer; "
                         "use another answer or tokenizer")

@@ -39,6 +39,7 @@ from config import Config, method_of, read_options
 from data import Encoded, Example, task_of
 from errors import Parser, UserError, program
 from frozen import FrozenLM, evaluating
+from tasks import can_be_folder
 
 # --------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -260,11 +261,17 @@ class Trained:
         """folder: a stage's, such as runs/toy/multitask. Raises UserError if no finished stage is there."""
         self.cfg = Config(**read_options(folder))
         try:
-            columns = json.loads((folder / "results.json").read_text(encoding="utf-8"))["columns"]
-            self.tasks = list(next(iter(columns.values())))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-            raise UserError(f"'{folder}' is no finished stage of a run ({error!r}); give a folder that train.py made, "
-                            "such as runs/toy or runs/toy/multitask") from error
+            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            if results.get("stage") in ("base", "pretrain"):
+                raise UserError(f"its stage, {results['stage']}, has no test rows")
+            first = next(iter(results["columns"].values()))
+            if type(first) is not dict or not first or not all(map(can_be_folder, first)):
+                raise UserError("its results.json has no scores by task")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
+            why = error if isinstance(error, UserError) else repr(error)
+            raise UserError(f"'{folder}' is no finished stage that can be opened ({why}); give a folder that train.py "
+                            "made, such as runs/toy or runs/toy/multitask") from error
+        self.tasks = list(first)
         self.folder, self.method = folder, method_of(self.cfg)
         device = parallel.place(self.cfg.device) if torch.cuda.is_available() else "cpu"
         self.backbone, self.tokenizer = backbone_of(self.cfg.backbone, self.cfg.dtype, device)
@@ -276,11 +283,15 @@ class Trained:
             raise UserError(f"the run '{self.folder}' has no task '{task}'; it has {', '.join(self.tasks)}")
         own = self.folder / task  # a target has an adapter of its own, the source tasks share one
         try:
-            shared = (self.folder / "best" / "adapter.json").exists()
-            model = self.method.model.load((self.folder if shared else own) / "best", self.backbone)
+            shared = (self.folder / "best" / "adapter.json").exists() or not own.is_dir()
+            folder = (self.folder if shared else own) / "best"
+            model = self.method.model.load(folder, self.backbone)
         except ValueError as error:
             raise UserError(str(error)) from error
-        return model.eval(), model.tasks.index(task) if task in model.tasks else 0
+        if self.method.per_task and task not in model.tasks:
+            raise UserError(f"the adapter in '{folder}' is for {', '.join(model.tasks) or 'no task'}, not for {task}; "
+                            "put back the one that training left there")
+        return model.eval(), model.tasks.index(task) if self.method.per_task else 0
 
     def rows(self, task: str, split: str) -> list[Example]:
         return data.load_task(task, split, self.cfg.data_root or None)
@@ -321,8 +332,10 @@ def ask(stage: Trained, task: str, texts: Sequence[str], choices: Sequence[str] 
     answers to choose from, where they are other ones in every row. Raises UserError for other numbers of texts, and
     for choices that are missing.
     """
+    if not all(text.strip().removesuffix("=>").strip() for text in texts):
+        raise UserError("--ask has an empty text; give the words that are asked about")
     model, task_id = stage.adapter(task)
-    rows = stage.rows(task, "test")
+    rows, most = stage.rows(task, "test"), stage.cfg.max_length
     spec = task_of(task, rows)
     choices = tuple(choices) or spec.answers
     if spec.template:
@@ -338,15 +351,22 @@ def ask(stage: Trained, task: str, texts: Sequence[str], choices: Sequence[str] 
                             + shlex.join(rows[0].choices))
         prompt = " ".join(texts) + " =>" * (rows[0].prompt.endswith(" =>") and not texts[-1].endswith("=>"))
     example = Example(task, prompt, (*choices, rows[0].answer)[0], choices)
+    try:
+        row = data.encode(example, stage.tokenizer, most, keep_answer=False)
+    except UserError as error:
+        raise UserError(f"the text of --ask is too long: with its answer it may have {most} tokens, as in training; "
+                        "shorten it") from error
+    unknown = row.prompt_ids.count(stage.tokenizer.unk_token_id) if stage.tokenizer.unk_token_id is not None else 0
+    note = f"\n{unknown} of {len(row.prompt_ids)} words are not in the backbone's vocabulary" * bool(unknown)
     if not choices:
-        return predict(model, stage.tokenizer, [example], task_id, stage.cfg.max_length, stage.cfg.max_new_tokens)[0]
-    row = data.encode(example, stage.tokenizer, stage.cfg.max_length, keep_answer=False)
+        return predict(model, stage.tokenizer, [example], task_id, most, stage.cfg.max_new_tokens)[0] + note
     ids, mask = (t.to(model.device) for t in data.collate_prompts([row], stage.tokenizer.pad_token_id))
     scores = model.score(ids, mask, torch.tensor([task_id]), [row.choice_ids])[0].exp()  # (C,) p(choice | prompt)
     best, width = int(scores.argmax()), max(map(len, choices))
     lines = [f"{choice:{width}}  {p:6.1%}{'  <-' if i == best else ''}"
              for i, (choice, p) in enumerate(zip(choices, scores.tolist()))]
-    return "\n".join([choices[best], "", *lines, f"{'another':{width}}  {max(0.0, 1 - float(scores.sum())):6.1%}"])
+    lines.append(f"{'another':{width}}  {max(0.0, 1 - float(scores.sum())):6.1%}{note}")
+    return "\n".join([choices[best], "", *lines])
 
 
 def diagnose(stage: Trained) -> str:

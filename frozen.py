@@ -29,6 +29,8 @@ from gating import GATED_PREFIX
 # Backbones whose attention has separate k_proj and v_proj and calls transformers' attention interface.
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 NO_TASK = -1  # the task id of a row that no task's own weights are for
+# What a config says beside what the model computes: names, places, who wrote it, how it is held and run.
+BESIDE = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache", "initializer_range")
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,10 @@ class TALoRAConfig:
 
     def __post_init__(self):
         sizes = (self.prompt_length, self.rank)
-        if not all(type(size) is int and size > 0 for size in sizes) or not isinstance(self.scale, (int, float)):
+        if (not all(type(size) is int and size > 0 for size in sizes) or type(self.gate_per_head) is not bool
+                or type(self.scale) not in (int, float) or not abs(self.scale) < 1e38):  # nan is not below it either
             raise ValueError(f"prompt length {self.prompt_length} and rank {self.rank} must be whole numbers above 0, "
-                             f"and the scale {self.scale} a number")
+                             f"the scale {self.scale} a finite number, and gate_per_head {self.gate_per_head} a bool")
 
 
 @dataclass
@@ -280,10 +283,15 @@ class FrozenLM(nn.Module):
             about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
             state = load_file(folder / "adapter.safetensors")
             config, tasks, trained_on = TALoRAConfig(**about["config"]), about["tasks"], dict(about["backbone"])
-            if about["method"] != cls.method or type(tasks) is not list or len(set(map(str, tasks))) < len(tasks):
-                raise ValueError(f"method {about['method']}, tasks {tasks} are not {cls.method} and a list of distinct "
-                                 "names")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            distinct = type(tasks) is list and all(type(t) is str for t in tasks) and len(set(tasks)) == len(tasks)
+            if about["method"] != cls.method or not distinct:
+                raise ValueError(f"method '{about['method'] or 'talora'}' and tasks {tasks} should be "
+                                 f"'{cls.method or 'talora'}' and a list of distinct names")
+            found = {size for tensor in state.values() for size in tensor.shape}
+            for name in {"prompt_length", "rank"}.intersection(cls.reads):  # before a tensor of that size is made
+                if getattr(config, name) not in found:
+                    raise ValueError(f"{name} is {getattr(config, name)}, but no tensor has that size")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             raise ValueError(f"no adapter can be read from '{folder}' ({error}); it should hold adapter.json and "
                              "adapter.safetensors as written by a training run") from error
         for key, value in describe(backbone).items():
@@ -324,15 +332,18 @@ def evaluating(module: nn.Module):
 
 
 def describe(backbone: PreTrainedModel) -> dict:
-    """What makes a backbone the one an adapter was trained on: its family, its shape, and a hash of its weights.
+    """What makes a backbone the one an adapter was trained on: its family and shape, hashes of its config and weights.
 
-    The hash is taken of the first 64 numbers of every tensor, in bf16, so that the same weights loaded in fp32 and in
-    bf16 are the same backbone. Weights on the meta device have no values and hash as "meta".
+    By content alone: the same one in another folder is the same, another revision of the same name is another one. The
+    config's hash leaves out BESIDE. The weights' is taken of the first 64 numbers of every tensor, in bf16, so that the
+    same weights loaded in fp32 and in bf16 are the same backbone. Weights on the meta device hash as "meta".
     """
     shape = backbone.config
     about = {name: getattr(shape, name) for name in (
         "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")}
     about["rope_theta"] = (getattr(shape, "rope_parameters", None) or {}).get("rope_theta")
+    computes = {name: value for name, value in shape.to_dict().items() if name not in BESIDE}
+    about["config"] = hashlib.sha256(json.dumps(computes, sort_keys=True, default=str).encode()).hexdigest()[:16]
     if backbone.device.type == "meta":
         return {**about, "weights": "meta"}
     some = [p.detach().flatten()[:64].to(torch.bfloat16) for _, p in sorted(backbone.named_parameters())]

@@ -18,7 +18,6 @@ text, one token per character).
 """
 
 import hashlib
-import json
 import random
 import time
 from contextlib import nullcontext
@@ -29,7 +28,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import toy
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint, write_json
 from errors import RunFailed, UserError
 
 TEXT_WEIGHT = 0.015  # loss weight of a token outside the answers; about a tenth of the answers' share in all
@@ -274,7 +273,7 @@ def pretrain_toy(folder=toy.FOLDER, seed=0, steps=1500, width=128, layers=4, log
                          f"{width} --pretrain-layers {layers}", "seed": seed, "steps": steps,
               "seconds": round(seconds), "threads": torch.get_num_threads(), "torch": torch.__version__,
               "loss": round(losses[-1], 4), "scores": scores}
-    (Path(folder) / "scores.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_json(Path(folder) / "scores.json", record)
     return model, tokenizer, scores
 
 

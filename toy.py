@@ -383,6 +383,7 @@ def load_backbone(folder=FOLDER):
 
     if not (Path(folder) / "config.json").exists():
         raise FileNotFoundError(f"no backbone in {folder}; make it with: python train.py --stage pretrain")
-    backbone = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
+    backbone = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True,
+                                                    use_safetensors=True, trust_remote_code=False)
     # AutoTokenizer would take the tokenizer of any Qwen2 model for Qwen's own byte-level one.
     return backbone.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)

@@ -358,7 +358,25 @@ class Run:
                 print(f"{task}: " + "; ".join(dropped + report["notes"]))
             for split in ("train", "dev", "test"):
                 self.rows(task, split)
+            for suffix, tests in self.tests([task]).items():  # what only testing reads: rewritten, with hard prompts
+                texts = [e for e in tests[task] if suffix]
+                if self.cfg.references:
+                    texts += [dataclasses.replace(e, prompt=e.hard_prompt) for e in tests[task] if e.hard_prompt]
+                self.encode([dataclasses.replace(e, row=e.row + suffix) for e in texts], keep_answer=False)
+            self.check_answers(task)
             self.check_window(task)
+
+    def check_answers(self, task: str) -> None:
+        """A generated answer ends after --max-new-tokens: say which test rows cannot be answered right."""
+        most, rows = self.cfg.max_new_tokens, self.examples(task, "test")
+        over = sum(all(len(data.answer_ids(self.tokenizer, text)) - 1 > most for text in e.references or (e.answer,))
+                   for e in rows if not e.choices)
+        if over:
+            what = (f"{task}: {over} of {len(rows)} test answers are longer than --max-new-tokens {most} and can never "
+                    "be given in full; raise it")
+            if over == len(rows):
+                raise UserError(what)
+            print(what)
 
     def check_window(self, task: str) -> None:
         """The choices of a row are scored behind its prompt in one pass, which a sliding window must hold."""
@@ -381,7 +399,7 @@ class Run:
             if not self.cfg.references:
                 continue
             columns["frozen backbone" + suffix] = evaluate.evaluate_tasks(frozen, self.tokenizer, tests, ids, self.cfg)
-            if all(rows[0].hard_prompt for rows in tests.values()):  # the micro-world hides it; real templates hold it
+            if all(e.hard_prompt for rows in tests.values() for e in rows):  # hidden in the micro-world's prompts alone
                 asked = {t: [dataclasses.replace(e, prompt=e.hard_prompt) for e in rows] for t, rows in tests.items()}
                 columns["hard instruction" + suffix] = evaluate.evaluate_tasks(frozen, self.tokenizer, asked, ids,
                                                                                self.cfg)
@@ -404,12 +422,16 @@ class Run:
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def load(self, folder: Path) -> FrozenLM:
-        """The best adapter that training left in a folder."""
+    def load(self, folder: Path, tasks: list[str] | None = None) -> FrozenLM:
+        """The best adapter that training left in a folder; tasks: what it has to be for, if that is known."""
         try:
-            return self.method.model.load(folder / "best", self.backbone)
+            model = self.method.model.load(folder / "best", self.backbone)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if tasks not in (None, model.tasks):
+            raise UserError(f"the adapter in '{folder}/best' is for {', '.join(model.tasks) or 'no task'}, not for "
+                            f"{', '.join(tasks)}; delete '{folder}' to make it anew")
+        return model
 
     def rows_of(self, task: str) -> str:
         """Hash of all rows of a task."""
@@ -476,7 +498,7 @@ def multitask_stage(run: Run) -> None:
     """All source tasks at once; then every one of them on its test rows, beside the references."""
     cfg, method, sources = run.cfg, run.method, split_names(run.cfg.sources)
     if "base" in method.learns:
-        model = run.load(stage_folder(cfg, "base"))
+        model = run.load(stage_folder(cfg, "base"), sources)
     folder = run.open("multitask")
     if "base" not in method.learns:
         model = run.new_model(sources if method.per_task else [ALL_TASKS])
@@ -534,7 +556,9 @@ def one_target(run: Run, task: str, folder: Path) -> None:
         answers, known = {e.answer for e in train}, data.task_of(task, pool).answers
         if len(answers) < len(known):
             run.log(f"{shots} examples cover {len(answers)} of its {len(known)} answers")
-    model = run.load(stage_folder(cfg, "multitask")) if "multitask" in method.learns else run.new_model([task])
+    sources = split_names(cfg.sources) if method.per_task else [ALL_TASKS]
+    model = (run.load(stage_folder(cfg, "multitask"), sources) if "multitask" in method.learns else
+             run.new_model([task]))
     task_id, start, columns = 0, "", {}
     if cfg.method == "talora":
         columns["theta0 (k = 0)"] = evaluate.evaluate_tasks(model, run.tokenizer, {task: run.examples(task, "test")},

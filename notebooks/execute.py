@@ -14,6 +14,10 @@ import nbformat
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from checkpoint import atomic  # noqa: E402
+from errors import Parser, UserError, program  # noqa: E402
 
 
 def code_hash(notebook) -> str:
@@ -33,9 +37,19 @@ def execute(path: Path) -> tuple[nbformat.NotebookNode, float]:
     return notebook, time.perf_counter() - started
 
 
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="notebooks/execute.py", description="Run notebooks and save what they show.")
+    parser.add_argument("numbers", nargs="*", help="which ones, such as 01 03 (default: all)")
+    numbers, there = parser.parse_args(argv).numbers, {path.name[:2]: path for path in sorted(FOLDER.glob("*.ipynb"))}
+    unknown = [number for number in numbers if number not in there]
+    if unknown:
+        raise UserError(f"there is no notebook {', '.join(unknown)}; there are {', '.join(there)}")
+    for path in [there[number] for number in numbers] or there.values():
+        notebook, seconds = execute(path)
+        with atomic(path) as file:
+            file.write(nbformat.writes(notebook).encode() + b"\n")
+        print(f"{path.name}: {seconds:.0f} s", flush=True)
+
+
 if __name__ == "__main__":
-    for path in sorted(FOLDER.glob("*.ipynb")):
-        if not sys.argv[1:] or path.name[:2] in sys.argv[1:]:
-            notebook, seconds = execute(path)
-            nbformat.write(notebook, path)
-            print(f"{path.name}: {seconds:.0f} s", flush=True)
+    sys.exit(program(main, sys.argv[1:]))

@@ -3,16 +3,21 @@
 import dataclasses
 import io
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import soak
 import torch
 from conftest import few_rows
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import data
 import parallel
 import toy
 import train
@@ -404,3 +409,130 @@ def test_a_gpu_without_bfloat16_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
     with pytest.raises(UserError, match="cuda does not know bfloat16; use --dtype float32"):
         train.main(["--run", str(tmp_path / "run"), "--device", "cuda", "--dtype", "bfloat16"])
+
+
+# ------------------------------------------------------------------------------------- hostile backbones and rows
+
+def changed(file, **values):
+    """A change of a backbone's JSON file."""
+    return lambda folder: (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **values}))
+
+
+def weights(change):
+    def rewrite(folder):
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return rewrite
+
+
+def pickled(folder):
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(state, folder / "pytorch_model.bin")
+
+
+def with_code(folder):
+    code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    changed("config.json", model_type="evil", auto_map=code)(folder)
+    (folder / "evil.py").write_text(f"open({str(folder / 'OWNED')!r}, 'w')\n")
+
+
+BACKBONES = {  # what is wrong with it, and what the sentence must name
+    "nan": (weights(lambda state: state["lm_head.weight"][0].fill_(math.nan)), ["not finite in lm_head.weight"]),
+    "inf": (weights(lambda state: state["model.norm.weight"][:2].copy_(torch.tensor([math.inf, -math.inf]))),
+            ["not finite in model.norm.weight"]),
+    "other shape": (weights(lambda state: state.update({"model.norm.weight": torch.ones(3)})),
+                    ["another shape", "model.norm.weight"]),
+    "pickle": (pickled, ["model.safetensors", "weights (safetensors)"]),
+    "code": (with_code, ["custom code"]),
+    "no layers": (changed("config.json", num_hidden_layers=0), ["num_hidden_layers"]),
+    "no heads": (changed("config.json", num_attention_heads=0), ["ZeroDivisionError"]),
+    "a word": (changed("config.json", hidden_size="x"), ["hidden_size", "'x'"]),
+    "null": (lambda folder: (folder / "config.json").write_text("null"), ["TypeError"]),
+    "list": (lambda folder: (folder / "tokenizer_config.json").write_text("[]"), ["AttributeError"]),
+    "awq": (changed("config.json", quantization_config={"quant_method": "awq"}), ["Error"]),
+}
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_a_hostile_backbone_is_refused_and_nothing_of_it_runs(kind, tmp_path, backbone_folder, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # somebody who says yes to everything
+    folder, (change, named) = tmp_path / "backbone", BACKBONES[kind]
+    shutil.copytree(backbone_folder, folder)
+    change(folder)
+    with pytest.raises(UserError) as caught:
+        train.main(["--backbone", str(folder), "--run", str(tmp_path / "run")])
+    sentence = str(caught.value)
+    assert all(name in sentence for name in [str(folder), "--backbone takes", *named]), sentence
+    assert "\n" not in sentence
+    assert not (tmp_path / "run").exists() and not (folder / "OWNED").exists()
+
+
+OWN = {"prompt": "soup {i} =>", "answer": "y"}
+ROWS = [  # fields of every row, or the first line of the file; options; what the sentence must name
+    ({"answer": None}, [], ["sanwen", "20 empty answer"]),
+    ({"answer": ["y"]}, [], ["train.jsonl:1", "answer is \"['y']\" (list), but must be a text or a number"]),
+    ({"choices": "yn"}, [], ["train.jsonl:1", "choices is 'yn' (str), but must be a list"]),
+    ({"choices": ["y", ["n"]]}, [], ["train.jsonl:1", "choices", "a list of texts or numbers"]),
+    ({"prompt": ["a"]}, [], ["train.jsonl:1", "prompt is", "must be a text"]),
+    ({"hard_prompt": 3}, [], ["train.jsonl:1", "hard_prompt is '3' (int), but must be a text"]),
+    ({"passage": 3}, [], ["train.jsonl:1", "passage is '3'"]),
+    ({"group": {"a": 1}}, [], ["train.jsonl:1", "group", "a text or a number"]),
+    ("[" * 100_000, [], ["train.jsonl:1", "nested too deep"]),
+    ('{"prompt": ' + "9" * 5000 + ', "answer": "y"}', [], ["train.jsonl:1", "not readable as JSON"]),
+    ('{"prompt": "soup \\ud800", "answer": "y"}', [], ["train.jsonl:1", "not readable as JSON", "surrogates"]),
+    ({"answer": "soup soup soup"}, ["--max-new-tokens", "2"], ["sanwen: 4 of 4 test answers", "--max-new-tokens 2"]),
+    ({"hard_prompt": "soup " * 40}, ["--max-length", "32", "--references"], ["sanwen/test.jsonl:", "--max-length"]),
+]
+
+
+@pytest.mark.parametrize("fields, options, named", ROWS, ids=[str(fields)[:40] for fields, *_ in ROWS])
+def test_rows_of_another_form_are_refused_by_file_and_line(fields, options, named, tmp_path, backbone_folder):
+    train_rows, test_rows = ([{**OWN, "prompt": f"soup {split} {i} =>", **(fields if isinstance(fields, dict) else {})}
+                              for i in range(count)] for split, count in (("train", 20), ("test", 4)))
+    data_root = json_rows(tmp_path / "data", "sanwen", train_rows, test_rows)
+    if isinstance(fields, str):
+        path = data_root / "sanwen" / "train.jsonl"
+        path.write_text(fields + "\n" + path.read_text())
+    with pytest.raises(UserError) as caught:
+        train.main(["--data-root", str(data_root), "--backbone", str(backbone_folder), "--run", str(tmp_path / "run"),
+                    *options])
+    assert all(name in str(caught.value) for name in named) and "\n" not in str(caught.value), str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_answers_that_are_too_long_are_counted_where_others_are_not(tmp_path, backbone_folder, capsys, monkeypatch):
+    rows = [{"prompt": f"soup {i} =>", "answer": "soup " * (1 + i % 2 * 3)} for i in range(24)]
+    data_root = json_rows(tmp_path / "data", "sanwen", rows[:20], rows[20:])
+    monkeypatch.setattr(train.Run, "check_identity", lambda *_: (_ for _ in ()).throw(UserError("far enough")))
+    with pytest.raises(UserError, match="far enough"):
+        train.main(["--data-root", str(data_root), "--backbone", str(backbone_folder), "--run", str(tmp_path / "run"),
+                    "--max-new-tokens", "2"])
+    assert "sanwen: 2 of 4 test answers are longer than --max-new-tokens 2" in capsys.readouterr().out
+
+
+def test_rewritten_rows_that_do_not_fit_are_refused_before_training(tmp_path, backbone_folder):
+    with pytest.raises(UserError, match=r"toy-\w+ test:\d+, rewritten: .*raise --max-length"):
+        train.main(["--sources", "toy-amazon", "--targets", "toy-sanwen", "--stage", "all", "--max-length", "16",
+                    "--backbone", str(backbone_folder), "--run", str(tmp_path / "run"), "--no-references"])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["../etc", "/etc", "..", "a\nb"])
+def test_a_task_cannot_lie_outside_the_data(name, tmp_path):
+    json_rows(tmp_path, "etc", [OWN], [OWN])
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="cannot be a task"):
+        data.main(["--data-root", str(tmp_path / "data"), "--task", name])
+
+
+def test_an_adapter_for_other_tasks_is_not_built_on(small_world, tmp_path):
+    run = tmp_path / "run"
+    command = [*soak.command(small_world, run), "--base-steps", "1", "--multitask-steps", "1"]
+    train.main([*command, "--stage", "multitask"])
+    for stage, next_stage in (("multitask", "target"), ("base", "multitask")):
+        changed("adapter.json", tasks=["toy-sanwen", "toy-amazon"])(run / stage / "best")
+        with pytest.raises(UserError, match=f"{stage}/best' is for toy-sanwen, toy-amazon, not for toy-amazon"):
+            train.main([*command, "--stage", next_stage])
+        shutil.rmtree(run / "multitask", ignore_errors=True)

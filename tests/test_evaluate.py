@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -232,3 +233,60 @@ def test_what_cannot_be_answered_is_refused(run, arguments, words):
     with pytest.raises(data.UserError) as caught:
         evaluate.main([str(run) if a == "RUN" else a for a in arguments])
     assert all(word in str(caught.value) for word in words)
+
+
+@pytest.fixture
+def copied(run, tmp_path):
+    """A copy of the stage, to be damaged."""
+    shutil.copytree(run / "multitask", tmp_path / "multitask")
+    return tmp_path / "multitask"
+
+
+@pytest.mark.parametrize("results, words", [
+    ("[" * 100_000, ["RecursionError"]),
+    ('{"columns": ', ["JSONDecodeError"]),
+    ("[1]", ["AttributeError"]),
+    ('{"columns": {}}', ["StopIteration"]),
+    ('{"columns": {"a": [1, 2]}}', ["no scores by task"]),
+    ('{"columns": {"a": {}}}', ["no scores by task"]),
+    ('{"columns": {"a": {"../../b": {}}}}', ["no scores by task"]),
+    ('{"stage": "base", "task": "toy-amazon"}', ["its stage, base, has no test rows"]),
+])
+def test_results_of_another_form_are_refused_and_no_answer_is_lost(results, words, copied):
+    (copied / "predictions.jsonl").write_text("kept")
+    (copied / "results.json").write_text(results)
+    with pytest.raises(data.UserError) as caught:
+        evaluate.main(["--run", str(copied)])
+    assert all(word in str(caught.value) for word in [f"'{copied}' is no finished stage", "runs/toy", *words])
+    assert (copied / "predictions.jsonl").read_text() == "kept"
+
+
+def test_a_task_that_the_adapter_does_not_know_is_refused(copied):
+    about = json.loads((copied / "best" / "adapter.json").read_text())
+    (copied / "best" / "adapter.json").write_text(json.dumps(about | {"tasks": ["a", "toy-amazon", "b"]}))
+    with pytest.raises(data.UserError, match="best' is for a, toy-amazon, b, not for toy-c3; put back"):
+        evaluate.main(["--run", str(copied), "--task", "toy-c3", "--ask", "x", "--choices", "x", "y"])
+    (copied / "best" / "adapter.json").write_text(json.dumps(about | {"method": "lora"}))
+    with pytest.raises(data.UserError, match="method 'lora' and tasks .* should be 'talora' and a list"):
+        evaluate.main(["--run", str(copied)])
+    shutil.rmtree(copied / "best")
+    with pytest.raises(data.UserError, match=f"no adapter can be read from '{copied}/best'"):
+        evaluate.main(["--run", str(copied)])
+
+
+@pytest.mark.parametrize("text, words", [
+    ("", ["--ask has an empty text"]), ("   ", ["--ask has an empty text"]), (" =>", ["--ask has an empty text"]),
+    ("soup " * 500, ["the text of --ask is too long", "128 tokens", "shorten it"]),
+])
+def test_a_text_that_cannot_be_asked_about_is_refused(text, words, run):
+    for task in ("toy-amazon", "toy-cote_mfw"):
+        with pytest.raises(data.UserError) as caught:
+            evaluate.main(["--run", str(run), "--task", task, "--ask", text])
+        assert all(word in str(caught.value) for word in words) and "--max-length" not in str(caught.value)
+
+
+def test_words_that_the_vocabulary_lacks_are_counted(run, capsys):
+    for task in ("toy-amazon", "toy-cote_mfw"):
+        evaluate.main(["--run", str(run), "--task", task, "--ask", "zzz found the soup qqq"])
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last == "2 of 6 words are not in the backbone's vocabulary"  # the sixth is =>

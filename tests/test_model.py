@@ -1,6 +1,7 @@
 """TALoRA over tiny random backbones. After the first test every gate is open: a zero gate hides every bug behind it."""
 
 import json
+import math
 from unittest.mock import Mock
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, Phi3Config, Qwen2Config
 
 import gating
+import toy
 from gating import prefix_key_value
 from model import FAMILIES, NO_TASK, TALoRA, TALoRAConfig, describe, positions
 
@@ -661,6 +663,9 @@ def test_load_equals_save_bit_for_bit(tiny_backbone, open_adapter, tmp_path, mon
 @pytest.mark.parametrize("other, word", [
     (dict(seed=1), "weights"), (dict(hidden_size=48), "hidden_size"), (dict(num_hidden_layers=2), "num_hidden_layers"),
     (dict(family="llama"), "model_type"), (dict(num_key_value_heads=4), "num_key_value_heads"),
+    (dict(rms_norm_eps=1e-5), "config"), (dict(hidden_act="gelu"), "config"), (dict(attention_dropout=0.1), "config"),
+    (dict(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}), "config"),
+    (dict(use_sliding_window=True, sliding_window=9, max_window_layers=0), "config"),
 ])
 def test_another_backbone_is_refused(other, word, tiny_backbone, open_adapter, tmp_path):
     open_adapter(tiny_backbone()).save(tmp_path)
@@ -704,9 +709,19 @@ def edit_json(**changes):
     edit_json(config={"prompt_length": -5, "rank": 2}),
     edit_json(config={"prompt_length": 5, "rank": 0}),
     edit_json(method="lora"),
+    edit_json(tasks=[1, 2, 3]),
+    edit_json(tasks=[{}, [], 3]),
+    edit_json(config={"prompt_length": 5, "rank": 2, "scale": math.nan}),
+    edit_json(config={"prompt_length": 5, "rank": 2, "scale": 10**400}),
+    edit_json(config={"prompt_length": 5, "rank": 2, "gate_per_head": "no"}),
+    edit_json(config={"prompt_length": 5, "rank": 10**13}),
+    edit_json(config={"prompt_length": 10**12, "rank": 2}),
+    lambda folder: (folder / "adapter.json").write_text("[" * 100_000),
 ], ids=["no json", "no tensors", "garbage json", "json list", "json no text", "garbage tensors", "tensor missing",
         "tensor shape", "unknown option", "other rank", "fewer tasks", "a task twice", "tasks a number", "tasks a word",
-        "backbone a word", "length a word", "negative length", "rank 0", "another method"])
+        "backbone a word", "length a word", "negative length", "rank 0", "another method", "tasks numbers",
+        "tasks lists", "scale nan", "scale beyond floats", "gates a word", "rank without end", "length without end",
+        "nested too deep"])
 def test_a_damaged_adapter_is_refused_in_a_sentence(damage, tiny_backbone, open_adapter, tmp_path):
     open_adapter(tiny_backbone()).save(tmp_path)
     damage(tmp_path)
@@ -763,6 +778,23 @@ def test_gradients_under_bf16_autocast(family, checkpointing, tiny_backbone, ope
 def test_the_fingerprint_is_that_of_the_weights_in_bf16(tiny_backbone):
     wide, narrow, other = tiny_backbone(), tiny_backbone().to(torch.bfloat16), tiny_backbone(seed=1)
     assert describe(wide) == describe(narrow) == describe(narrow.float()) != describe(other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_backbone_in_another_folder_and_dtype_is_the_same(family, tiny_backbone, tmp_path):
+    first, kinds = describe(tiny_backbone(family)), (("a", torch.float32), ("b", torch.bfloat16))
+    for name, dtype in kinds:
+        tiny_backbone(family).to(dtype).save_pretrained(tmp_path / name)
+    for name, _ in kinds:
+        for _, dtype in kinds:
+            backbone = AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype=dtype)
+            backbone.set_attn_implementation("eager")
+            assert describe(backbone) == first
+
+
+def test_the_shipped_backbone_has_one_description_under_every_version():
+    """As transformers 5.0.0 and 5.23.0 give it: an adapter outlives the version that it was trained with."""
+    assert describe(toy.load_backbone()[0])["config"] == "84a93c9c1062b186"
 
 
 def test_a_bf16_adapter_file_fits_the_same_backbone_in_fp32(tiny_backbone, open_adapter, tmp_path):

@@ -38,3 +38,31 @@ def test_it_runs_in_its_time(path):
 def test_the_list_of_notebooks_is_complete():
     text = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert all(f"]({path.name})" in text for path in NOTEBOOKS) and NOTEBOOKS
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["99"], ["no notebook 99", "01, 02"]), (["1"], ["no notebook 1;"]), (["01", "x"], ["no notebook x"]),
+    (["--all"], ["--all", "notebooks/execute.py --help"]),
+])
+def test_a_number_that_is_no_notebooks_is_refused(arguments, words, monkeypatch):
+    monkeypatch.setattr(execute, "execute", lambda path: pytest.fail(f"{path} was run"))
+    with pytest.raises(execute.UserError) as caught:
+        execute.main(arguments)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_notebook_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "01-one.ipynb"
+    path.write_bytes(NOTEBOOKS[0].read_bytes())
+    monkeypatch.setattr(execute, "FOLDER", tmp_path)
+    monkeypatch.setattr(execute, "execute", lambda path: (nbformat.read(path, as_version=4), 1.0))
+    execute.main(["01"])
+    assert path.read_bytes() == NOTEBOOKS[0].read_bytes() and list(tmp_path.iterdir()) == [path]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        execute.main([])
+    assert path.read_bytes() == NOTEBOOKS[0].read_bytes() and list(tmp_path.iterdir()) == [path]

@@ -132,7 +132,10 @@ def test_pretrain_text_from_plain_texts(tmp_path):
 
 def test_a_small_toy_run_writes_everything(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "score_capabilities", partial(pretrain.score_capabilities, count=10))
+    written, write = [], pretrain.write_json
+    monkeypatch.setattr(pretrain, "write_json", lambda path, value: (written.append(path), write(path, value)))
     pretrain.pretrain_toy(tmp_path, seed=3, steps=2, width=32, layers=2, log=lambda line: None)
+    assert written == [tmp_path / "scores.json"], "whole or not there"
     record = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
     assert record["seed"] == 3 and record["steps"] == 2 and "pretrain" in record["command"]
     assert min(record["scores"].values()) < 0.5  # two steps teach nothing, and the score says so
