@@ -146,10 +146,10 @@ def sizes_against_scores(axis, points: dict[str, tuple[int, float, float]]) -> N
 
 
 def difference_bars(axis, differences: dict[str, tuple[float, float, str]]) -> None:
-    """Paired differences; differences[name] = points, half interval, verdict (orange: lower, green: higher)."""
+    """Paired differences; differences[name] = points, half interval, verdict (orange, hatched: lower; green, dotted: higher)."""
     colours = {"higher": COLOURS[2], "lower": COLOURS[1]}
     for y, (_, (mean, half, verdict)) in enumerate(differences.items()):
-        axis.barh(y, mean, color=colours.get(verdict, "#888888"), hatch="//" if verdict == "lower" else None,
+        axis.barh(y, mean, color=colours.get(verdict, "#888888"), hatch={"lower": "//", "higher": ".."}.get(verdict),
                   xerr=bars([half]), capsize=2)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set(xlabel="points against TA-LoRA", yticks=range(len(differences)), yticklabels=list(differences),

@@ -345,9 +345,9 @@ def target(k: int, rows: str = "") -> tuple:
 def by_seed(records: Iterable[dict], column: str, setting: tuple) -> dict[int, float]:
     """Macro average over tasks in percent of a column ("talora", "talora reg-off", "frozen backbone"), by seed."""
     stage, shots, rows = setting
+    kind = "variant" if column.startswith("talora ") else "method"  # both have columns such as "theta0 (k = 0)"
     return {r["seed"]: 100 * statistics.mean(r["scores"][column + rows].values()) for r in records
-            if r["kind"] in ("method", "variant") and (r["stage"], r["shots"]) == (stage, shots)
-            and column + rows in r["scores"]}
+            if (r["kind"], r["stage"], r["shots"]) == (kind, stage, shots) and column + rows in r["scores"]}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
