@@ -146,7 +146,8 @@ def sizes_against_scores(axis, points: dict[str, tuple[int, float, float]]) -> N
 
 
 def difference_bars(axis, differences: dict[str, tuple[float, float, str]]) -> None:
-    """Paired differences; differences[name] = points, half interval, verdict (orange, hatched: lower; green, dotted: higher)."""
+    """Paired differences; differences[name] = points, half interval, verdict (orange and hatched: lower, green and
+    dotted: higher)."""
     colours = {"higher": COLOURS[2], "lower": COLOURS[1]}
     for y, (_, (mean, half, verdict)) in enumerate(differences.items()):
         axis.barh(y, mean, color=colours.get(verdict, "#888888"), hatch={"lower": "//", "higher": ".."}.get(verdict),

@@ -178,7 +178,8 @@ def test_load_equals_save_and_other_methods_refuse_the_file(name, tiny_backbone,
     ids, mask = pad(PROMPTS)
     assert torch.equal(loaded(ids, mask, TASK_IDS).logits, model(ids, mask, TASK_IDS).logits)
     for other in set(CLASSES) - {ALL[name].model}:
-        with pytest.raises(ValueError, match=f"method '{model.method or 'talora'}' .* should be '{other.method or 'talora'}' "):
+        found, wanted = model.method or "talora", other.method or "talora"
+        with pytest.raises(ValueError, match=f"method '{found}' .* should be '{wanted}' "):
             other.load(tmp_path, tiny_backbone)
 
 
