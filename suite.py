@@ -584,7 +584,7 @@ def draw(records: Sequence[dict], out: Path) -> None:
             figure.colorbar(figures.layer_heat_map(axis, logged(records, name, names)), ax=axis)
             axis.set_title(title)
         figures.mean_and_most(axes[3], alignments(records, names))
-        axes[3].set(title="|cos| of two tasks", xlabel="mean (dot) and largest (bar's end)")
+        axes[3].set(title="|cos| of two tasks", xlabel="mean (dot) up to largest")
         figures.save(figure, out / "mechanism.png")
         figures.draw_cosines(out / "cosines.png", run["first"], run["last"])
 
