@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import re
 import shlex
 from pathlib import Path
@@ -130,3 +131,10 @@ def test_what_a_method_stores_is_what_the_readme_says():
         assert f"{stored(name, small, 'toy'):,}" == micro, name
         with torch.device("meta"):
             assert f"{stored(name, large, 'qwen2.5-7b'):,}" == seven, name
+
+
+def test_tables_of_the_benchmark_are_made_from_its_files():
+    for name, section in (("toy", "methods"), ("toy", "tasks"), ("qwen2.5-0.5b", "methods")):
+        report = json.loads((ROOT / "results" / "bench" / f"{name}-cpu.json").read_text("utf-8"))
+        assert bench.show("", report["tables"][section]).strip() in README
+        assert f"`{report['command']}`" in README
