@@ -10,8 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
-from nbclient import NotebookClient
+try:
+    import nbformat
+    from nbclient import NotebookClient
+except ImportError as error:
+    sys.exit(f"error: {error.name} is not installed, which runs notebooks; pip install nbclient ipykernel")
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
