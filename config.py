@@ -304,14 +304,16 @@ def check(cfg: Config, argv: Sequence[str] = ()) -> None:
         problems.append(f"torchrun started {here} processes, but there are {torch.cuda.device_count()} GPUs; lower "
                         "--nproc-per-node")
         device = "cpu"
+    usable = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device) is not None
     try:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", cfg.device):
-            raise NotImplementedError
-        torch.empty(1, device=device)
-        if device.startswith("cuda") and "bfloat16" in (cfg.dtype, "bfloat16" * cfg.autocast):
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                problems.append(f"--device {device} does not know bfloat16; use --dtype float32 --no-autocast")
-    except (RuntimeError, AssertionError, NotImplementedError):
+        if usable:
+            torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        usable = False
+    if usable and device.startswith("cuda") and "bfloat16" in (cfg.dtype, "bfloat16" * cfg.autocast):
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            problems.append(f"--device {device} does not know bfloat16; use --dtype float32 --no-autocast")
+    if not usable:
         problems.append(f"--device '{device}' is not to be had here; use --device cpu, cuda, cuda:1, mps or auto")
     if problems:
         raise UserError("; ".join(problems))

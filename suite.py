@@ -165,12 +165,13 @@ def run_cells(cells: Sequence[Cell], out: Path, work: Path, jobs: int) -> None:
                         if error:
                             failed.append(f"{cell.name}: {error} (see {work / cell.folder}/output.txt)")
                             continue
-                        others = [r for r in read(out) if r["cell"] != cell.name]
-                        if not all(same_backbone(r, future.result()) for r in read(out) if r["cell"] == cell.name):
+                        records, new = read(out), future.result()
+                        before = [r for r in records if r["cell"] == cell.name]  # of a backbone that was made again
+                        if any(r.get("weights") != again.get("weights") for r in before for again in new):
                             failed.append(f"{cell.name}: made again it came out otherwise, so new cells could not be "
                                           f"compared with those in {out}/results.jsonl; move that file away")
                             continue
-                        write_records(out, [*others, *future.result()])
+                        write_records(out, [*(r for r in records if r not in before), *new])
                         done += 1
                         left = (time.perf_counter() - started) / done * (len(cells) - done)
                         print(f"  {done:>3}/{len(cells)}  {cell.name:34} ETA {left // 60:.0f}:{left % 60:02.0f}",
@@ -185,11 +186,6 @@ def run_cells(cells: Sequence[Cell], out: Path, work: Path, jobs: int) -> None:
     if failed:
         raise RunFailed(f"{len(failed)} of the cells failed, the others are kept; repeat the command to go on. "
                         + "; ".join(failed))
-
-
-def same_backbone(record: dict, again: Sequence[dict]) -> bool:
-    """Whether a backbone of which results.jsonl knows has the same weights, now that it was made again."""
-    return all(record.get("weights") == new.get("weights") for new in again)
 
 
 def begin_worker() -> None:
@@ -613,10 +609,15 @@ def differences(records: Sequence[dict], setting: tuple) -> dict[str, tuple[floa
     return {name.removeprefix("talora "): (*d[:2], verdict(d)) for name, d in found.items() if d}
 
 
+def last_logged(records: Sequence[dict], name: str, what: str) -> list:
+    """What the last step of the multitask stage logged, for every seed that has it."""
+    return [r["last"][what] for r in records if r["stage"] == "multitask" and name in r["scores"]
+            and r["kind"] in ("method", "variant") and what in r.get("last", ())]
+
+
 def logged(records: Sequence[dict], what: str, names: Sequence[str]) -> dict[str, list[float]]:
     """What the last step of the multitask stage logged of each layer, mean over seeds; nan where it has none."""
-    found = {name: [r["last"][what] for r in records if r["stage"] == "multitask" and name in r["scores"]
-                    and r["kind"] in ("method", "variant") and what in r.get("last", ())] for name in names}
+    found = {name: last_logged(records, name, what) for name in names}
     layers = len(next(rows[0] for rows in found.values() if rows))
     return {name.removeprefix("talora "): figures.mean_by_layer(rows) if rows else [math.nan] * layers
             for name, rows in found.items()}
@@ -626,9 +627,8 @@ def alignments(records: Sequence[dict], names: Sequence[str]) -> list[tuple[floa
     """|cos| of every two tasks after the multitask stage, (mean, largest) of each name; means over seeds."""
     found = []
     for name in names:
-        seeds = [[c for i, line in enumerate(r["last"]["cosines"]) for j, c in enumerate(line) if i < j]
-                 for r in records if r["stage"] == "multitask" and name in r["scores"]
-                 and r["kind"] in ("method", "variant") and "cosines" in r.get("last", ())]
+        seeds = [[c for i, line in enumerate(cosines) for j, c in enumerate(line) if i < j]
+                 for cosines in last_logged(records, name, "cosines")]
         found.append(tuple(statistics.mean(map(of, seeds)) if seeds else math.nan for of in (statistics.mean, max)))
     return found
 

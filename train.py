@@ -359,9 +359,7 @@ class Run:
             for split in ("train", "dev", "test"):
                 self.rows(task, split)
             for suffix, tests in self.tests([task]).items():  # what only testing reads: rewritten, with hard prompts
-                texts = [e for e in tests[task] if suffix]
-                if self.cfg.references:
-                    texts += [dataclasses.replace(e, prompt=e.hard_prompt) for e in tests[task] if e.hard_prompt]
+                texts = tests[task] * bool(suffix) + in_words(tests[task]) * self.cfg.references
                 self.encode([dataclasses.replace(e, row=e.row + suffix) for e in texts], keep_answer=False)
             self.check_answers(task)
             self.check_window(task)
@@ -400,7 +398,7 @@ class Run:
                 continue
             columns["frozen backbone" + suffix] = evaluate.evaluate_tasks(frozen, self.tokenizer, tests, ids, self.cfg)
             if all(e.hard_prompt for rows in tests.values() for e in rows):  # hidden in the micro-world's prompts alone
-                asked = {t: [dataclasses.replace(e, prompt=e.hard_prompt) for e in rows] for t, rows in tests.items()}
+                asked = {t: in_words(rows) for t, rows in tests.items()}
                 columns["hard instruction" + suffix] = evaluate.evaluate_tasks(frozen, self.tokenizer, asked, ids,
                                                                                self.cfg)
         return columns
@@ -584,6 +582,11 @@ def nearest_start(model: FrozenLM, task: str, rows: list[Encoded]) -> tuple[int,
     return new, model.tasks[nearest]
 
 
+def in_words(rows: Sequence[data.Example]) -> list[data.Example]:
+    """The rows with the instruction in their prompts, of those that have one."""
+    return [dataclasses.replace(example, prompt=example.hard_prompt) for example in rows if example.hard_prompt]
+
+
 def count(model: FrozenLM, names) -> int:
     return sum(model.get_parameter(name).numel() for name in names)
 
@@ -672,12 +675,12 @@ def finished(cfg: Config, stage: str) -> tuple[bool, list[str]]:
     Backbone and data may lie in other places than they did, if identity.json says what they were: those are returned.
     """
     folder, moved = stage_folder(cfg, stage), []
-    done = (folder / "results.json").exists()
-    for result in folder.glob("*/results.json"):
-        target_results(cfg, result.parent)
-    for path in [folder] * done + [result.parent for result in folder.glob("*/results.json")]:
+    done, targets = (folder / "results.json").exists(), [path.parent for path in folder.glob("*/results.json")]
+    for path in targets:
+        target_results(cfg, path)
+    for path in [folder] * done + targets:
         clear(path)
-    if done or any(folder.glob("**/checkpoint.pt")) or any(folder.glob("*/results.json")):
+    if done or targets or any(folder.glob("**/checkpoint.pt")):
         before, now = read_options(folder), dataclasses.asdict(cfg)
         other = {name: f"{flag(name)} {before.get(name)} (now {now[name]})" for name in depends(stage)
                  if before.get(name) != now[name]}
@@ -714,7 +717,7 @@ def pretrain_stage(cfg: Config, command: str, lock: Lock) -> None:
             scores = {}
         else:
             model, _, scores = pretrain.pretrain_toy(folder, cfg.seed, cfg.pretrain_steps, cfg.pretrain_width,
-                                                          cfg.pretrain_layers, log, device, **saving)
+                                                     cfg.pretrain_layers, log, device, **saving)
         finish(folder, {"stage": "pretrain", "seed": cfg.seed, "command": command,
                         "weights": describe(model)["weights"], "scores": scores})
     log(f"to train on this backbone: --backbone {folder}")
