@@ -1,4 +1,4 @@
-r"""Zero-initialised attention: a prompt that starts silent, and a gate per layer that learns how loud it may be.
+r"""Zero-initialised attention: a prompt that starts silent, and one gate per layer that learns how much of it to add.
 
 A freshly initialised prompt is noise, and noise in every layer breaks what a pretrained model can do. So the text
 attends to the prompt in a softmax of its own, and a gate scales what comes back:
@@ -7,12 +7,16 @@ attends to the prompt in a softmax of its own, and a gate scales what comes back
         ----------- the text -----------             -------------- the prompt --------------
 
 ``K_theta = k_proj(theta_i)`` and ``V_theta = v_proj(theta_i)`` go through the layer's own frozen projections. With
-g = 0 the second term vanishes and the model is the backbone, exactly; ``tanh`` keeps the prompt's share within
-(-1, 1). One softmax over text and prompt together would not do: even with values at zero the prompt's keys would draw
-attention away from the text.
+g = 0 the second term vanishes and the model is the backbone, exactly. One softmax over text and prompt together would
+not do: even with values at zero the prompt's keys would draw attention away from the text.
+
+``tanh`` keeps the prompt's share within (-1, 1), and the share is *signed*: after training about half of the gates are
+negative, and their layers subtract what the prompt contributes. A gate that changes its sign passes through "shut".
 
 At g = 0 the prompt gets no gradient: d loss / d theta carries the factor tanh(0) = 0. The gate does, since
-d tanh(g) / dg = 1 there. So in the first step only the gates move, and from the second step everything learns.
+d tanh(g) / dg = 1 there. So in the first step only the gates move, and from the second step everything learns. This
+works because the gate is the *only* factor on its path that starts at zero; if the prompt were zero as well, neither
+would ever get a gradient.
 
 Queries arrive rotated by their position, prompt keys are not rotated (as in LLaMA-Adapter): a prompt row has no place
 in the text. That makes the score depend on the query's absolute position, so positions must always count real
@@ -44,13 +48,13 @@ def gated_prefix_attention(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, pr
     (H,), before the tanh; attention_mask broadcastable to (B, H, T, S), boolean (True = may be seen) or additive;
     scale 1/sqrt(h) unless given. -> (B, H, T, h). The prompt is never masked: every token sees all of it.
     """
-    text = attention(q, k, v, attention_mask, is_causal, scale)  # (B, H, T, h)
-    prompt = attention(q, prefix_k, prefix_v, None, False, scale)  # (B, H, T, h)
+    text = attend(q, k, v, attention_mask, is_causal, scale)  # (B, H, T, h)
+    prompt = attend(q, prefix_k, prefix_v, None, False, scale)  # (B, H, T, h)
     gate = gate.expand(q.shape[1]).view(-1, 1, 1)  # (H, 1, 1)
     return text + (torch.tanh(gate) * prompt).to(text.dtype)  # Eq. (2)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
     """softmax(q k^T * scale) v by torch's fused kernels; each of the K key/value heads serves H / K query heads."""
     if mask is not None and k.shape[1] != q.shape[1]:
         # With a mask, grouped heads have no fused kernel on a GPU and would fall back to the full (T, S) matrix.
@@ -60,16 +64,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: b
                                           enable_gqa=k.shape[1] != q.shape[1])
 
 
-def prefix_key_value(layer: nn.Module, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """Prompts through the frozen projections of one attention layer; theta (n, P, d) -> K and V, (n, K, P, h) each.
+def prefix_key_value(attention: nn.Module, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompts through the frozen projections of one layer's attention; theta (n, P, d) -> K and V, (n, K, P, h) each.
 
     Qwen3 also normalises its keys per head; the keys of the prompt pass the same norm.
     """
-    theta = theta.to(layer.k_proj.weight.dtype)
-    K_theta = layer.k_proj(theta).unflatten(-1, (-1, layer.head_dim))  # (n, P, K, h)
-    V_theta = layer.v_proj(theta).unflatten(-1, (-1, layer.head_dim))
-    if hasattr(layer, "k_norm"):
-        K_theta = layer.k_norm(K_theta)
+    theta = theta.to(attention.k_proj.weight.dtype)
+    K_theta = attention.k_proj(theta).unflatten(-1, (-1, attention.head_dim))  # (n, P, K, h)
+    V_theta = attention.v_proj(theta).unflatten(-1, (-1, attention.head_dim))
+    if hasattr(attention, "k_norm"):
+        K_theta = attention.k_norm(K_theta)
     return K_theta.transpose(1, 2), V_theta.transpose(1, 2)
 
 
@@ -82,7 +86,7 @@ def attention_of_layer(module: nn.Module, query: Tensor, key: Tensor, value: Ten
     # transformers builds no mask where a causal one says it all (no padding, no cache): then the flash kernel can run.
     is_causal = attention_mask is None and query.shape[2] > 1
     if prefix is None:
-        out = attention(query, key, value, attention_mask, is_causal, scaling)
+        out = attend(query, key, value, attention_mask, is_causal, scaling)
     else:
         prefix_k, prefix_v, gate = prefix[module.layer_idx]
         out = gated_prefix_attention(query, key, value, prefix_k, prefix_v, gate, attention_mask, is_causal, scaling)

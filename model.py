@@ -1,6 +1,6 @@
-r"""TA-LoRA: a frozen language model, one small prompt per layer, and the prompt's step for every task.
+r"""TA-LoRA: a frozen language model, one small prompt per layer, and the step of each task away from it.
 
-Everything that learns is in five tensors, stacked over the L layers of the backbone:
+Everything that learns is in five kinds of tensors, stacked over the L layers of the backbone:
 
     theta0 (L, P, d)    the prompt shared by all tasks          base stage, then slow
     B      (L, P, r)    slow weight, shared by all tasks        multitask stage, slow
@@ -10,85 +10,345 @@ Everything that learns is in five tensors, stacked over the L layers of the back
 
 One forward pass is:  task ids -> theta_i of every layer, Eq. (1) -> its keys and values through the layer's own frozen
 projections -> handed to the backbone as an argument -> every layer adds gated attention to them, Eq. (2).
-The same path serves training, scoring, generation and the notebooks (frozen.py).
+Training, scoring, generation and the notebooks all take this one path.
 
-The factors of a task are parameters of their own, not rows of one big tensor: an optimizer with momentum moves every
-row of a tensor that has a gradient, so a task that is absent from a batch would drift.
+Three classes, each of which adds one thing:
+
+    AdaptedLM       a frozen backbone: loss, greedy generation, scores of given answers, saving and loading
+    GatedPrompts    + a prompt in every layer behind a gate
+    TALoRA          + the low-rank form of the prompts
+
+The baselines of experiments/ derive from the first two, so a difference between two methods is never a difference in
+how they were trained, asked or measured.
 
 B batch (as a shape; the weight B is always (L, P, r)), T text tokens, P prompt length, d model width, H query heads,
-K key/value heads, h head size, L layers, N tasks, r rank, V vocabulary.
+K key/value heads, h head size, L layers, N tasks, n distinct tasks of a batch, r rank, C choices, V vocabulary.
 """
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from frozen import FAMILIES, NO_TASK, FrozenLM, Output, TALoRAConfig, describe, evaluating, positions
-from gating import prefix_key_value
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+
+from checkpoint import UserError, write_json, write_whole
+from gating import GATED_PREFIX, prefix_key_value
 from lowrank import orthogonality, task_cosines, task_prompt
 
-__all__ = ["FAMILIES", "NO_TASK", "Output", "TALoRA", "TALoRAConfig", "describe", "evaluating", "positions"]
+# Backbones whose attention has separate k_proj and v_proj and calls transformers' attention interface.
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
+NO_TASK = -1  # the task id of a row that uses theta0 alone
+MICRO_BACKBONE = Path(__file__).parent / "tasks" / "micro_backbone"
 
 
-class TALoRA(FrozenLM):
-    """A frozen causal language model with a gated, task-adaptive low-rank prompt in every layer."""
+@dataclass(frozen=True)
+class TALoRAConfig:
+    """Sizes of an adapter. The baselines read the same fields and say what they mean to them."""
 
-    reads = ("prompt_length", "rank", "scale", "gate_per_head")
+    prompt_length: int = 12  # P; with r = 8 and one gate per layer: 1.3 M parameters for one task at 7B, as in the paper
+    rank: int = 8  # r
+    scale: float = 1.0  # s
+    gate_per_head: bool = False  # the paper's g^l has one gate per layer
 
-    def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
-        """Wrap ``backbone``, which is frozen, for the tasks of these names.
 
-        Raises ValueError for a backbone of a family that is not supported and for a task named twice.
+@dataclass
+class Output:
+    logits: Tensor | None = None  # (B, T, V), when no labels are given
+    loss: Tensor | None = None  # mean of losses
+    losses: Tensor | None = None  # (B,) mean cross-entropy of each row's answer tokens
+    correct: Tensor | None = None  # (B,) bool: greedy decoding would give exactly the answer
+
+
+class AdaptedLM(nn.Module):
+    """A frozen causal language model. Subclasses add tensors that learn and say what the backbone is given (`inputs`).
+
+    Nothing of a call is kept on a module: with gradient checkpointing a layer runs a second time in backward, and would
+    then find what some other call left there.
+    """
+
+    method = "frozen"  # the name in adapter.json
+    in_front = 0  # rows that `inputs` puts in front of the text
+    reads: tuple[str, ...] = ()  # the fields of TALoRAConfig that it uses
+    attention = GATED_PREFIX  # the attention function of the backbone's layers; without a prompt it is the plain one
+
+    def __init__(self, backbone: PreTrainedModel, config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
+        """Wrap ``backbone``, a causal language model of one of FAMILIES, and freeze its weights, whatever their dtype.
+
+        All tensors that learn are fp32 on its device. Called by itself the backbone computes what it did before, so
+        several adapters can share it. Raises UserError for a backbone of another family.
         """
-        super().__init__(backbone, config)
-        shape, P, r = backbone.config, config.prompt_length, config.rank
-        L = shape.num_hidden_layers
+        super().__init__()
+        self.check(backbone)
+        self.backbone = backbone.requires_grad_(False)
+        self.config = config
+        self.tasks: list[str] = []  # tasks with weights of their own; a task id is an index into this list
+        self.described = describe(backbone)
 
-        heads = (L, shape.num_attention_heads) if config.gate_per_head else (L,)
-        new = dict(dtype=torch.float32, device=self.device)
-        self.theta0 = nn.Parameter(random_words(backbone, P))  # (L, P, d)
-        self.B = nn.Parameter(torch.randn(L, P, r, **new) * r**-0.5)
-        self.gate = nn.Parameter(torch.zeros(heads, **new))  # the one zero of every path: see gating.py
-        self.u = nn.ParameterList()
-        self.v = nn.ParameterList()
-        for task in tasks:
-            self.add_task(task)
+    @classmethod
+    def check(cls, backbone: PreTrainedModel) -> None:
+        """Raise UserError for a backbone that this method cannot work with."""
+        family = getattr(backbone.config, "model_type", "?")
+        if family not in FAMILIES or backbone.get_output_embeddings() is None:
+            raise UserError(f"the backbone is a {type(backbone).__name__} (model type '{family}'), but the gated prefix "
+                            f"needs a causal language model of one of the families {', '.join(FAMILIES)}")
 
     def add_task(self, name: str) -> int:
-        """Add a task with new random factors and return its id; nothing else changes, earlier ids stay valid.
+        """Add a task with new weights of its own and return its id; nothing else changes, earlier ids stay valid.
 
-        u has variance 1/r, so that (B u)[p] has variance 1/r as well; v is small but not zero. Raises ValueError if
-        the name is taken.
+        Raises UserError if the name is taken.
         """
-        new_id = super().add_task(name)
-        L, d, r = len(self.theta0), self.theta0.shape[-1], self.config.rank
-        new = dict(dtype=torch.float32, device=self.theta0.device)
-        self.u.append(nn.Parameter(torch.randn(L, r, **new) * r**-0.5))
-        self.v.append(nn.Parameter(torch.randn(L, d, **new) * 0.02))
-        return new_id
+        if name in self.tasks:
+            raise UserError(f"task '{name}' is there already; the tasks are {', '.join(self.tasks)}")
+        self.tasks.append(name)
+        return len(self.tasks) - 1
 
-    def factors(self, task_ids: list[int] | None = None) -> tuple[Tensor, Tensor]:
-        """The fast weights of these tasks (all, if None) side by side: u (L, N, r) and v (L, N, d).
+    @torch.no_grad()
+    def copy_task(self, old: int, new: int) -> None:
+        """Give task ``new`` the weights of task ``old``."""
+        state = self.adapter_state()
+        for name, tensor in state.items():
+            kind, _, task = name.partition(".")
+            if task == str(old):
+                state[f"{kind}.{new}"].copy_(tensor)
 
-        A row for the id NO_TASK is zero: theta0 + s * B 0 = theta0.
+    def check_tasks(self, task_ids: Tensor, rows: int) -> tuple[list[int], Tensor]:
+        """The distinct task ids of a batch, and which of them each row has; (B,) -> n ids, (B,).
+
+        Raises ValueError for an id without a task and unless there is one id for each row.
         """
-        task_ids = range(len(self.tasks)) if task_ids is None else task_ids
-        zero_v = torch.zeros_like(self.theta0[:, 0])  # (L, d)
-        zero_u = zero_v[:, :1].expand(-1, self.config.rank)  # (L, r)
-        u = [zero_u if i == NO_TASK else self.u[i] for i in task_ids]
-        v = [zero_v if i == NO_TASK else self.v[i] for i in task_ids]
-        return torch.stack(u, 1), torch.stack(v, 1)
+        if task_ids.shape != (rows,):
+            raise ValueError(f"task ids have shape {tuple(task_ids.shape)}, but {rows} rows need one number each")
+        distinct, row = torch.unique(task_ids, return_inverse=True)  # (n,), (B,)
+        ids = distinct.tolist()
+        if ids[0] < NO_TASK or ids[-1] >= len(self.tasks):
+            raise ValueError(f"task ids {ids} are not all among the {len(self.tasks)} tasks ({NO_TASK} = none)")
+        return ids, row.to(self.device)
+
+    def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
+               text: Tensor) -> dict:
+        """What the backbone is given: the arguments of its forward; a method may add to them or put rows in front.
+
+        (B, T) x 3 ((B, 1, T, T) for a mask that says who sees whom), task_ids (B,); text (B, <= T) is True for the
+        tokens of the input: no padding, no answer.
+        """
+        return dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
+               text: Tensor) -> Tensor:
+        """The last hidden states of the backbone with what the method adds; arguments of `inputs` -> (B, T, d)."""
+        self._use_our_attention()
+        given = self.inputs(input_ids, attention_mask, position_ids, task_ids, text)
+        return self.backbone.model(**given, use_cache=False).last_hidden_state[:, -input_ids.shape[1]:]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor,
+                labels: Tensor | None = None) -> Output:
+        """Logits of a batch, or with labels its loss; rows may belong to different tasks and be padded on any side.
+
+        input_ids, attention_mask, labels (B, T), task_ids (B,), all long; labels are -100 where nothing is asked.
+        Without labels: ``.logits`` (B, T, V). With labels: ``.losses`` (B,), cross-entropy averaged within each
+        example over its answer tokens, and ``.loss``, their mean: L_PLM of Eq. (3); ``.correct`` (B,), whether
+        greedy decoding would give the answer. Only hidden states that predict an answer token pass the output layer:
+        with a vocabulary of 152,064 that is most of the memory of a step.
+        Raises ValueError for a row without any label.
+        """
+        text = attention_mask.bool() if labels is None else attention_mask.bool() & (labels == -100)  # (B, T)
+        hidden = self.hidden(input_ids, attention_mask, positions(attention_mask), task_ids, text)  # (B, T, d)
+        if labels is None:
+            return Output(logits=self.backbone.get_output_embeddings()(hidden))
+        asked = labels[:, 1:] != -100  # (B, T-1): the state at t predicts the token at t + 1
+        count = asked.sum(1)  # (B,)
+        if not count.all():
+            raise ValueError(f"row {int(count.argmin())} of the batch has no answer token: every label is -100")
+        logits = self.backbone.get_output_embeddings()(hidden[:, :-1][asked]).float()  # (answer tokens, V)
+        token_losses = F.cross_entropy(logits, labels[:, 1:][asked], reduction="none")  # (answer tokens,)
+        row = asked.nonzero()[:, 0]  # (answer tokens,): the example of each token
+        losses = token_losses.new_zeros(len(labels)).index_add(0, row, token_losses) / count  # (B,)
+        wrong = torch.zeros_like(count).index_add(0, row, (logits.argmax(-1) != labels[:, 1:][asked]).long())  # (B,)
+        return Output(loss=losses.mean(), losses=losses, correct=wrong == 0)
+
+    @torch.no_grad()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor, max_new_tokens: int) -> Tensor:
+        """Greedy continuation of left-padded prompts; (B, T) x 2, (B,) -> (B, T + max_new_tokens).
+
+        The last max_new_tokens columns are the new tokens; a row that has ended is filled with its end token. The
+        prompt of the method enters once: its keys and values stay in the arguments, its rows in front in the cache.
+        Raises ValueError if a prompt does not end in the last column.
+        """
+        if not attention_mask[:, -1].all():
+            raise ValueError("generate needs prompts padded on the left: every row must end with a token of its own")
+        ends = torch.tensor(self.end_tokens, dtype=torch.long, device=input_ids.device)
+        cache, new = DynamicCache(config=self.backbone.config), []
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # (B,)
+        self._use_our_attention()
+        given = self.inputs(input_ids, attention_mask, positions(attention_mask), task_ids, attention_mask.bool())
+        with evaluating(self.backbone):
+            while len(new) < max_new_tokens and not done.all():
+                state = self.backbone.model(**given, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+                token = self.backbone.get_output_embeddings()(state).argmax(-1)  # (B,)
+                if len(ends):
+                    token = torch.where(done, ends[0], token)
+                    done = done | torch.isin(token, ends)
+                new.append(token)
+                given.pop("inputs_embeds", None)
+                given |= dict(input_ids=token[:, None], attention_mask=F.pad(given["attention_mask"], (0, 1), value=1),
+                              position_ids=given["position_ids"][:, -1:] + 1)
+        new = torch.stack(new, 1)  # (B, <= max_new_tokens)
+        fill = int(ends[0]) if len(ends) else 0
+        return torch.cat([input_ids, F.pad(new, (0, max_new_tokens - new.shape[1]), value=fill)], 1)
+
+    @property
+    def end_tokens(self) -> list[int]:
+        """The tokens that end an answer; a model may name several or none."""
+        eos = self.backbone.generation_config.eos_token_id
+        eos = self.backbone.config.eos_token_id if eos is None else eos
+        return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+    @torch.no_grad()
+    def score(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor,
+              choices: list[list[list[int]]]) -> Tensor:
+        """log p(choice | prompt) of whole choices; (B, T) x 2, (B,), choices[b][c] token ids -> (B, C) in fp32.
+
+        C is the largest number of choices of a row; a row with fewer has -inf in the rest. A choice is scored
+        exactly as given: end it with the end-of-sequence token to ask for the whole answer. All choices of a row
+        are read in one forward pass behind one copy of the text: each sees the text and itself, not its siblings,
+        and starts at the position that follows the text. Raises ValueError for an empty choice and a row without text
+        or choices, UserError for a text longer than the sliding window of a backbone that has one.
+        """
+        if len(choices) != len(input_ids) or not all(row and all(row) for row in choices):
+            raise ValueError("every row needs at least one choice, and every choice at least one token")
+        if not attention_mask.any(1).all():
+            raise ValueError("every row needs at least one token of text")
+        T, device = input_ids.shape[1], input_ids.device
+        text = attention_mask.bool()  # (B, T)
+        S = T + max(sum(len(c) - 1 for c in row) for row in choices)  # a choice's last token predicts nothing
+        self.check_window(S)
+        ids = F.pad(input_ids, (0, S - T))  # (B, S)
+        position = F.pad(positions(attention_mask), (0, S - T))  # (B, S)
+        allowed = torch.eye(S, dtype=torch.bool, device=device).repeat(len(ids), 1, 1)  # (B, S, S); no row all False
+        allowed[:, :T, :T] |= text[:, None] & torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        where = []  # (row, choice, position of the state that predicts the token, token)
+        for b, row in enumerate(choices):
+            last, start, length = int(text[b].nonzero()[-1]), T, int(text[b].sum())
+            for c, choice in enumerate(row):
+                end = start + len(choice) - 1
+                ids[b, start:end] = torch.tensor(choice[:-1], device=device)
+                position[b, start:end] = torch.arange(length, length + end - start, device=device)
+                allowed[b, start:end, :T] = text[b]
+                allowed[b, start:end, start:end] = allowed.new_ones(end - start, end - start).tril()
+                states = [last, *range(start, end)]
+                where += [(b, c, state, token) for state, token in zip(states, choice)]
+                start = end
+        with evaluating(self.backbone):
+            hidden = self.hidden(ids, allowed[:, None], position, task_ids, text)  # (B, S, d)
+        rows, columns, states, tokens = torch.tensor(where, device=device).T  # 4 x (answer tokens,)
+        head = self.backbone.get_output_embeddings()
+        log_p = torch.cat([  # in slices: (answer tokens, V) would be gigabytes at V = 152,064
+            -F.cross_entropy(head(hidden[rows[part], states[part]]).float(), tokens[part], reduction="none")
+            for part in torch.arange(len(where), device=device).split(1024)
+        ])  # (answer tokens,)
+        scores = torch.zeros(len(ids), max(map(len, choices)), device=device)  # (B, C)
+        scores.index_put_((rows, columns), log_p, accumulate=True)
+        counts = torch.tensor([len(row) for row in choices], device=device)
+        return scores.masked_fill(torch.arange(scores.shape[1], device=device) >= counts[:, None], -torch.inf)
+
+    def check_window(self, tokens: int) -> None:
+        """Raise UserError if a text and its choices do not fit into the backbone's sliding window, if it has one.
+
+        `score` makes its own mask, and the layers take it as it is: they would look back further than in training.
+        """
+        window = getattr(self.backbone.config, "sliding_window", None)
+        if window and self.in_front + tokens > window:
+            raise UserError(f"prompt, text and choices take {self.in_front + tokens} tokens, but the backbone's sliding "
+                            f"window is {window}; lower --max-length, or take another --backbone")
+
+    # ------------------------------------------------------------------------------------------ saving and loading
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """All tensors of the adapter by name, none of the backbone's."""
+        named = [*self.named_parameters(), *self.named_buffers()]
+        return {name: t.detach() for name, t in named if self.owns(name)}
+
+    def owns(self, name: str) -> bool:
+        """Whether a tensor belongs to the adapter."""
+        return not name.startswith("backbone.")
+
+    def save(self, folder: str | Path) -> None:
+        """Write adapter.safetensors (the adapter's tensors alone) and adapter.json (what they mean) into ``folder``."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with write_whole(folder / "adapter.safetensors") as file:
+            file.write(save({name: t.cpu().contiguous() for name, t in self.adapter_state().items()}))
+        write_json(folder / "adapter.json", {"method": self.method, "config": asdict(self.config), "tasks": self.tasks,
+                                             "backbone": self.described})
+
+    @classmethod
+    def load(cls, folder: str | Path, backbone: PreTrainedModel) -> "AdaptedLM":
+        """Read what ``save`` wrote, bit for bit.
+
+        Raises UserError if files are missing or unreadable, or written by another method, if the backbone is not the
+        one the adapter was trained on, or if tensors are missing or of another shape.
+        """
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
+            state = load_file(folder / "adapter.safetensors")
+            config, trained_on = TALoRAConfig(**about["config"]), about["backbone"]
+            if about["method"] != cls.method:
+                raise ValueError(f"it is an adapter of method '{about['method']}', not '{cls.method}'")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise UserError(f"no adapter can be read from '{folder}' ({error}); it should hold adapter.json and "
+                            "adapter.safetensors as written by a training run") from error
+        for key, value in describe(backbone).items():
+            if trained_on.get(key) != value:
+                raise UserError(f"the adapter in '{folder}' was trained on a backbone with {key} = "
+                                f"{trained_on.get(key)}, but this one has {value}; load it with its own backbone")
+        model = cls(backbone, about["tasks"], config)
+        shapes, found = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.adapter_state(), state))
+        if shapes != found:
+            raise UserError(f"the adapter in '{folder}' does not fit its own adapter.json: tensors "
+                            f"{', '.join(sorted(n for n, _ in shapes.items() ^ found.items())[:3])}; use an intact copy")
+        model.load_state_dict(state, strict=False)  # names and shapes were compared above; the backbone has its own
+        return model
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
+
+    def diagnose(self) -> dict:
+        """What training logs of the adapter in addition to losses and learning rates."""
+        return {}
+
+    def _use_our_attention(self) -> None:
+        # For good, not for the call: under checkpointing the layers run again in backward, after forward has returned.
+        if self.backbone.config._attn_implementation != self.attention:
+            self.backbone.set_attn_implementation(self.attention)
+
+
+class GatedPrompts(AdaptedLM):
+    """A prompt for each task in every layer, attended to through a gate. Subclasses say what the prompts are."""
+
+    def __init__(self, backbone: PreTrainedModel, config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
+        super().__init__(backbone, config)
+        shape = backbone.config
+        heads = (shape.num_attention_heads,) if config.gate_per_head else ()
+        self.gate = nn.Parameter(torch.zeros(shape.num_hidden_layers, *heads, device=self.device))  # zero: see gating.py
 
     def prompts(self, ids: list[int]) -> Tensor:
-        """The prompts of these tasks in every layer, (L, n, P, d); theta0 itself for NO_TASK."""
-        u, v = self.factors(ids)  # (L, n, r), (L, n, d)
-        return task_prompt(self.theta0[:, None], self.B[:, None], u, v, self.config.scale)  # Eq. (1)
+        """The prompts of these tasks in every layer, (L, n, P, d)."""
+        raise NotImplementedError
 
     def prefix(self, task_ids: Tensor, rows: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Keys, values and gate of every layer's prompt for ``rows`` rows; task_ids (B,) -> L x ((B,K,P,h) x 2, gate).
 
-        Computed anew in every call, once for each *distinct* task. Raises ValueError for an id that is no task's and
-        unless there is one id for each row.
+        Computed in every call, once for each *distinct* task. Raises ValueError as `check_tasks` does.
         """
         ids, row = self.check_tasks(task_ids, rows)
         layers = zip(self.backbone.model.layers, self.prompts(ids).unbind(), self.gate.unbind())
@@ -97,9 +357,80 @@ class TALoRA(FrozenLM):
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
                text: Tensor) -> dict:
-        """The text as it is, and the prompts beside it: every layer finds its own under its number, Eq. (2)."""
+        """The text as it is and, as one more argument, the prompts: layer l finds its own at index l, Eq. (2)."""
         return dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                     prefix=self.prefix(task_ids, len(input_ids)))
+
+    def cosines(self) -> Tensor:
+        """Cosines of every two tasks in every layer, (L, N, N): here of their whole prompts."""
+        flat = F.normalize(self.prompts(list(range(len(self.tasks)))).flatten(2), dim=-1)  # (L, N, P d)
+        return flat @ flat.mT
+
+    def norms(self) -> dict[str, Tensor]:
+        """Sizes that training logs, by layer, (L,): here the mean Frobenius norm of the tasks' prompts."""
+        return {"prompt_norms": self.prompts(list(range(len(self.tasks)))).norm(dim=(-2, -1)).mean(1)}
+
+    @torch.no_grad()
+    def diagnose(self) -> dict:
+        """What training logs of the adapter: tanh g by layer, with its sign (a mean over heads), `norms`, and
+        |cos(A_i, A_j)| of the tasks, a mean over layers."""
+        state = {"gates": torch.tanh(self.gate).reshape(len(self.gate), -1).mean(1)}  # (L,)
+        if self.tasks:
+            state |= self.norms()
+        if len(self.tasks) > 1:
+            state["cosines"] = self.cosines().abs().mean(0)  # (N, N)
+        return {"tasks": self.tasks} | {name: t.double().round(decimals=5).tolist() for name, t in state.items()}
+
+
+class TALoRA(GatedPrompts):
+    """A frozen causal language model with a gated, task-adaptive low-rank prompt in every layer."""
+
+    method = "talora"
+    reads = ("prompt_length", "rank", "scale", "gate_per_head")
+
+    def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
+        """Wrap ``backbone``, which is frozen, for the tasks of these names.
+
+        Raises UserError for a backbone of a family that is not supported and for a task named twice.
+        """
+        super().__init__(backbone, config)
+        L, P, r = backbone.config.num_hidden_layers, config.prompt_length, config.rank
+        self.theta0 = nn.Parameter(random_words(backbone, P))  # (L, P, d)
+        self.B = nn.Parameter(torch.randn(L, P, r, device=self.device) * r**-0.5)
+        self.u, self.v = nn.ParameterList(), nn.ParameterList()
+        for task in tasks:
+            self.add_task(task)
+
+    def add_task(self, name: str) -> int:
+        """Add a task with new random factors and return its id; nothing else changes, earlier ids stay valid.
+
+        The factors of a task are parameters of their own, not rows of one big tensor: an optimizer with momentum moves
+        every row of a tensor that has a gradient, so a task that is absent from a batch would drift. u has variance
+        1/r, so that (B u)[p] has variance 1/r as well; v is small but not zero. Raises UserError if the name is taken.
+        """
+        new_id = super().add_task(name)
+        L, _, d = self.theta0.shape
+        r = self.config.rank
+        self.u.append(nn.Parameter(torch.randn(L, r, device=self.device) * r**-0.5))
+        self.v.append(nn.Parameter(torch.randn(L, d, device=self.device) * 0.02))
+        return new_id
+
+    def factors(self, ids: list[int] | None = None) -> tuple[Tensor, Tensor]:
+        """The fast weights of these tasks (all, if None) side by side: u (L, n, r) and v (L, n, d).
+
+        A row for the id NO_TASK is zero: theta0 + s * B 0 = theta0.
+        """
+        ids = range(len(self.tasks)) if ids is None else ids
+        zero_v = torch.zeros_like(self.theta0[:, 0])  # (L, d)
+        zero_u = zero_v[:, :1].expand(-1, self.config.rank)  # (L, r)
+        u = [zero_u if i == NO_TASK else self.u[i] for i in ids]
+        v = [zero_v if i == NO_TASK else self.v[i] for i in ids]
+        return torch.stack(u, 1), torch.stack(v, 1)
+
+    def prompts(self, ids: list[int]) -> Tensor:
+        """The prompts of these tasks in every layer, (L, n, P, d); theta0 itself for NO_TASK."""
+        u, v = self.factors(ids)  # (L, n, r), (L, n, d)
+        return task_prompt(self.theta0[:, None], self.B[:, None], u, v, self.config.scale)  # Eq. (1)
 
     def orthogonality(self, form: str) -> Tensor:
         """The regulariser R over all tasks, a scalar, Eq. (4)."""
@@ -108,17 +439,6 @@ class TALoRA(FrozenLM):
     def cosines(self) -> Tensor:
         """cos(A_i, A_j) of every two tasks in every layer, (L, N, N)."""
         return task_cosines(*self.factors())
-
-    @torch.no_grad()
-    def diagnose(self) -> dict:
-        """What training logs of the adapter: by layer |tanh g| and `norms`, and |cos(A_i, A_j)| of the tasks, mean over
-        layers."""
-        state = {"gates": torch.tanh(self.gate).abs().reshape(len(self.gate), -1).mean(1)}  # (L,)
-        if self.tasks:
-            state |= self.norms()
-        if len(self.tasks) > 1:
-            state["cosines"] = self.cosines().abs().mean(0)  # (N, N)
-        return {"tasks": self.tasks} | {name: t.double().round(decimals=5).tolist() for name, t in state.items()}
 
     def norms(self) -> dict[str, Tensor]:
         """By layer, (L,): the Frobenius norm of theta0, and the mean one of the tasks' steps s B A_i."""
@@ -136,3 +456,84 @@ def random_words(backbone: PreTrainedModel, P: int) -> Tensor:
     chosen = torch.randint(len(words), (len(layers), P), device=words.device)  # (L, P)
     with torch.no_grad():
         return torch.stack([layer.input_layernorm(words[row]) for row, layer in zip(chosen, layers)]).float()
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Position of every token counted over real tokens, so that padding moves nothing; (B, T) -> (B, T)."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Run in eval mode and restore the mode after it (in training mode, checkpointing would refuse a cache)."""
+    before = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(before)
+
+
+# ------------------------------------------------------------------------------------------------------- backbones
+
+# What the model computes depends on these entries of its config, whatever the version of transformers.
+COMPUTES = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "sliding_window", "rope_parameters")
+
+
+def describe(backbone: PreTrainedModel) -> dict:
+    """What identifies a backbone: its family, its sizes, and a hash of its config and weights.
+
+    By content alone: the same one in another folder is the same, another revision of the same name is another one. Of
+    the weights the first 64 numbers of every tensor count, in bf16, so that the same weights loaded in fp32 and in bf16
+    are the same backbone. Weights on the meta device count as one and the same.
+    """
+    shape = backbone.config.to_dict()
+    digest = hashlib.sha256(json.dumps({name: shape.get(name) for name in COMPUTES}, sort_keys=True).encode())
+    if backbone.device.type != "meta":
+        some = [p.detach().flatten()[:64].to(torch.bfloat16) for _, p in sorted(backbone.named_parameters())]
+        digest.update(torch.cat(some).cpu().view(torch.uint8).numpy().tobytes())
+    return {name: shape.get(name) for name in COMPUTES[:6]} | {"hash": digest.hexdigest()[:16]}
+
+
+def load_backbone(path: str | Path = "", dtype: str = "float32",
+                  device: torch.device | str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """The backbone ``path`` (a folder, a hub name, or "" for the micro-world's own) and its tokenizer.
+
+    dtype: "float32" or "bfloat16". Only data is read: weights as safetensors, never code that a folder brings. They are
+    read into host memory and then moved. Raises UserError for what is not a causal language model of a supported
+    family, for weights that are missing or not finite, and for a tokenizer that does not belong to it.
+    """
+    try:
+        tokenizer = load_tokenizer(path or MICRO_BACKBONE)
+        backbone, loaded = AutoModelForCausalLM.from_pretrained(
+            path or MICRO_BACKBONE, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True)
+        if loaded["missing_keys"]:  # transformers would leave them random
+            raise ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}")
+        broken = [name for name, p in backbone.named_parameters() if not p.detach().sum().isfinite()]
+        if broken:
+            raise ValueError(f"its weights are not finite in {', '.join(broken[:3])}")
+    except Exception as error:  # whatever a folder makes transformers raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"'{path}' cannot be loaded as a causal language model ({reason}); --backbone takes a folder "
+                        "with config.json, weights (safetensors) and tokenizer, or its name on the hub") from error
+    AdaptedLM.check(backbone)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"the tokenizer of '{path}' has no end token, which ends every answer; set its eos_token")
+    if len(tokenizer) > backbone.config.vocab_size:
+        raise UserError(f"the tokenizer of '{path}' has {len(tokenizer):,} tokens but its model only "
+                        f"{backbone.config.vocab_size:,}; they do not belong together")
+    return backbone.to(device), tokenizer
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a folder or hub name, as the class that its own tokenizer_config.json declares.
+
+    AutoTokenizer goes by the model's type instead, and takes the word tokenizer of a Qwen2 made from scratch for Qwen's
+    byte-level one.
+    """
+    about = Path(path) / "tokenizer_config.json"
+    declared = json.loads(about.read_text(encoding="utf-8")).get("tokenizer_class") if about.exists() else None
+    plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")  # the name before and since transformers 5
+    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(path, trust_remote_code=False)
