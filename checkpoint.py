@@ -11,9 +11,14 @@ Nobody needs this file to understand the method.
 import argparse
 import io
 import json
+import logging
 import os
+import platform
+import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +26,7 @@ from typing import BinaryIO
 
 import filelock
 import torch
+import transformers
 
 
 class UserError(ValueError):
@@ -112,6 +118,28 @@ def lock(folder: Path) -> Iterator[None]:
         raise UserError(f"another process is working in '{folder}'; wait for it, or choose another --run") from error
 
 
+def open_log(folder: Path) -> Callable[[str], None]:
+    """A function that prints a line and appends it to log.txt."""
+    logger = logging.getLogger("ta-lora")
+    logger.propagate, logger.level = False, logging.INFO
+    logger.handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(folder / "log.txt", "a", "utf-8")]
+    return logger.info
+
+
+def environment(command: str) -> dict:
+    """What it takes to repeat a result: command, commit, versions, machine."""
+    commit = ""
+    if shutil.which("git"):
+        commit, changed = (subprocess.run(["git", *words], cwd=Path(__file__).parent, text=True, capture_output=True
+                                          ).stdout.strip() for words in (
+            ("describe", "--always"), ("status", "--porcelain", "--untracked-files=no", "*.py")))
+        commit += "-dirty" if changed else ""
+    return {"command": command, "commit": commit, "python": platform.python_version(), "torch": torch.__version__,
+            "transformers": transformers.__version__, "machine": platform.platform(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+            "threads": torch.get_num_threads(), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
 # ------------------------------------------------------------------------------------------------------ resuming
 
 def same_run(folder: Path, made_of: dict) -> None:
@@ -121,8 +149,7 @@ def same_run(folder: Path, made_of: dict) -> None:
             raise UserError(f"'{folder}' was written by an earlier release; choose another --run, or delete that folder")
         return
     before = read_json(folder / "stage.json")
-    other = [f"{name} {before.get(name)} (now {made_of.get(name)})" for name in before | made_of
-             if before.get(name) != made_of.get(name)]
+    other = [f"{name} {before.get(name)} (now {now})" for name, now in made_of.items() if before.get(name) != now]
     if other:
         raise UserError(f"'{folder}' was trained with {', '.join(other)}; choose another --run, or delete that folder")
 

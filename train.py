@@ -1,795 +1,622 @@
-r"""The stages of TA-LoRA and the one loop that runs them.
+r"""The three stages of TA-LoRA and the one loop that runs them.
 
     base        theta0 and the gates, on one source task
-    multitask   B, all u_i and v_i, the gates (from zero again) and, slowly, theta0, on the source tasks
-    target      u, v of one target task at a time, on k examples or all; everything shared is frozen
-    pretrain    a small backbone from scratch, where there is none to download (pretrain.py)
+    multitask   B, all u_i and v_i, the gates (from zero again) and, slowly, theta0, on all source tasks
+    target      u, v of one new task, from k examples or all of them; everything shared stays frozen
 
 In every stage a step minimises
 
     loss = L_PLM + lambda * R(A_1 .. A_N)                                                               Eq. (3)
 
 where L_PLM is the cross-entropy of the answer's tokens, averaged within an example and then over the examples of the
-step, and R is the orthogonality of the task matrices (multitask stage only). The shared weights and the weights of a
-task learn at different rates:
+step, and R is the orthogonality of the task matrices (multitask stage only). Shared weights and the weights of a task
+learn at different rates:
 
     slow: theta0, B          fast: u_i, v_i, gate                                                       Eq. (5)
 
-    python train.py --stage multitask                       the embedded micro-world, minutes on a laptop
-    python train.py --stage target --shots 32               eight new tasks from 32 examples each
-    python train.py --preset qwen2.5-7b --stage all         the paper's run
+A step is a function of its number, so resuming a stage is `range(done, steps)`. Baselines and ablations call `main`
+with another `Method` (experiments/compare.py). In reading order: options, the loop, the stages, the program.
 """
 
+import argparse
+import atexit
 import dataclasses
-import hashlib
-import json
 import math
 import os
-import platform
-import subprocess
+import shlex
+import shutil
 import sys
 import tempfile
 import time
-from array import array
-from collections.abc import Sequence
-from contextlib import nullcontext
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 
+import checkpoint
 import data
 import evaluate
-import figures
-import parallel
-import pretrain
-from backbone import load_backbone
-from baselines import InputPrompts, Method
-from checkpoint import Lock, Signals, atomic, load_checkpoint, naming, read_json, save_checkpoint, write_json
-from config import (
-    ORDER,
-    Config,
-    check,
-    depends,
-    flag,
-    method_of,
-    parse,
-    plan,
-    read_options,
-    shots_of,
-    split_names,
-    stage_folder,
-)
+from checkpoint import RunFailed, Stopped, UserError
 from data import Batch, Encoded
-from errors import RunFailed, UserError, program
-from frozen import NO_TASK, FrozenLM, TALoRAConfig, describe
+from lowrank import FORMS
+from model import NO_TASK, AdaptedLM, TALoRA, TALoRAConfig, describe, load_backbone
+from tasks import chinese, micro
 
-REWRITTEN = ", rewritten"  # ends the name of a column about rewritten rows
-ALL_TASKS = "all tasks"  # the one name of methods that have one set of weights for all source tasks
+# --------------------------------------------------------------------------------------------------------- options
 
-# ---------------------------------------------------------------------------------------------------- the loop
+RUN, DATA, METHOD, EVERY = "the run (changes no result)", "data and backbone", "the method", "every stage"
+BASE, MULTITASK, TARGET = "base stage", "multitask stage", "target stage"
 
-def learning_tensors(model: FrozenLM, method: Method, stage: str, task_ids: list[int]) -> dict[str, str]:
-    """Name of every tensor that learns in this stage -> its rate (--slow-rate and so on), by the method's table.
 
-    Freezing, the optimizer's groups and the printed table follow it. Of the tensors that each task has one of (u.i,
-    v.i) only those of ``task_ids`` learn.
+def option(default, group: str, help: str, **how):
+    """A field of Config that becomes an option of the command line; ``how`` goes to argparse."""
+    if not how:
+        how = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
+    shown = f" (default: {default})" if default not in ("", ()) else ""
+    return field(default=default, metadata={"group": group, "how": {"help": help + shown, "metavar": None, **how}})
+
+
+@dataclass
+class Config:
+    """Every option. [paper: ...] is what the public summaries of the paper say; where it is open, the value is ours."""
+
+    stage: str = option("multitask", RUN, "what to run", choices=("base", "multitask", "target", "all"))
+    preset: str = option("toy", RUN, "a set of defaults", choices=("toy", "qwen2.5-0.5b", "qwen2.5-7b"))
+    run: str = option("", RUN, "folder of the run, one subfolder a stage (default: runs/PRESET[-seedN])")
+    backbone: str = option("", RUN, "folder or hub name of a causal language model [paper: Qwen2.5-7B]")
+    data_root: str = option("", RUN, "folder with <task>/{train,test}.jsonl; else the micro-world, or downloads")
+    device: str = option("auto", RUN, "cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
+    checkpointing: bool = option(False, RUN, "recompute activations in backward: less memory, a third more time")
+    references: bool = option(True, RUN, "also score the frozen backbone and the instruction in words")
+    pictures: bool = option(True, RUN, "draw losses, gates and cosines")
+    log_every: int = option(40, RUN, "steps between two lines of progress")
+    save_every: int = option(100, RUN, "steps between two checkpoints")
+    eval_tokens: int = option(8192, RUN, "padded tokens of a forward pass over test rows at most")
+
+    seed: int = option(0, DATA, "seed of everything random [paper: number of seeds open]")
+    sources: tuple[str, ...] = option((), DATA, "source tasks [paper: 8]", nargs="+", metavar="TASK")
+    max_length: int = option(128, DATA, "tokens of a row at most; longer passages are cut around the answer")
+    max_new_tokens: int = option(8, DATA, "tokens of a generated answer at most")
+    dev_rows: int = option(64, DATA, "development rows of a task at most; they choose the best checkpoint")
+    dtype: str = option("float32", DATA, "of the backbone; adapters are float32", choices=("float32", "bfloat16"))
+    autocast: bool = option(False, DATA, "compute in bfloat16 under torch's autocast")
+
+    prompt_length: int = option(16, METHOD, "P, rows of the prompt in a layer [paper: open; 12 gives its 1.3 M]")
+    rank: int = option(8, METHOD, "r, columns of the shared B [paper: open; 8 gives its 1.3 M]")
+    scale: float = option(1.0, METHOD, "s, scale of a task's step [paper: open]")
+    gate_per_head: bool = option(False, METHOD, "one gate per head instead of one per layer [paper: per layer]")
+
+    tokens_per_batch: int = option(0, EVERY, "padded tokens of a pass at most; a step adds up several (0: no limit)")
+    warmup: int = option(20, EVERY, "steps over which learning rates rise from 0; then they fall linearly to 0")
+    weight_decay: float = option(0.0, EVERY, "AdamW's weight decay; never applied to gates")
+    clip: float = option(1.0, EVERY, "gradient norm at most")
+    eval_every: int = option(100, EVERY, "steps between two evaluations on development rows")
+
+    base_task: str = option("", BASE, "its source task [paper: open] (default: the first source)")
+    prompt_rate: float = option(4e-2, BASE, "learning rate of theta0 and gates [paper: open]")
+    base_steps: int = option(30, BASE, "steps [paper: open]")
+    base_batch: int = option(32, BASE, "examples of a step")
+
+    slow_rate: float = option(0.12, MULTITASK, "learning rate of theta0 and B [paper: open]")
+    fast_rate: float = option(0.16, MULTITASK, "learning rate of u, v and gates [paper: open, above the slow one]")
+    regulariser: str = option("cosine", MULTITASK, "form of the orthogonality term [paper: printed]", choices=FORMS)
+    reg_weight: float = option(0.1, MULTITASK, "lambda, weight of the orthogonality term [paper: open]")
+    multitask_steps: int = option(400, MULTITASK, "steps [paper: open]")
+    multitask_batch: int = option(32, MULTITASK, "examples of a step, over all source tasks")
+    mixing: str = option("uniform", MULTITASK, "of tasks in a step [paper: open]", choices=("uniform", "proportional"))
+
+    targets: tuple[str, ...] = option((), TARGET, "target tasks [paper: 8]", nargs="+", metavar="TASK")
+    shots: tuple[int, ...] = option((0,), TARGET, "examples of a target, 0: all; or several", nargs="+", type=int)
+    target_rate: float = option(0.08, TARGET, "learning rate of u, v [paper: open]")
+    target_steps: int = option(120, TARGET, "steps for each target task [paper: open]")
+    target_batch: int = option(8, TARGET, "examples of a step")
+
+
+# The learning rates of the large presets are ours and not swept yet: sweep them on development rows first.
+LARGE = dict(sources=chinese.SOURCES, targets=chinese.TARGETS, max_length=1024, max_new_tokens=64, dev_rows=32,
+             dtype="bfloat16", prompt_length=12, rank=8, prompt_rate=5e-3, slow_rate=1e-3, fast_rate=5e-3,
+             target_rate=5e-3, base_steps=200, multitask_steps=2000, multitask_batch=64, target_steps=300,
+             target_batch=16, warmup=50, eval_every=200)
+PRESETS = {
+    "toy": dict(sources=micro.SOURCES, targets=micro.TARGETS),
+    "qwen2.5-0.5b": dict(LARGE, backbone="Qwen/Qwen2.5-0.5B", tokens_per_batch=8192),
+    "qwen2.5-7b": dict(LARGE, backbone="Qwen/Qwen2.5-7B", tokens_per_batch=4096, checkpointing=True),
+}
+
+LEARNS = {  # stage -> tensor -> its learning rate: --slow-rate and so on; whatever is not named is frozen.  Eq. (5)
+    "base": {"theta0": "prompt", "gate": "prompt"},
+    "multitask": {"theta0": "slow", "B": "slow", "u": "fast", "v": "fast", "gate": "fast"},
+    "target": {"u": "target", "v": "target"},
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the stages and the loop need to know of a method."""
+
+    name: str  # in tables and in the name of the run's folder
+    says: str  # one line for --help
+    model: type[AdaptedLM]
+    learns: dict[str, dict[str, str]]  # as LEARNS; a stage that is not in it does not exist for the method
+    per_task: bool = False  # weights of its own for each source; a target starts from the nearest source's
+    regularised: bool = False  # Eq. (4) in the multitask stage
+    fresh_gates: bool = False  # gates start the multitask stage from zero again
+    defaults: dict[str, dict] = field(default_factory=dict)  # "toy" | "large" -> options other than Config's
+    fixes: Callable[[Config], dict] = lambda cfg: {}  # options that an ablation sets, whatever was typed
+
+
+TALORA = Method("talora", "the method of the paper", TALoRA, LEARNS, per_task=True, regularised=True, fresh_gates=True)
+ALL_TASKS = "all tasks"  # the one task of a method that has one set of weights for all sources
+
+
+def parse(argv: list[str], method: Method = TALORA) -> Config:
+    """Command line -> options: Config's defaults, the preset's, the method's, then what is typed; the last one wins.
+
+    Raises UserError for an unknown option, value or type.
     """
-    rates = method.learns[stage]
-    learns = {}
-    for name in model.adapter_state():
-        tensor, _, task = name.partition(".")
-        if tensor in rates and (not task.isdigit() or int(task) in task_ids):
-            learns[name] = rates[tensor]
-    return learns
+    parser = checkpoint.Parser(
+        prog="python train.py", usage="python train.py [--stage STAGE] [OPTION ...]", allow_abbrev=False,
+        description=__doc__.partition("\n\nIn every")[0],
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=120))
+    fields = dataclasses.fields(Config)
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in fields)}
+    for f in fields:
+        groups[f.metadata["group"]].add_argument(flag(f.name), default=None, **f.metadata["how"])
+    typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    for name in {"sources", "targets"} & typed.keys():
+        typed[name] = tuple(" ".join(typed[name]).replace(",", " ").split())
+    preset = typed.get("preset", "toy")
+    cfg = Config(**{**PRESETS[preset], **method.defaults.get("toy" if preset == "toy" else "large", {}), **typed})
+    cfg = dataclasses.replace(cfg, shots=tuple(cfg.shots), **method.fixes(cfg))
+    for name in ("backbone", "data_root"):  # whole paths, so that evaluate.py finds them from any folder
+        if os.path.isdir(getattr(cfg, name)):
+            setattr(cfg, name, str(Path(getattr(cfg, name)).resolve()))
+    for name, known in (("sources", chinese.SOURCES), ("targets", chinese.TARGETS)):
+        if cfg.data_root and name not in typed:  # whatever is there of the sixteen sets
+            setattr(cfg, name, tuple(task for task in known if os.path.isdir(Path(cfg.data_root) / task)))
+    cfg.base_task = cfg.base_task or (*cfg.sources, "")[0]
+    words = [preset, *method.name.split(), f"seed{cfg.seed}"]
+    cfg.run = cfg.run or "runs/" + "-".join(word for word in words if word not in ("talora", "seed0"))
+    return cfg
 
 
-def build_optimizer(model: FrozenLM, learns: dict[str, str], cfg: Config) -> torch.optim.AdamW:
-    """AdamW with one group per rate, and freeze everything that is in no group. Eq. (5)
+def check(cfg: Config, method: Method = TALORA) -> None:
+    """Refuse options that cannot work, before anything is loaded or written; UserError with all of them at once."""
+    may_be_zero = ("seed", "warmup", "tokens_per_batch", "scale", "reg_weight", "weight_decay")
+    numbers = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.type in (int, float)}
+    problems = [f"{flag(name)} is {value}, but must be {'0 or more' if name in may_be_zero else 'above 0'}"
+                for name, value in numbers.items()
+                if not (0 < value < math.inf or value == 0 and name in may_be_zero)]
+    names, there = [*cfg.sources, *cfg.targets], os.path.isdir(cfg.data_root)
+    needs_targets = cfg.stage in ("target", "all")
+    problems += [sentence for wrong, sentence in (
+        (min(cfg.shots) < 0, f"--shots is {min(cfg.shots)}, but must be 0 (all examples) or more"),
+        (issubclass(method.model, TALoRA) and cfg.rank > cfg.prompt_length,
+         f"--rank is {cfg.rank}, above --prompt-length {cfg.prompt_length}: B has only that many rows; lower it"),
+        (cfg.data_root and not there,
+         f"--data-root '{cfg.data_root}' is not a folder; it should hold <task>/train.jsonl and test.jsonl"),
+        (there and not cfg.backbone, "--data-root needs --backbone PATH: the micro-world's backbone knows 184 words; "
+         "name a folder or a model on the hub, such as Qwen/Qwen2.5-0.5B"),
+        (cfg.stage not in ("all", *method.learns),
+         f"method {method.name} has no stage '{cfg.stage}'; its stages are {', '.join(method.learns)}"),
+        (not cfg.sources, f"no known source is in '{cfg.data_root}'; name the tasks that are there with --sources"),
+        (cfg.sources and cfg.base_task not in cfg.sources,
+         f"--base-task '{cfg.base_task}' is not among the sources {', '.join(cfg.sources)}"),
+        (needs_targets and not cfg.targets,
+         f"no known target is in '{cfg.data_root}'; name the tasks that are there with --targets"),
+        (len(names) > len(set(names)), "a task is named twice, as a source or a target: "
+         f"{', '.join(sorted({n for n in names if names.count(n) > 1}))}; remove one"),
+        (0 < cfg.tokens_per_batch < cfg.max_length, f"--tokens-per-batch is {cfg.tokens_per_batch}, less than one row "
+         f"of --max-length {cfg.max_length}; raise it or lower that"),
+        (os.path.isfile(cfg.run), f"--run '{cfg.run}' is a file; name a folder"),
+    ) if wrong]
+    try:
+        torch.empty(1, device=pick_device(cfg.device))
+    except (RuntimeError, AssertionError):
+        problems.append(f"--device '{cfg.device}' is not available here; use --device cpu, or auto")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def pick_device(device: str) -> str:
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return found if device == "auto" else device
+
+
+# -------------------------------------------------------------------------------------------------------- the loop
+
+def learning_tensors(model: AdaptedLM, learns: dict[str, str], task_ids: list[int]) -> dict[str, str]:
+    """Name of every tensor that learns -> its learning rate ("slow", "fast" ...), by one stage of a method's table.
+
+    Of the tensors that each task has one of (u.i, v.i) only those of ``task_ids`` learn.
+    """
+    learning = {}
+    for tensor, rate in learns.items():
+        for name in model.adapter_state():
+            kind, _, task = name.partition(".")
+            if kind == tensor and (not task.isdigit() or int(task) in task_ids):
+                learning[name] = rate
+    return learning
+
+
+def build_optimizer(model: AdaptedLM, learning: dict[str, str], cfg: Config) -> torch.optim.AdamW:
+    """AdamW with one group for each learning rate; everything in no group is frozen. Eq. (5)
 
     Weight decay spares the gates: pulled towards zero they would close. Each group remembers its rate as "initial".
     """
-    rates = {name: getattr(cfg, f"{name}_rate") for name in ("slow", "fast", "prompt", "target")}
-    groups = []
-    for rate in dict.fromkeys(learns.values()):
-        for decay in (True, False):
-            names = [n for n in learns if learns[n] == rate and n.startswith("gate") != decay]
-            if names:
-                groups.append({"name": rate, "params": [model.get_parameter(n) for n in names], "lr": rates[rate],
-                               "initial": rates[rate], "weight_decay": cfg.weight_decay if decay else 0.0})
-    for name, p in model.named_parameters():
-        p.requires_grad_(name in learns)
-    grouped = [p for group in groups for p in group["params"]]
-    assert len(grouped) == len({id(p) for p in grouped}) == len(learns) > 0, "a tensor in no group or in two"
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    model.requires_grad_(False)
+    groups = {}
+    for name, rate in learning.items():
+        groups.setdefault((rate, name.startswith("gate")), []).append(model.get_parameter(name).requires_grad_())
+    return torch.optim.AdamW([
+        {"name": rate, "params": tensors, "initial": getattr(cfg, f"{rate}_rate"),
+         "weight_decay": 0.0 if is_gate else cfg.weight_decay} for (rate, is_gate), tensors in groups.items()],
+        betas=(0.9, 0.95))
 
 
 def rate_factor(step: int, steps: int, warmup: int) -> float:
-    """What every rate is multiplied by: rises linearly over the warm-up, then falls linearly to 0 at the end."""
+    """What every learning rate is multiplied by: it rises linearly over the warm-up, then falls linearly to 0."""
     warmup = min(warmup, steps // 3)
     return (step + 1) / (warmup + 1) if step < warmup else (steps - step) / (steps - warmup)
 
 
-def train_step(model: FrozenLM, optimizer: torch.optim.Optimizer, batches: list[Batch], cfg: Config,
+def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list[Batch], cfg: Config,
                regularise: bool) -> dict[str, float]:
-    """One optimisation step over the micro-batches ``batches``; returns what it measured. Eq. (3)
+    """One optimizer step over the micro-batches of one step; returns what it measured. Eq. (3)
 
-    Of several processes each has its own part of the step's rows (parallel.py), perhaps none.
     Raises RunFailed, before any weight has changed, if the loss or the gradient is not finite.
     """
     learning = [p for group in optimizer.param_groups for p in group["params"]]
-    examples = parallel.total(sum(len(batch.task_ids) for batch in batches))
-    optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW then leaves a task alone that nothing asks to move
-    task_loss = torch.zeros((), device=model.device)
+    examples, task_loss = total(sum(len(batch.task_ids) for batch in batches)), torch.zeros((), device=model.device)
+    optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW then leaves the factors of absent tasks alone
     for batch in batches:
-        with autocast(cfg, model.device):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.autocast):
             losses = model(batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels).losses  # (B,)
-        loss = losses.sum() / examples  # L_PLM: a mean over the examples of the whole step, however it was cut
+        loss = losses.sum() / examples  # L_PLM: the mean over the examples of the whole step, however it was cut
         loss.backward()
         task_loss += loss.detach()
-    parallel.sum_gradients(learning, task_loss)
-    reg = torch.zeros(())
-    if regularise:
-        reg = model.orthogonality(cfg.regulariser)  # Eq. (4)
-        if reg.requires_grad:
-            (cfg.reg_weight * reg).backward()  # Eq. (3)
+    sum_gradients(learning, task_loss)
+    reg = model.orthogonality(cfg.regulariser) if regularise else torch.zeros(())  # Eq. (4)
+    if reg.requires_grad:
+        (cfg.reg_weight * reg).backward()  # Eq. (3)
     norm = torch.nn.utils.clip_grad_norm_(learning, cfg.clip)
-    measured = {"loss": task_loss.item(), "reg": reg.item(), "grad_norm": norm.item()}
-    if not all(map(math.isfinite, measured.values())):
-        tasks = sorted({model.tasks[i] if i >= 0 else "theta0 alone" for b in batches for i in b.task_ids.tolist()})
-        raise RunFailed(f"the numbers went bad (loss {measured['loss']:.3g}, gradient norm {norm:.3g}) in a batch of "
-                        f"{', '.join(tasks)}; no weight was changed: {lower(optimizer)}")
+    if not torch.isfinite(task_loss + norm):
+        raise RunFailed(f"loss {task_loss:.3g}, gradient norm {norm:.3g}: no weight was changed; lower the learning rates")
     optimizer.step()
-    return measured
+    return {"loss": task_loss.item(), "reg": reg.item(), "grad_norm": norm.item()}
 
 
-def lower(optimizer: torch.optim.Optimizer) -> str:
-    """What to do about numbers that went bad."""
-    rates = dict.fromkeys(f"{flag(group['name'] + '_rate')} {group['initial']:g}" for group in optimizer.param_groups)
-    decay = max(group["weight_decay"] for group in optimizer.param_groups)
-    return f"try lower rates ({', '.join([*rates, *[f'--weight-decay {decay:g}'] * (decay > 0)])}) in another --run"
-
-
-def autocast(cfg: Config, device: torch.device):
-    return torch.autocast(device.type, torch.bfloat16) if cfg.autocast else nullcontext()
-
-
-def fit(run: "Run", model: FrozenLM, stage: str, train: dict[str, list[Encoded]], dev: dict[str, list[Encoded]],
+def fit(run: "Run", model: AdaptedLM, stage: str, train: dict[str, list[Encoded]], dev: dict[str, list[Encoded]],
         task_ids: dict[str, int], folder: Path) -> None:
-    """The one loop. Trains what the method's table says for this stage and keeps the best checkpoint on ``dev``.
+    """The one loop. Keeps the adapter that is best on ``dev`` in best/ and resumes from checkpoint.pt if there is one.
 
-    train, dev: encoded examples by task; task_ids: the id a task's rows are given (NO_TASK: theta0 alone). Writes
-    metrics.jsonl, best/ and last/ into ``folder``, and checkpoint.pt, from which it goes on if it finds one there.
-    Raises Stopped after the step in which a signal arrived, and RunFailed for numbers gone bad or a full GPU.
+    train, dev: encoded rows by task; task_ids: the id that a task's rows are given (NO_TASK: theta0 alone). Raises
+    Stopped after the step in which a signal arrived, RunFailed for numbers that are no longer finite.
     """
-    cfg, method, log, device = run.cfg, run.method, run.log, model.device
-    steps, batch_size = getattr(cfg, f"{stage}_steps"), getattr(cfg, f"{stage}_batch")
-    learns = learning_tensors(model, method, stage, list(task_ids.values()))
-    optimizer = build_optimizer(model, learns, cfg)
-    if stage == "multitask" and method.fresh_gates:
-        for name in learns:
-            if name.startswith("gate"):
-                torch.nn.init.zeros_(model.get_parameter(name))  # zero-init attention warms up anew (paper: open)
-    log(what_learns(model, learns, optimizer))
-    sampler = data.Sampler(train, batch_size, cfg.seed, cfg.mixing, cfg.tokens_per_batch or None)
-    regularise = stage == "multitask" and method.regularised
-    now = {"step": 0, "best": [-1.0, -math.inf], "tokens": 0, "seconds": 0.0, "logged": 0}
-    checkpoint, identity = folder / "checkpoint.pt", {"backbone": model.described, "train rows": rows_hash(train)}
-    if checkpoint.exists():
-        try:
-            now = load_checkpoint(checkpoint, model.adapter_state(), optimizer, sampler, now, identity)
-            if now["step"] > steps:
-                raise ValueError(f"the checkpoint '{checkpoint}' says {now['step']} steps were done of {steps}; delete "
-                                 "it to begin this stage anew")
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        log(f"{stage:9} goes on after step {now['step']} of {steps}")
-    writes = parallel.RANK == 0
-    metrics = open_metrics(folder / "metrics.jsonl", now["logged"], log) if writes else tempfile.TemporaryFile("w")
-    started, saved = time.perf_counter() - now["seconds"], time.perf_counter()
-
-    def record(**row):
-        row = {**row, **model.diagnose()}
-        with naming(folder / "metrics.jsonl"):
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-        return row
-
-    def sound(loss=0.0):
-        """Raise RunFailed rather than keep what is not finite: a step from good numbers can end in bad ones."""
-        bad = [name for name in learns if not model.get_parameter(name).isfinite().all()]
-        if bad or not math.isfinite(loss):
-            what = f"{len(bad)} tensors, {bad[0]} first" if bad else f"the loss on development rows, {loss}"
-            raise RunFailed(f"{stage}, step {now['step']}: numbers went bad ({what}), and are not saved: "
-                            f"{lower(optimizer)}; the last good state is in {checkpoint}")
-
-    def save():
-        sound()
-        with naming(folder / "metrics.jsonl"):
-            os.fsync(metrics.fileno())
-        now.update(seconds=time.perf_counter() - started, logged=os.fstat(metrics.fileno()).st_size)
-        model.save(folder / "last")
-        save_checkpoint(checkpoint, model.adapter_state(), optimizer, sampler, now, identity)
-
-    parallel.same(list(model.adapter_state().values()))
-    if not checkpoint.exists():
-        record(step=0)
-        save()
+    cfg, method, steps = run.cfg, run.method, getattr(run.cfg, f"{stage}_steps")
+    learning = learning_tensors(model, method.learns[stage], list(task_ids.values()))
+    optimizer = build_optimizer(model, learning, cfg)
+    batches = data.Batches(train, getattr(cfg, f"{stage}_batch"), cfg.seed, cfg.mixing, cfg.tokens_per_batch)
+    for name in learning:
+        if stage == "multitask" and method.fresh_gates and name.startswith("gate"):
+            torch.nn.init.zeros_(model.get_parameter(name))  # zero-init attention warms up again (paper: open)
+    same_start(model)
+    run.log(describe_learning(model, learning, cfg))
+    now = checkpoint.load_checkpoint(folder, model.adapter_state(), optimizer) or {
+        "step": 0, "best": [-1.0, -math.inf], "seconds": 0.0, "tokens": 0, "history": [{"step": 0, **model.diagnose()}]}
+    started = time.perf_counter() - now["seconds"]
     model.train()
-    while now["step"] < steps:
-        step = now["step"]
-        with run.signals.finishing(save):
+    with checkpoint.catch_signals() as caught:
+        for step in range(now["step"], steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial"] * rate_factor(step, steps, cfg.warmup)
-            rows = sampler.next()  # micro-batches; of each one this process reads its share
-            batches = [data.collate(own, [task_ids[row.task] for row in own], 0).to(device)
-                       for own in map(parallel.share, rows) if own]
-            try:
-                measured = train_step(model, optimizer, batches, cfg, regularise)
-            except (RunFailed, torch.OutOfMemoryError) as error:
-                raise failed(error, stage, step, batches, cfg, checkpoint) from error
-            done = now["step"] = step + 1
-            now["tokens"] += sum(len(row) for part in rows for row in part)
-            seconds = time.perf_counter() - started
+            rows = batches[step]  # micro-batches; of each one this process reads its share
+            parts = [data.collate(part, [task_ids[row.task] for row in part]) for part in map(own_rows, rows) if part]
+            measured = train_step(model, optimizer, [part.to(model.device) for part in parts], cfg,
+                                  regularise=stage == "multitask" and method.regularised)
+
+            done, better = step + 1, False
+            now.update(step=done, tokens=now["tokens"] + sum(len(row) for part in rows for row in part),
+                       seconds=time.perf_counter() - started)
             if done % cfg.log_every == 0 or done == steps:
                 rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-                row = record(step=done, **measured, rates=rates, tokens_per_s=round(now["tokens"] / seconds))
-                log(f"{stage:9} {done:>5}/{steps}  {done / steps:4.0%}  loss {measured['loss']:.4f}  "
-                    f"reg {measured['reg']:.5f}  " + "  ".join(f"{n} {r:.1e}" for n, r in rates.items()) +
-                    (f"  |tanh g| {sum(row['gates']) / len(row['gates']):.3f}" if "gates" in row else "") +
-                    f"  {now['tokens'] / seconds:,.0f} tok/s  ETA {clock(seconds / done * (steps - done))}")
-            due = done % cfg.save_every == 0 or time.perf_counter() - saved > 60 * cfg.save_minutes or done == steps
+                now["history"].append({"step": done, **measured, "learning_rates": rates, **model.diagnose()})
+                run.log(describe_progress(stage, steps, now))
             if done % cfg.eval_every == 0 or done == steps:
-                right, loss = evaluate.dev_score(model, dev, task_ids)
-                sound(loss)
-                record(step=done, dev_accuracy=right, dev_loss=loss)
-                if [right, -loss] > now["best"]:
-                    now["best"], due = [right, -loss], True  # best/ and the checkpoint belong together
+                accuracy, loss = evaluate.dev_score(model, dev, task_ids, cfg.eval_tokens)
+                now["history"].append({"step": done, "dev_accuracy": accuracy, "dev_loss": loss, **model.diagnose()})
+                better = [accuracy, -loss] > now["best"] and math.isfinite(loss)
+                if better:
+                    now["best"] = [accuracy, -loss]
                     model.save(folder / "best")
-            if due:
-                save()
-                saved = time.perf_counter()
-    metrics.close()
-    parallel.wait()
-    peak = f"; at most {torch.cuda.max_memory_allocated() / 1e9:.1f} GB of the GPU" * (model.device.type == "cuda")
-    log(f"{stage:9} done in {clock(now['seconds'])}; best on development rows: {now['best'][0]:.1%} exactly right, "
-        f"loss {-now['best'][1]:.4f}; {sampler.padding:.1%} of the tokens were padding{peak}")
+            stop = total(len(caught))  # all processes stop after the same step, or none
+            if done % cfg.save_every == 0 or better or done == steps or stop:
+                checkpoint.save_checkpoint(folder, model.adapter_state(), optimizer, now)
+            if stop:
+                raise Stopped(caught[0] if caught else 15)
 
 
-def open_metrics(path: Path, logged: int, log: "Log"):
-    """metrics.jsonl to go on with after ``logged`` bytes; what was logged after the checkpoint comes again.
-
-    If somebody shortened the file, its whole lines stay and training goes on: nothing that is learned depends on them.
-    """
-    found = path.read_bytes() if path.exists() else b""
-    if len(found) < logged:
-        log(f"{path} is shorter than its checkpoint says ({len(found)} of {logged} bytes): some earlier steps are "
-            "missing from it and from the pictures; what was learned is complete")
-    file = open(path, "a", encoding="utf-8")
-    file.truncate(found.rfind(b"\n", 0, logged) + 1)
-    return file
+def describe_learning(model: AdaptedLM, learning: dict[str, str], cfg: Config) -> str:
+    """A table of what learns (shape, parameters, learning rate); the tensors of a list share a line."""
+    lines = [f"{'learns':12} {'shape':>16} {'parameters':>12}  learning rate"]
+    for kind in dict.fromkeys(name.partition(".")[0] for name in learning):
+        names = [name for name in learning if name.partition(".")[0] == kind]
+        shape, rate = "x".join(map(str, model.get_parameter(names[0]).shape)), learning[names[0]]
+        lines.append(f"{kind:12} {f'{len(names)} x {shape}' if len(names) > 1 else shape:>16} "
+                     f"{count(model, names):>12,}  {rate} {getattr(cfg, f'{rate}_rate'):.1e}")
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return "\n".join([*lines, f"{'in all':12} {count(model, learning):>29,}", f"{'frozen':12} {frozen:>29,}"])
 
 
-def failed(error: Exception, stage: str, step: int, batches: list[Batch], cfg: Config, checkpoint: Path) -> RunFailed:
-    """The sentence for a step that could not be done."""
-    kept = f"; the last good state is in {checkpoint}"
-    if isinstance(error, RunFailed):
-        return RunFailed(f"{stage}, step {step + 1}: {error}{kept}")
-    rows, tokens = max((batch.input_ids.shape for batch in batches), key=math.prod)
-    return RunFailed(f"{stage}, step {step + 1}: the GPU's memory is full with {rows} rows of {tokens} tokens (at the "
-                     f"peak {torch.cuda.max_memory_allocated() / 1e9:.1f} GB); add --checkpointing on, or lower "
-                     f"--tokens-per-batch (now {cfg.tokens_per_batch or 'the whole step at once'}){kept}")
+def describe_progress(stage: str, steps: int, now: dict) -> str:
+    row, done = now["history"][-1], now["step"]
+    gates = [f"|tanh g| {sum(map(abs, row['gates'])) / len(row['gates']):.3f}"] if "gates" in row else []
+    left = int(now["seconds"] / done * (steps - done))
+    return "  ".join([f"{stage:9} {done:>5}/{steps}  loss {row['loss']:.4f}  reg {row['reg']:.5f}",
+                      *(f"{name} {rate:.1e}" for name, rate in row["learning_rates"].items()), *gates,
+                      f"{now['tokens'] / now['seconds']:,.0f} tok/s  ETA {left // 60}:{left % 60:02d}"])
 
 
-def rows_hash(rows: dict[str, list[Encoded]]) -> str:
-    """Short hash of tokenised rows: a continuation must find the same ones in the same order."""
-    digest = hashlib.sha256()
-    for task, encoded in rows.items():
-        digest.update(f"{task} {len(encoded)}".encode())
-        for row in encoded:
-            digest.update(array("i", [*row.prompt_ids, -1, *row.answer_ids]).tobytes())
-    return digest.hexdigest()[:16]
+def count(model: AdaptedLM, names) -> int:
+    return sum(model.get_parameter(name).numel() for name in names)
 
 
-def what_learns(model: FrozenLM, learns: dict[str, str], optimizer: torch.optim.Optimizer) -> str:
-    """A table of what learns (name, shape, count, rate) and what is frozen; the tensors of a list share a line."""
-    rates = {group["name"]: group["initial"] for group in optimizer.param_groups}
-    lines = [f"{'learns':12} {'shape':>16} {'count':>12}  rate"]
-    for tensor in dict.fromkeys(name.partition(".")[0] for name in learns):
-        members = [n for n in learns if n.partition(".")[0] == tensor]
-        shapes = ["x".join(map(str, model.get_parameter(n).shape)) for n in members]
-        shape = shapes[0] if len(set(shapes)) == 1 else "several"
-        shape = f"{len(members)} x {shape}" if "." in members[0] else shape
-        count = sum(model.get_parameter(n).numel() for n in members)
-        lines.append(f"{tensor:12} {shape:>16} {count:>12,}  {learns[members[0]]} {rates[learns[members[0]]]:.1e}")
-    total = sum(model.get_parameter(n).numel() for n in learns)
-    lines.append(f"{'in all':12} {'':>16} {total:>12,}")
-    adapter = sum(t.numel() for t in model.adapter_state().values()) - total
-    frozen = sum(p.numel() for p in model.backbone.parameters() if not p.requires_grad)
-    lines.append(f"{'frozen':12} {'':>16} {frozen:>12,}  backbone, and {adapter:,} of the adapter")
-    return "\n".join(lines)
+# ------------------------------------------------------------------------------------------------------ the stages
 
-
-# ---------------------------------------------------------------------------------------------------- the stages
-
+@dataclass
 class Run:
-    """A run: its options, its folder, its backbone and tokenizer, loaded once for all stages."""
+    """What the stages share. A stage is (name, task, shots): a target task has a folder for each number of examples."""
 
-    def __init__(self, cfg: Config, command: str, signals: Signals):
-        self.cfg, self.command, self.method, self.signals = cfg, command, method_of(cfg), signals
-        self.folder = Path(cfg.run)
-        self.device = torch.device(parallel.place(cfg.device))
-        self.log = Log(self.folder / "log.txt")
-        self.backbone, self.tokenizer = load_backbone(cfg.backbone, cfg.dtype, self.device)
-        try:
-            self.method.model.check(self.backbone)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        if cfg.checkpointing == "on":
-            self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for once in ("rows", "rewritten", "rows_of", "references"):  # kept as long as the run is
-            setattr(self, once, cache(getattr(self, once)))
+    cfg: Config
+    method: Method
+    command: str
+    log: Callable[[str], None] = print
+    backbone: transformers.PreTrainedModel | None = None
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None
+    rows: dict[str, dict[str, list[Encoded]]] = field(default_factory=dict)  # task -> split -> rows
+    references: dict[str, dict] = field(default_factory=dict)  # task -> column -> scores
 
-    def examples(self, task: str, split: str):
-        return data.load_task(task, split, self.cfg.data_root or None)
+    def folder(self, stage: str, task: str = "", shots: int = 0) -> Path:
+        name = f"{task}-{shots}-shot" if shots else f"{task}-full"
+        return Path(self.cfg.run) / stage / (name if stage == "target" else "")
 
-    def encode(self, examples, keep_answer: bool = True) -> list[Encoded]:
-        """Tokens of examples; keep_answer=False shortens a long passage as a test does, not knowing the answer."""
-        with evaluate.progress(len(examples), "tokenising") as bar:
-            rows = []
-            for example in examples:
-                rows.append(data.encode(example, self.tokenizer, self.cfg.max_length, keep_answer))
-                bar.update()
-        return rows
+    def new_model(self, tasks: list[str]) -> AdaptedLM:
+        return self.method.model(self.backbone, tasks, TALoRAConfig(
+            self.cfg.prompt_length, self.cfg.rank, self.cfg.scale, self.cfg.gate_per_head))
 
-    def rows(self, task: str, split: str) -> list[Encoded]:
-        """Tokens of a split; of dev at most --dev-rows."""
-        examples = self.examples(task, split)
-        examples = examples[: self.cfg.dev_rows] if split == "dev" else examples
-        return self.encode(examples, keep_answer=split == "train")
-
-    def check_rows(self, tasks: list[str]) -> None:
-        """Tokenise all rows of these tasks, so that one that cannot be used shows now and not after hours."""
-        for task in tasks:
-            report = data.load_splits(task, self.cfg.data_root or None).report
-            dropped = [f"{n} {split} rows: {why}" for split, by in report["dropped"].items() for why, n in by.items()]
-            if dropped or report["notes"]:
-                print(f"{task}: " + "; ".join(dropped + report["notes"]))
-            for split in ("train", "dev", "test"):
-                self.rows(task, split)
-            for suffix, tests in self.tests([task]).items():  # what only testing reads: rewritten, with hard prompts
-                texts = tests[task] * bool(suffix) + in_words(tests[task]) * self.cfg.references
-                self.encode([dataclasses.replace(e, row=e.row + suffix) for e in texts], keep_answer=False)
-            self.check_answers(task)
-            self.check_window(task)
-
-    def check_answers(self, task: str) -> None:
-        """A generated answer ends after --max-new-tokens: say which test rows cannot be answered right."""
-        most, rows = self.cfg.max_new_tokens, self.examples(task, "test")
-        over = sum(all(len(data.answer_ids(self.tokenizer, text)) - 1 > most for text in e.references or (e.answer,))
-                   for e in rows if not e.choices)
-        if over:
-            what = (f"{task}: {over} of {len(rows)} test answers are longer than --max-new-tokens {most} and can never "
-                    "be given in full; raise it")
-            if over == len(rows):
-                raise UserError(what)
-            print(what)
-
-    def check_window(self, task: str) -> None:
-        """The choices of a row are scored behind its prompt in one pass, which a sliding window must hold."""
-        window = getattr(self.backbone.config, "sliding_window", None)
-        choices = max(sum(len(choice) - 1 for choice in row.choice_ids) for row in self.rows(task, "test"))
-        front = self.cfg.prompt_length if issubclass(self.method.model, InputPrompts) else 0
-        left = max(0, (window or 0) - front - choices)
-        if window and choices and self.cfg.max_length > left:
-            raise UserError(f"the backbone's sliding window of {window} tokens leaves {left} to a row of {task} beside "
-                            f"its choices, and --max-length is {self.cfg.max_length}; lower it, or take another "
-                            "--backbone")
-
-    def references(self, tasks: tuple[str, ...]) -> dict[str, dict]:
-        """What to compare with, on test rows as they are and rewritten: the most frequent answer, the frozen backbone,
-        and the instruction put in words."""
-        columns, frozen, ids = {}, FrozenLM(self.backbone, TALoRAConfig()), dict.fromkeys(tasks, NO_TASK)
-        for suffix, tests in self.tests(tasks).items():
-            columns["majority" + suffix] = {t: evaluate.majority_scores(t, self.examples(t, "train"), tests[t])
-                                            for t in tasks}
-            if not self.cfg.references:
-                continue
-            columns["frozen backbone" + suffix] = evaluate.evaluate_tasks(frozen, self.tokenizer, tests, ids, self.cfg)
-            if all(e.hard_prompt for rows in tests.values() for e in rows):  # hidden in the micro-world's prompts alone
-                asked = {t: in_words(rows) for t, rows in tests.items()}
-                columns["hard instruction" + suffix] = evaluate.evaluate_tasks(frozen, self.tokenizer, asked, ids,
-                                                                               self.cfg)
-        return columns
-
-    def tests(self, tasks: Sequence[str]) -> dict[str, dict[str, list[data.Example]]]:
-        """Test rows by task, by what ends the name of their columns: as they are, and rewritten."""
-        return {"": {task: self.examples(task, "test") for task in tasks},
-                REWRITTEN: {task: self.rewritten(task) for task in tasks}}
-
-    def rewritten(self, task: str) -> list[data.Example]:
-        """The test rows with their text rewritten as training never shows it, where that can be done."""
-        return [data.perturb(example, self.cfg.seed) for example in self.examples(task, "test")]
-
-    def new_model(self, tasks: list[str]) -> FrozenLM:
-        cfg = self.cfg
-        sizes = TALoRAConfig(cfg.prompt_length, cfg.rank, cfg.scale, cfg.gate_per_head)
-        try:
-            return self.method.model(self.backbone, tasks, sizes)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
-    def load(self, folder: Path, tasks: list[str] | None = None) -> FrozenLM:
-        """The best adapter that training left in a folder; tasks: what it has to be for, if that is known."""
-        try:
-            model = self.method.model.load(folder / "best", self.backbone)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        if tasks not in (None, model.tasks):
-            raise UserError(f"the adapter in '{folder}/best' is for {', '.join(model.tasks) or 'no task'}, not for "
-                            f"{', '.join(tasks)}; delete '{folder}' to make it anew")
-        return model
-
-    def rows_of(self, task: str) -> str:
-        """Hash of all rows of a task."""
-        return data.data_hash([e for split in ("train", "dev", "test") for e in self.examples(task, split)])
-
-    def identity(self, stage: str) -> dict:
-        """What a stage was made of beside its options: the backbone, and the rows of every task."""
-        names = split_names(self.cfg.targets if stage == "target" else self.cfg.sources)
-        read = {f"{name} in tokens": rows_hash({name: self.rows(name, "train")}) for name in names}  # by its tokenizer
-        return {"backbone": describe(self.backbone), "data": {name: self.rows_of(name) for name in names} | read}
-
-    def check_identity(self, stage: str, folder: Path) -> None:
-        """Refuse to build on, or go on with, what was made with another backbone or other data; before any writing."""
-        path = folder / "identity.json"
-        if not path.exists():
-            return
-        before = read_json(path, "delete it if backbone and data are those of then, or choose another --run",
-                           backbone={}, data={})
-        now = self.identity(stage)
-        if before["backbone"] != now["backbone"]:
-            other = [name for name, value in now["backbone"].items() if before["backbone"].get(name) != value]
-            raise UserError(f"{folder} was made with another backbone (other {', '.join(other)}); go on with that one, "
-                            "or choose another --run")
-        other = [name for name, value in now["data"].items() if before["data"].get(name, value) != value]
-        if other:
-            raise UserError(f"{folder} was made with other rows of {', '.join(other)}; go on with those, or choose "
-                            "another --run")
-
-    def open(self, stage: str) -> Path:
-        """The folder of a stage about to begin or to go on, with the options and the machine written into it."""
-        folder = stage_folder(self.cfg, stage)
-        self.log(f"\n== {stage}: results go to {folder}/")
-        begin(folder, self.cfg, self.command, self.log)
-        write_json(folder / "identity.json", self.identity(stage))
-        torch.manual_seed(10 * self.cfg.seed + ORDER.index(stage))  # the same whatever ran before in this process
-        return folder
+    def load(self, folder: Path) -> AdaptedLM:
+        return self.method.model.load(folder / "best", self.backbone)
 
 
-def begin(folder: Path, cfg: Config, command: str, log: "Log") -> None:
-    """Write the options and the machine of a stage into its folder; log which options are others than before."""
-    if (folder / "options.json").exists():
-        before, now = read_options(folder), dataclasses.asdict(cfg)
-        changed = [f"{flag(n)} {now[n]} (was {before.get(n)})" for n in now if before.get(n) != now[n]]
-        if changed:
-            log(f"options changed since it began: {', '.join(changed)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "env.json", environment(command))  # first: it marks a stage's options.json as no run's
-    write_json(folder / "options.json", dataclasses.asdict(cfg))
+def train_base(run: Run, folder: Path, task: str, shots: int) -> None:
+    """theta0 and the gates of a new adapter, on one source task."""
+    torch.manual_seed(10 * run.cfg.seed + 1)
+    fit(run, run.new_model(list(run.cfg.sources)), "base", {task: run.rows[task]["train"]},
+        {task: run.rows[task]["dev"]}, {task: NO_TASK}, folder)
+    finish(run, folder, {"stage": "base", "tasks": [task]})
 
 
-def base_stage(run: Run) -> None:
-    """theta0 and the gates on one source task."""
-    cfg, task = run.cfg, run.cfg.base_task
-    folder = run.open("base")
-    model = run.new_model(split_names(cfg.sources))
-    train = {task: run.rows(task, "train")}
-    fit(run, model, "base", train, {task: run.rows(task, "dev")}, {task: NO_TASK}, folder)
-    if cfg.pictures:
-        figures.draw_run(folder)
-    finish(folder, {"stage": "base", "task": task, "seed": cfg.seed})
-
-
-def multitask_stage(run: Run) -> None:
-    """All source tasks at once; then every one of them on its test rows, beside the references."""
-    cfg, method, sources = run.cfg, run.method, split_names(run.cfg.sources)
-    if "base" in method.learns:
-        model = run.load(stage_folder(cfg, "base"), sources)
-    folder = run.open("multitask")
-    if "base" not in method.learns:
-        model = run.new_model(sources if method.per_task else [ALL_TASKS])
-    ids = {task: model.tasks.index(task if method.per_task else ALL_TASKS) for task in sources}
-    train = {task: run.rows(task, "train") for task in sources}
-    dev = {task: run.rows(task, "dev") for task in sources}
+def train_multitask(run: Run, folder: Path, task: str, shots: int) -> None:
+    """All source tasks at once, from what the base stage left; then each one on its test rows."""
+    method, sources = run.method, list(run.cfg.sources)
+    torch.manual_seed(10 * run.cfg.seed + 2)
+    model = (run.load(run.folder("base")) if "base" in method.learns else
+             run.new_model(sources if method.per_task else [ALL_TASKS]))
+    ids = {task: i if method.per_task else 0 for i, task in enumerate(sources)}
+    train, dev = ({task: run.rows[task][split] for task in sources} for split in ("train", "dev"))
     fit(run, model, "multitask", train, dev, ids, folder)
-    model = run.load(folder)
-    numbers = count(model, learning_tensors(model, method, "multitask", list(ids.values())))
-    columns = dict(run.references(tuple(sources)))
-    columns |= score_columns(run, model, sources, ids)
-    if cfg.pictures:
-        figures.draw_run(folder)
-    report(run, folder, "multitask", columns, numbers=numbers)
+    finish(run, folder, {"stage": "multitask"}, ids)
 
 
-def target_stage(run: Run) -> None:
-    """Each target task from --shots examples (or all), one after another, with everything shared frozen."""
-    cfg, targets = run.cfg, split_names(run.cfg.targets)
-    folder = run.open("target")
-    columns, starts, numbers = dict(run.references(tuple(targets))), {}, 0
-    for task in targets:
-        if not (folder / task / "results.json").exists():
-            run.log(f"\n-- {task}")
-            one_target(run, task, folder / task)
-        result = target_results(cfg, folder / task)
-        numbers = result["numbers"]
-        if result["start"]:
-            starts[task] = result["start"]
-        for name, scores in result["scores"].items():
-            columns.setdefault(name, {})[task] = scores
-    if cfg.pictures:
-        figures.draw_targets(folder, targets)
-    report(run, folder, "target", columns, shots=int(cfg.shots), starts=starts, numbers=numbers)
-
-
-def target_results(cfg: Config, folder: Path) -> dict:
-    """What `one_target` left; UserError if it is not what that writes."""
-    scores = {name: {"score": 0.0} for name in (label(cfg), label(cfg) + REWRITTEN)}
-    return read_json(folder / "results.json", "delete it, and this target is trained anew", start="", numbers=0,
-                     scores=scores)
-
-
-def one_target(run: Run, task: str, folder: Path) -> None:
-    """One target task: its start, its training, its scores on test rows."""
-    cfg, method, shots = run.cfg, run.method, int(run.cfg.shots)
+def train_target(run: Run, folder: Path, task: str, shots: int) -> None:
+    """One target task, from k examples or all of them; everything that tasks share is frozen."""
+    cfg, method, train, dev = run.cfg, run.method, run.rows[task]["train"], run.rows[task]["dev"]
     torch.manual_seed(cfg.seed)
-    folder.mkdir(exist_ok=True)
-    rows, dev = run.rows(task, "train"), run.rows(task, "dev")
     if shots:
-        pool = run.examples(task, "train")
-        train, held = data.k_shot(pool, shots, cfg.seed)
-        rows, dev = run.encode(train), run.encode(held, keep_answer=False)
-        write_json(folder / "shots.json", data.k_shot_record(pool, shots, cfg.seed))
-        answers, known = {e.answer for e in train}, data.task_of(task, pool).answers
-        if len(answers) < len(known):
-            run.log(f"{shots} examples cover {len(answers)} of its {len(known)} answers")
-    sources = split_names(cfg.sources) if method.per_task else [ALL_TASKS]
-    model = (run.load(stage_folder(cfg, "multitask"), sources) if "multitask" in method.learns else
-             run.new_model([task]))
+        pool = data.load_task(task, "train", cfg.data_root or None)
+        few, held = data.k_shot(pool, shots, cfg.seed)
+        train, dev = (encode_all(rows, run, keep) for rows, keep in ((few, True), (held, False)))
+        checkpoint.write_json(folder / "shots.json", data.shots_record(pool, shots, cfg.seed))
+    model = run.load(run.folder("multitask")) if "multitask" in method.learns else run.new_model([task])
     task_id, start, columns = 0, "", {}
-    if cfg.method == "talora":
-        columns["theta0 (k = 0)"] = evaluate.evaluate_tasks(model, run.tokenizer, {task: run.examples(task, "test")},
-                                                            {task: NO_TASK}, cfg)
+    if isinstance(model, TALoRA):
+        columns["theta0 (k = 0)"] = evaluate.score_rows(model, run.tokenizer, task, NO_TASK, cfg)
     if method.per_task:
-        task_id, start = nearest_start(model, task, rows)
+        task_id, start = nearest_start(model, task, train, cfg)
         run.log(f"starts from {start} (of the sources the one with the lowest loss on its examples)")
-    fit(run, model, "target", {task: rows}, {task: dev}, {task: task_id}, folder)
-    model = run.load(folder)
-    columns |= score_columns(run, model, [task], {task: task_id})
-    numbers = count(model, learning_tensors(model, method, "target", [task_id]))
-    finish(folder, {"start": start, "numbers": numbers, "scores": {name: c[task] for name, c in columns.items()}})
+    fit(run, model, "target", {task: train}, {task: dev}, {task: task_id}, folder)
+    finish(run, folder, {"stage": "target", "task": task, "shots": shots, "start": start}, {task: task_id}, columns)
 
 
-def nearest_start(model: FrozenLM, task: str, rows: list[Encoded]) -> tuple[int, str]:
+def nearest_start(model: AdaptedLM, task: str, rows: list[Encoded], cfg: Config) -> tuple[int, str]:
     """Add ``task`` with the weights of the source task that give the lowest loss on ``rows``; (id, source)."""
-    losses = [evaluate.dev_score(model, {task: rows[:64]}, {task: i})[1] for i in range(len(model.tasks))]
-    nearest = min(range(len(losses)), key=losses.__getitem__)
-    new = model.add_task(task)
-    if max(losses) == losses[nearest] and len(losses) > 1:  # prompts side by side: whose is nearest makes no difference
+    losses = [evaluate.dev_score(model, {task: rows[:64]}, {task: i}, cfg.eval_tokens)[1]
+              for i in range(len(model.tasks))]
+    nearest, new = losses.index(min(losses)), model.add_task(task)
+    if max(losses) == losses[nearest] and len(losses) > 1:  # prompts side by side: the task id makes no difference
         return new, "new weights"
     model.copy_task(nearest, new)
     return new, model.tasks[nearest]
 
 
-def in_words(rows: Sequence[data.Example]) -> list[data.Example]:
-    """The rows with the instruction in their prompts, of those that have one."""
-    return [dataclasses.replace(example, prompt=example.hard_prompt) for example in rows if example.hard_prompt]
+def finish(run: Run, folder: Path, results: dict, ids: dict[str, int] | None = None,
+           columns: dict | None = None) -> None:
+    """Answer the test rows of the tasks in ``ids``, draw the stage and write results.json: the stage is finished."""
+    cfg, method, stage, scores = run.cfg, run.method, results["stage"], {}
+    model = run.load(folder)
+    for task, task_id in (ids or {}).items():
+        if task not in run.references:
+            run.references[task] = evaluate.references(run.backbone, run.tokenizer, task, cfg)
+        own = evaluate.score_rows(model, run.tokenizer, task, task_id, cfg)
+        scores[task] = run.references[task] | (columns or {}) | {method.name: own}
+    learning = learning_tensors(model, method.learns[stage], list((ids or {}).values()))
+    if cfg.pictures:
+        evaluate.draw_run(folder)
+    checkpoint.write_json(folder / "results.json", {
+        **results, "method": method.name, "seed": cfg.seed, "trainable": count(model, learning), "scores": scores,
+        **checkpoint.environment(run.command)})
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def count(model: FrozenLM, names) -> int:
-    return sum(model.get_parameter(name).numel() for name in names)
+# ------------------------------------------------------- several GPUs: torchrun --nproc-per-node N -- train.py ...
+# Every process holds the whole model and reads its share of each step's rows; one exchange a step adds up the
+# gradients. DistributedDataParallel expects the same parameters to be used everywhere; here a process may have no row
+# of some task, and a task that no process has must keep a gradient of None, so that AdamW leaves it alone.
+
+def start_processes(cfg: Config) -> None:
+    """Join the processes that torchrun started. All but the first work on a copy of the run's folder and are silent."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        cuda = pick_device(cfg.device).startswith("cuda")
+        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
+        if cuda:
+            torch.cuda.set_device(cfg.device)
+        dist.init_process_group("nccl" if cuda else "gloo")
+        atexit.register(dist.destroy_process_group)
+        if dist.get_rank() > 0:
+            sys.stdout, own = open(os.devnull, "w"), tempfile.mkdtemp()
+            atexit.register(shutil.rmtree, own)
+            if os.path.isdir(cfg.run):
+                shutil.copytree(cfg.run, own, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+            cfg.run = own
+        dist.barrier()
 
 
-def score_columns(run: Run, model: FrozenLM, tasks: list[str], ids: dict[str, int]) -> dict[str, dict]:
-    """The method's scores on the test rows, and on the same rows rewritten as training never shows them."""
-    return {label(run.cfg) + suffix: evaluate.evaluate_tasks(model, run.tokenizer, rows, ids, run.cfg)
-            for suffix, rows in run.tests(tasks).items()}
+def own_rows(rows: list) -> list:
+    return rows[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else rows
 
 
-def label(cfg: Config) -> str:
-    """What a method is called in tables: talora, deep-pt, talora without a base stage: talora no-base."""
-    return cfg.method + f" {cfg.variant}" * bool(cfg.variant)
+def same_start(model: AdaptedLM) -> None:
+    for tensor in model.adapter_state().values() if dist.is_initialized() else ():
+        dist.broadcast(tensor, 0)
 
 
-def finish(folder: Path, results: dict) -> None:
-    """results.json says that this is done; what was only there to go on from is removed."""
-    write_json(folder / "results.json", results)
-    clear(folder)
-    parallel.wait()
+def total(number: int) -> int:
+    numbers = [number]
+    if dist.is_initialized():
+        dist.all_gather_object(numbers := [0] * dist.get_world_size(), number)
+    return sum(numbers)
 
 
-def clear(folder: Path) -> None:
-    """Remove what a finished stage has no more use for: its checkpoint, and what a kill left half-written."""
-    for path in (folder / "checkpoint.pt", *folder.rglob("*.part")) if parallel.RANK == 0 else ():
-        path.unlink(missing_ok=True)
+def sum_gradients(learning: list[torch.nn.Parameter], loss: torch.Tensor) -> None:
+    """Replace loss and gradients by their sums over all processes; a gradient that no process has stays None."""
+    if dist.is_initialized():
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
+        has = loss.new_tensor([p.grad is not None for p in learning])
+        dist.all_reduce(summed := torch.cat([loss.reshape(1), has, *(g.flatten() for g in grads)]))
+        loss_, users, *grads = summed.split([1, len(has), *(p.numel() for p in learning)])
+        loss.copy_(loss_[0])
+        for p, used, grad in zip(learning, users.tolist(), grads):
+            p.grad = grad.view_as(p) if used else None
 
 
-def report(run: Run, folder: Path, stage: str, columns: dict[str, dict], **more) -> None:
-    """The table of a stage, and then, last, its results.json."""
-    results = {"stage": stage, "method": label(run.cfg), "seed": run.cfg.seed, "command": run.command, **more,
-               "columns": columns}
-    metrics = {task: data.task_of(task, run.examples(task, "test")).metric for task in columns["majority"]}
-    plain = {name: column for name, column in columns.items() if not name.endswith(REWRITTEN)}
-    unseen = {name.removesuffix(REWRITTEN): c for name, c in columns.items() if name.endswith(REWRITTEN)}
-    changed = [bool(e.operations) for task in metrics for e in run.rewritten(task)]
-    table = (f"test rows\n\n{evaluate.table(plain, metrics)}\nthe same rows, {sum(changed) / len(changed):.0%} of them "
-             f"rewritten as training never shows it\n\n{evaluate.table(unseen, metrics)}")
-    with atomic(folder / "table.md") as file:
-        file.write(table.encode())
-    finish(folder, results)
-    run.log(f"\n{table}\nsaved in {folder}/: best/ and last/ (adapters), table.md, results.json, metrics.jsonl, *.png")
+# ----------------------------------------------------------------------------------------------------- the program
+
+STAGES = {"base": train_base, "multitask": train_multitask, "target": train_target}
 
 
-# ---------------------------------------------------------------------------------------------------- the program
-
-class Log:
-    """Prints a line and appends it to a file, which it makes at the first line."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __call__(self, text: str) -> None:
-        try:
-            print(text, flush=True)
-        except BrokenPipeError:  # `| tee log` died; the training need not
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
-        if parallel.RANK == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
+def plan(cfg: Config, method: Method) -> list[tuple[str, str, int]]:
+    """The stages that --stage asks for, after those they build on: (stage, task, shots)."""
+    stages = list(method.learns)
+    last = stages[-1] if cfg.stage == "all" else cfg.stage
+    jobs = {"base": [("base", cfg.base_task, 0)], "multitask": [("multitask", "", 0)],
+            "target": [("target", task, shots) for shots in cfg.shots for task in cfg.targets]}
+    return [job for stage in stages[: stages.index(last) + 1] for job in jobs[stage]]
 
 
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+def options_of(cfg: Config, stage: str) -> dict:
+    """The options that decide what comes out of a stage: those of its own group and of the groups before it."""
+    groups = (DATA, METHOD, EVERY, BASE, MULTITASK, TARGET)[: 4 + list(STAGES).index(stage)]
+    return {f.name: list(value) if isinstance(value := getattr(cfg, f.name), tuple) else value
+            for f in dataclasses.fields(cfg) if f.metadata["group"] in groups and f.name not in ("targets", "shots")}
 
 
-def environment(command: str) -> dict:
-    try:
-        git, changed = (subprocess.run(["git", *words], cwd=Path(__file__).parent, text=True, capture_output=True,
-                                       check=False).stdout.strip() for words in
-                        (("describe", "--always"), ("status", "--porcelain", "--untracked-files=no", "*.py")))
-        git += "-dirty" * bool(changed)
-    except OSError:  # no git on this machine
-        git = ""
-    return {"command": command, "commit": git, "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "machine": platform.platform(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-            "processes": parallel.PROCESSES, "threads": torch.get_num_threads(),
-            "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+def load(run: Run, jobs: list[tuple[str, str, int]]) -> None:
+    """Load the backbone and all rows that the jobs need, as tokens: whatever cannot be used shows now."""
+    cfg = run.cfg
+    run.backbone, run.tokenizer = load_backbone(cfg.backbone, cfg.dtype, pick_device(cfg.device))
+    run.method.model.check(run.backbone)
+    if cfg.checkpointing:
+        run.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tasks = {name for stage, task, _ in jobs for name in ([task] if task else cfg.sources)}
+    for task in (name for name in (*cfg.sources, *cfg.targets) if name in tasks):
+        run.rows[task], notes = encode_task(task, run)
+        if notes:
+            print(f"{task}: {'; '.join(notes)}")
 
 
-def finished(cfg: Config, stage: str) -> tuple[bool, list[str]]:
-    """Whether the run holds this stage; UserError if it, or a part of it, was made with other options that matter.
+def encode_all(examples: list[data.Example], run: Run, keep_answer: bool) -> list[Encoded]:
+    """Tokens of examples; keep_answer=False shortens a long passage as a test does, without knowing the answer."""
+    rows = evaluate.progress(examples, "tokenising")
+    return [data.encode(row, run.tokenizer, run.cfg.max_length, keep_answer) for row in rows]
 
-    Backbone and data may lie in other places than they did, if identity.json says what they were: those are returned.
+
+def encode_task(task: str, run: Run) -> tuple[dict[str, list[Encoded]], list[str]]:
+    """All rows of a task as tokens, and what to say of them before training.
+
+    Raises UserError for a row that does not fit, for too few rows for --shots, for train rows that all have the same
+    answer, and for test answers that are all longer than --max-new-tokens.
     """
-    folder, moved = stage_folder(cfg, stage), []
-    done, targets = (folder / "results.json").exists(), [path.parent for path in folder.glob("*/results.json")]
-    for path in targets:
-        target_results(cfg, path)
-    for path in [folder] * done + targets:
-        clear(path)
-    if done or targets or any(folder.glob("**/checkpoint.pt")):
-        before, now = read_options(folder), dataclasses.asdict(cfg)
-        other = {name: f"{flag(name)} {before.get(name)} (now {now[name]})" for name in depends(stage)
-                 if before.get(name) != now[name]}
-        if (folder / "identity.json").exists():
-            moved = [other.pop(name) for name in ("backbone", "data_root") if name in other]
-        if other:
-            raise UserError(f"{folder} holds {'a finished' if done else 'an unfinished'} stage made with "
-                            f"{', '.join(other.values())}; choose another folder with --run, or delete this one")
-        if not done:
-            print(f"{folder} holds an unfinished stage: it goes on")
-    return done, moved
+    cfg, splits = run.cfg, data.load_splits(task, run.cfg.data_root or None)
+    notes = [f"{n} {split} rows: {why}" for split, by in splits.report["dropped"].items() for why, n in by.items()]
+    if splits.train[0].choices and len({row.answer for row in splits.train}) == 1:
+        raise UserError(f"all {len(splits.train)} train rows of {task} have the answer '{splits.train[0].answer}': there "
+                        "is nothing to tell apart; add rows with another answer, or leave the task out")
+    for shots in cfg.shots if task in cfg.targets else ():
+        data.k_shot(splits.train, shots, cfg.seed)
+    tests = evaluate.test_rows(task, cfg)
+    rows = {"train": encode_all(splits.train, run, True), "dev": encode_all(splits.dev[: cfg.dev_rows], run, False),
+            "test": encode_all(tests["plain"], run, False)}
+    encode_all(tests["rewritten"], run, False)
+    too_long = [all(len(data.answer_ids(run.tokenizer, text)) - 1 > cfg.max_new_tokens
+                    for text in row.references or (row.answer,)) for row in tests["plain"] if not row.choices]
+    if any(too_long):
+        notes.append(f"{sum(too_long)} of {len(tests['plain'])} test answers are longer than --max-new-tokens "
+                     f"{cfg.max_new_tokens} and can never be given in full; raise it")
+        if all(too_long):
+            raise UserError(f"{task}: {notes[-1]}")
+    return rows, notes + splits.report["notes"]
 
 
-def pretrain_stage(cfg: Config, command: str, lock: Lock) -> None:
-    """Make a small backbone from scratch: on the micro-world's instructions, or on the text of --data-root."""
-    folder, texts, device = stage_folder(cfg, "pretrain"), [], parallel.place(cfg.device)
-    log = Log(Path(cfg.run) / "log.txt")
-    if cfg.data_root:
-        names = sorted(path.parent.name for path in Path(cfg.data_root).glob("*/train.jsonl"))
-        texts = [e.prompt for task in names for e in data.load_task(task, "train", cfg.data_root)]  # no answers
-        if not any(texts):
-            raise UserError(f"no text was found in '{cfg.data_root}' to pretrain on; it should hold <task>/train.jsonl")
-    with Signals() as signals:
-        lock.take()
-        log(f"\n== pretrain: the backbone goes to {folder}/")
-        begin(folder, cfg, command, log)
-        write_json(Path(cfg.run) / "options.json", dataclasses.asdict(cfg) | {"backbone": ""})  # for --resume
-        saving = dict(checkpoint=folder / "checkpoint.pt", signals=signals, save_every=cfg.save_every,
-                      save_minutes=cfg.save_minutes)
-        if cfg.data_root:
-            model, _ = pretrain.pretrain_text(folder, texts, cfg.seed, cfg.pretrain_steps, cfg.pretrain_width,
-                                              cfg.pretrain_layers, cfg.max_length, max(1, 4096 // cfg.max_length), log,
-                                              device, **saving)
-            scores = {}
-        else:
-            model, _, scores = pretrain.pretrain_toy(folder, cfg.seed, cfg.pretrain_steps, cfg.pretrain_width,
-                                                     cfg.pretrain_layers, log, device, **saving)
-        finish(folder, {"stage": "pretrain", "seed": cfg.seed, "command": command,
-                        "weights": describe(model)["weights"], "scores": scores})
-    log(f"to train on this backbone: --backbone {folder}")
+def made_of(run: Run, job: tuple[str, str, int]) -> dict:
+    """Everything that decides what comes out of a stage, as its stage.json holds it."""
+    stage, task, _ = job
+    rows = {f"rows of {name}": data.rows_hash([row for split in run.rows[name].values() for row in split])
+            for name in ([task] if task else run.cfg.sources)}
+    return {"method": run.method.name, **options_of(run.cfg, stage), "backbone": describe(run.backbone)["hash"], **rows}
 
 
-def main(argv: list[str]) -> None:
-    cfg, changed = parse(argv, __doc__)
-    check(cfg, argv)
-    with Lock(Path(cfg.run)) as lock:
-        work(cfg, changed, argv, lock)
-
-
-def work(cfg: Config, changed: dict, argv: list[str], lock: Lock) -> None:
-    """Whatever of the stages asked for is not finished; everything is looked at before anything is written."""
-    parallel.start(parallel.place(cfg.device))
-    cfg.pictures = cfg.pictures and parallel.RANK == 0
+def main(argv: list[str], method: Method = TALORA, command: str = "python train.py") -> None:
+    """Run whatever of the stages asked for is not finished; everything is checked before anything is written."""
+    cfg = parse(argv, method)
+    check(cfg, method)
+    start_processes(cfg)
     transformers.logging.set_verbosity_error()
-    if not cfg.backbone:  # nothing large to load
-        transformers.logging.disable_progress_bar()
-    command, stages = "python train.py " + " ".join(argv), plan(cfg)
-    if "pretrain" in stages and cfg.stage != "pretrain":
-        cfg.backbone = str(stage_folder(cfg, "pretrain").resolve())  # the run makes its own
-    jobs = [(stage, dataclasses.replace(cfg, shots=str(shots)) if stage == "target" else cfg)
-            for stage in stages for shots in (shots_of(cfg) if stage == "target" else [0])]
-    found = [finished(stage_cfg, stage) for stage, stage_cfg in jobs]
-    todo = [job for job, (done, _) in zip(jobs, found) if not done]
-    moved = dict.fromkeys(place for _, places in found for place in places)
-    print(f"run {cfg.run}/ on {parallel.place(cfg.device)}; options: "
-          + ", ".join(f"{flag(n)} {v}" for n, v in changed.items()))
-    sources, targets = split_names(cfg.sources), split_names(cfg.targets)
-    needed = sources * (not {"base", "multitask"}.isdisjoint(stages)) + targets * ("target" in stages)
-    for task in needed:
-        for split in ("train", "dev", "test"):
-            rows = data.load_task(task, split, cfg.data_root or None)
-            if split == "train" and rows[0].choices and len({row.answer for row in rows}) == 1:
-                raise UserError(f"all {len(rows)} train rows of {task} have the answer '{rows[0].answer}': there is "
-                                "nothing to tell apart; add rows with another answer, or leave the task out")
-            for shots in shots_of(cfg) if split == "train" and task in targets else ():
-                if shots:
-                    data.k_shot(rows, shots, cfg.seed)
-    for stage, _ in todo:
-        if stage not in (cfg.stage, "target") and cfg.stage != "all":
-            print(f"'{cfg.stage}' builds on stage '{stage}', which {cfg.run}/ does not hold yet: it runs first")
-    if todo and todo[0][0] == "pretrain":
-        if parallel.PROCESSES > 1:
-            raise UserError("--stage pretrain is the work of one process: run it first, without torchrun, as python "
-                            "train.py --stage pretrain and the other options of this command")
-        pretrain_stage(cfg, command, lock)
-        todo.pop(0)
-    if todo or moved:
-        with Signals() as signals:
-            run = Run(cfg, command, signals)
-            run.check_rows(needed)
-            for stage, run.cfg in jobs:
-                if stage != "pretrain":
-                    run.check_identity(stage, stage_folder(run.cfg, stage))
-            lock.take()
-            parallel.wait()  # every process has seen the run's folder as it was
-            if moved:
-                run.log(f"another place, the same in it: {', '.join(moved)}")
-            run.folder.mkdir(parents=True, exist_ok=True)
-            write_json(run.folder / "options.json", dataclasses.asdict(cfg))
-            for stage, run.cfg in todo:
-                {"base": base_stage, "multitask": multitask_stage, "target": target_stage}[stage](run)
-    if todo:
-        return
-    for stage, stage_cfg in jobs:
-        folder = stage_folder(stage_cfg, stage)
-        print(f"{folder}/ is finished, nothing more to do")
-        if (folder / "table.md").exists():
-            print((folder / "table.md").read_text(encoding="utf-8", errors="replace"))
+    transformers.logging.disable_progress_bar()
+    run, jobs, folder = Run(cfg, method, f"{command} {shlex.join(argv)}"), plan(cfg, method), Path(cfg.run)
+    for job in jobs:
+        checkpoint.same_run(run.folder(*job), {"method": method.name, **options_of(cfg, job[0])})
+    todo = [job for job in jobs if not (run.folder(*job) / "results.json").exists()]
+    load(run, todo)
+    made = {job: made_of(run, job) for job in todo}
+    for job in todo:
+        checkpoint.same_run(run.folder(*job), made[job])
+    with checkpoint.lock(folder):
+        run.log = checkpoint.open_log(folder)
+        checkpoint.write_json(folder / "options.json", {**dataclasses.asdict(cfg), "method": method.name})
+        for job in todo:
+            run.log(f"\n== {' '.join(map(str, filter(None, job)))}: results go to {run.folder(*job)}/")
+            run.folder(*job).mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(run.folder(*job) / "stage.json", made[job])
+            STAGES[job[0]](run, run.folder(*job), *job[1:])
+        evaluate.report(folder, run.log)
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, sys.argv[1:]))
+    sys.exit(checkpoint.run_program(main, sys.argv[1:]))
