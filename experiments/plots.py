@@ -1,182 +1,127 @@
-r"""Every picture of the project, drawn from plain rows and records: what training logged, what the suite found.
+r"""The pictures of a suite, drawn from what experiments/report.py found in its results.
 
-The functions that take an ``axis`` are for notebooks as well; the others write a file. Colours are those of Okabe and
-Ito, which colour-blind readers can tell apart, together with line styles and markers for readers in grey.
+The functions that take an ``axis`` are for notebooks as well, the others write a file. A mean comes with its interval
+as (mean, half of the 95 % interval), where half is nan if there is only one seed. Colours come with line styles,
+markers and hatches, so that no reader depends on them.
 """
 
-import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from checkpoint import atomic
+from evaluate import COLOURS, STYLES, new_figure, save_figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("o-", "s--", "^-.", "v:", "D-", "x--")  # another number than colours: pairs repeat after 42
-
-
-def new(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 3.5), **options):
-    """A figure and its axes, drawn into a file: no display needed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
+Interval = tuple[float, float]  # mean, half of the 95 % interval
 
 
-def save(figure, path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    with atomic(path) as file:
-        figure.savefig(file, dpi=130, format="png")
-    plt.close(figure)
-
-
-def read_metrics(folder: Path) -> list[dict]:
-    """The rows that training logged."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-# ------------------------------------------------------------------------------------------------------- one run
-
-def draw_run(folder: Path) -> None:
-    """Pictures of a stage from its metrics.jsonl: loss.png, and of a gated method gates.png and cosines.png."""
-    rows = read_metrics(folder)
-    steps, dev = [row for row in rows if "loss" in row], [row for row in rows if "dev_loss" in row]
-    figure, axis = new()
-    axis.plot([r["step"] for r in steps], [r["loss"] for r in steps], color=COLOURS[0], label="training batch")
-    axis.plot([r["step"] for r in dev], [r["dev_loss"] for r in dev], "s--", color=COLOURS[1], label="development rows")
-    axis.set(xlabel="step", ylabel="cross-entropy of an answer token (nats)", ylim=(0, None), title="Task loss")
-    axis.legend()
-    save(figure, folder / "loss.png")
-
-    gates = [row for row in rows if "gates" in row and ("rates" in row or row["step"] == 0)]
-    if gates:
-        figure, axis = new()
-        figure.colorbar(gates_over_steps(axis, gates), label="|tanh g|")
-        save(figure, folder / "gates.png")
-
-    cosines = [row for row in rows if "cosines" in row]
-    if cosines:
-        draw_cosines(folder / "cosines.png", cosines[0], cosines[-1])
-
-
-def gates_over_steps(axis, rows: Sequence[dict]):
-    """|tanh g| of every layer (up) at every step that was logged (across) -> the image, for a colorbar."""
-    layers = range(len(rows[0]["gates"]))
-    image = axis.pcolormesh([row["step"] for row in rows], layers, list(zip(*(row["gates"] for row in rows))),
-                            shading="nearest", cmap="viridis", vmin=0)
-    axis.set(xlabel="step", ylabel="layer", yticks=layers, title="How far each layer's gate is open")
-    return image
-
-
-def draw_cosines(path: Path, first: dict, last: dict) -> None:
-    """Picture of |cos(A_i, A_j)|, the mean over layers, at two steps; first, last: rows of metrics.jsonl."""
-    top = max(c for row in (first, last) for i, line in enumerate(row["cosines"]) for j, c in enumerate(line) if i != j)
-    figure, axes = new(1, 2, (10, 5.4), sharey=True)
-    for axis, row, when in zip(axes, (first, last), ("before", "after")):
-        image = cosine_matrix(axis, row["tasks"], row["cosines"], top)
-        axis.set_title(f"{when} training (step {row['step']})")
-    figure.colorbar(image, ax=axes, label="|cos| between tasks, mean over layers")
-    save(figure, path)
-
-
-def cosine_matrix(axis, names: Sequence[str], cosines: Sequence[Sequence[float]], top: float | None = None):
-    """Heat map of the cosines of every two tasks; the diagonal is left white. -> the image, for a colorbar."""
-    others = [[c if i != j else math.nan for j, c in enumerate(line)] for i, line in enumerate(cosines)]
-    axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
-    axis.set_yticks(range(len(names)), names)
-    return axis.imshow(others, cmap="viridis", vmin=0, vmax=top)
-
-
-def draw_targets(folder: Path, tasks: Sequence[str]) -> None:
-    """Picture of a target stage: targets.png, the share of development rows that are right, for every task."""
-    figure, axes = new(1, len(tasks), (1 + 1.6 * len(tasks), 2.6), sharey=True, squeeze=False)
-    for axis, task in zip(axes[0], tasks):
-        dev = [row for row in read_metrics(folder / task) if "dev_loss" in row]
-        axis.plot([row["step"] for row in dev], [100 * row["dev_accuracy"] for row in dev], "o-", color=COLOURS[0])
-        axis.set(xlabel="step", title=task, ylim=(0, 103))
-        axis.title.set_size("small")
-    axes[0][0].set_ylabel("development rows right (%)")
-    save(figure, folder / "targets.png")
-
-
-# ------------------------------------------------------------------------------------------------------- the suite
-# A mean with its interval is (mean, half of the 95 % interval), where half is nan if there is only one seed.
-
-def few_shot_curves(axis, shots: Sequence[int], curves: dict[str, dict[int, tuple[float, float]]]) -> None:
-    """Accuracy against the number of examples (0: all of them, last); curves[label][k] = mean, half interval in %."""
+def few_shot_curves(axis, shots: Sequence[int], curves: dict[str, dict[int, Interval]]) -> None:
+    """Score against the number of examples k (0: all of them, drawn last); curves[label][k] in %."""
     for i, (label, points) in enumerate(curves.items()):
         x = [at + 0.03 * (i - len(curves) / 2) for at, k in enumerate(shots) if k in points]
         mean, half = zip(*(points[k] for k in shots if k in points))
-        axis.errorbar(x, mean, bars(half), fmt=STYLES[i % 6], color=COLOURS[i % 7], capsize=2, label=label)
+        axis.errorbar(x, mean, bar_lengths(half), fmt=STYLES[i % len(STYLES)], color=COLOURS[i % len(COLOURS)],
+                      capsize=2, label=label)
     axis.set(xticks=range(len(shots)), xticklabels=[k or "full" for k in shots], xlabel="examples of a target task",
              ylabel="score, mean of the target tasks (%)")
-    axis.legend(fontsize="small")
+    axis.legend(fontsize="small", title="method (parameters stored for a target)", title_fontsize="small")
 
 
 def sizes_against_scores(axis, points: dict[str, tuple[int, float, float]]) -> None:
-    """Score against the numbers stored for a task; points[method] = numbers, mean, half interval in %.
-
-    The names stand in two columns beside the points, the small methods' on the left and the others' on the right, in
-    the order of their scores, so that none covers another.
-    """
-    low, high = (of(mean + sign * (0 if math.isnan(half) else half) for _, mean, half in points.values())
-                 for of, sign in ((min, -1), (max, 1)))
-    middle = statistics.median(math.log10(size) for size, _, _ in points.values())
-    for left in (True, False):
-        column = [item for item in points.items() if (math.log10(item[1][0]) < middle) == left]
-        column.sort(key=lambda item: item[1][1])
-        step = max((high - low) / 14, 1e-6)
-        at = [mean for _, (_, mean, _) in column]
-        for i in range(1, len(at)):  # from below: each at least a line above the one before ...
-            at[i] = max(at[i], at[i - 1] + step)
-        over = max(0.0, at[-1] - high) if at else 0.0
-        at = [y - over for y in at]  # ... and none above the highest bar
-        for (method, (size, mean, half)), y in zip(column, at):
-            own = method == "talora"
-            axis.errorbar(size, mean, bars([half]), fmt="D" if own else "o", color=COLOURS[1 if own else 0], capsize=2)
-            axis.annotate(method, (size, mean), (0.01 if left else 0.99, y), fontsize="small", va="center",
-                          textcoords=axis.get_yaxis_transform(), ha="left" if left else "right",
-                          arrowprops=dict(arrowstyle="-", color="#bbbbbb", linewidth=0.6, shrinkA=0, shrinkB=3))
-    sizes = [size for size, _, _ in points.values()]
-    axis.set(xscale="log", xlabel="numbers stored for a target task", xlim=(min(sizes) / 40, max(sizes) * 60))
+    """Scores (across) in the order of what is stored (down); points[method] = parameters, mean, half interval in %."""
+    in_order = sorted(points, key=lambda method: points[method][0])
+    for y, method in enumerate(in_order):
+        _, mean, half = points[method]
+        colour, marker = (COLOURS[1], "D") if method == "talora" else (COLOURS[0], "o")
+        axis.errorbar(mean, y, xerr=bar_lengths([half]), fmt=marker, color=colour, capsize=2)
+    axis.set(xlabel="score, mean of the target tasks (%)", ylim=(len(points) - 0.5, -0.5), yticks=range(len(points)),
+             yticklabels=[f"{method}  {points[method][0]:,}" for method in in_order])
+    axis.grid(axis="y", linewidth=0.4)
 
 
 def difference_bars(axis, differences: dict[str, tuple[float, float, str]]) -> None:
-    """Paired differences; differences[name] = points, half interval, verdict (orange and hatched: lower, green and
-    dotted: higher)."""
-    colours = {"higher": COLOURS[2], "lower": COLOURS[1]}
-    for y, (_, (mean, half, verdict)) in enumerate(differences.items()):
-        axis.barh(y, mean, color=colours.get(verdict, "#888888"), hatch={"lower": "//", "higher": ".."}.get(verdict),
-                  xerr=bars([half]), capsize=2)
+    """Paired differences; differences[name] = points, half interval, verdict ("lower": orange, "higher": green)."""
+    for y, (mean, half, verdict) in enumerate(differences.values()):
+        colour = {"higher": COLOURS[2], "lower": COLOURS[1]}.get(verdict, "#888888")
+        axis.barh(y, mean, color=colour, hatch={"lower": "//", "higher": ".."}.get(verdict), xerr=bar_lengths([half]),
+                  capsize=2)
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="points against TA-LoRA", yticks=range(len(differences)), yticklabels=list(differences),
+    axis.set(xlabel="points above TA-LoRA", yticks=range(len(differences)), yticklabels=list(differences),
              ylim=(len(differences) - 0.5, -0.5))
 
 
 def layer_heat_map(axis, rows: dict[str, Sequence[float]]):
-    """One value per layer (across) for every name (up) -> the image, for a colorbar."""
+    """One value per layer (across) for every name (down) -> the image, for a colorbar."""
     image = axis.imshow(list(rows.values()), aspect="auto", cmap="viridis", vmin=0)
-    axis.set(xlabel="layer", xticks=range(len(next(iter(rows.values())))), yticks=range(len(rows)),
-             yticklabels=list(rows))
+    layers = len(next(iter(rows.values())))
+    axis.set(xlabel="layer", xticks=range(layers), yticks=range(len(rows)), yticklabels=list(rows))
     return image
 
 
-def mean_and_most(axis, values: Sequence[tuple[float, float]]) -> None:
-    """A dot at the mean and a line up to the largest value, for every row of the panels beside it."""
-    for y, (mean, most) in enumerate(values):
-        axis.plot([mean, most], [y, y], "-", color="#888888")
+def mean_and_largest(axis, values: Iterable[Interval]) -> None:
+    """A dot at the mean and a line up to the largest value, one row below another."""
+    for y, (mean, largest) in enumerate(values):
+        axis.plot([mean, largest], [y, y], "-", color="#888888")
         axis.plot(mean, y, "o", color=COLOURS[0])
     axis.set_xlim(left=0)
 
 
-def bars(half: Sequence[float]) -> list[float]:
+def bar_lengths(half: Sequence[float]) -> list[float]:
     """Lengths of error bars; none where there is no interval."""
     return [0 if math.isnan(h) else h for h in half]
 
 
-def mean_by_layer(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [statistics.mean(layer) for layer in zip(*rows)]
+# ------------------------------------------------------------------------------------------------------------ files
+
+def draw_few_shot(path: Path, shots: Sequence[int], curves: dict[str, dict[int, Interval]]) -> None:
+    figure, axis = new_figure(size=(7, 4.2))
+    few_shot_curves(axis, shots, curves)
+    axis.set_title("A new task from few examples")
+    save_figure(figure, path)
+
+
+def draw_sizes(path: Path, points: dict[int, dict[str, tuple[int, float, float]]]) -> None:
+    """One panel for each number of examples."""
+    figure, axes = new_figure(1, len(points), (5.5 * len(points), 4.2), squeeze=False, sharex=True)
+    for axis, (k, found) in zip(axes[0], points.items()):
+        sizes_against_scores(axis, found)
+        axis.set_title(f"{k} examples of a target task" if k else "all examples of a target task")
+    axes[0][0].set_ylabel("method, parameters stored for a target task")
+    save_figure(figure, path)
+
+
+def draw_variants(path: Path, differences: dict[str, dict[str, tuple[float, float, str]]]) -> None:
+    """One panel for each setting, one bar for each variant."""
+    height = 1.2 + 0.3 * max(map(len, differences.values()))
+    figure, axes = new_figure(1, len(differences), (11, height), squeeze=False, sharey=True)
+    for axis, (where, found) in zip(axes[0], differences.items()):
+        difference_bars(axis, found)
+        axis.set_title(where)
+    save_figure(figure, path)
+
+
+def draw_mechanism(path: Path, logged: dict[str, list[dict]]) -> None:
+    """What training left behind; logged[name]: the last row of metrics.jsonl of each seed's multitask stage."""
+    figure, axes = new_figure(1, 4, (13, 1.4 + 0.28 * len(logged)), sharey=True)
+    panels = {"gates": "gates |tanh g| (unsigned)", "theta0_norms": "shared prompt |theta0|",
+              "step_norms": "a task's step |s B A_i|"}
+    for axis, (what, title) in zip(axes, panels.items()):
+        figure.colorbar(layer_heat_map(axis, mean_by_layer(logged, what)), ax=axis)
+        axis.set_title(title)
+    mean_and_largest(axes[3], [alignment([row["cosines"] for row in rows]) for rows in logged.values()])
+    axes[3].set(title="|cos| of two tasks", xlabel="mean (dot) to largest")
+    save_figure(figure, path)
+
+
+def mean_by_layer(logged: dict[str, list[dict]], what: str) -> dict[str, list[float]]:
+    """A logged size of every layer, mean over seeds of its absolute values (signs of gates differ by seed); or nan."""
+    found = {name: [list(map(abs, row[what])) for row in rows if what in row] for name, rows in logged.items()}
+    layers = max((len(rows[0]) for rows in found.values() if rows), default=1)
+    return {name: [statistics.mean(layer) for layer in zip(*rows)] or [math.nan] * layers
+            for name, rows in found.items()}
+
+
+def alignment(cosines: Sequence[Sequence[Sequence[float]]]) -> Interval:
+    """Mean and largest |cos| of every two tasks, means over the seeds' matrices; nan without any."""
+    pairs = [[c for i, line in enumerate(matrix) for c in line[i + 1:]] for matrix in cosines]
+    return tuple(statistics.mean(map(of, pairs)) if pairs else math.nan for of in (statistics.mean, max))
