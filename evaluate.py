@@ -1,55 +1,56 @@
-r"""Predictions, metrics, tables.
+r"""Metrics, predictions, tables, pictures, and a look into a finished run.
 
-Metrics (first section, pure functions of strings)
-    exact match   1 if the prediction equals a reference after NFKC, lower case and removal of punctuation
-    character F1  the way of the CMRC 2018 script: a Chinese character is a token, a run of Latin letters or digits is a
-                  token, punctuation is dropped; with m the length of the longest common *contiguous* token sequence,
-                  P = m / |prediction|,  R = m / |reference|,  F1 = 2 P R / (P + R),  the best over all references.
-                  (The script tokenises Latin runs with nltk and keeps ASCII punctuation; we split them by one
-                  regular expression and drop it.)
-    relation F1   micro and macro over the relation names, with and without the name that means "no relation".
-                  Micro F1 over all names is accuracy; without "no relation" it is not.
-All scores are fractions in [0, 1].
+    python evaluate.py --run runs/toy                   answer all test rows again and keep every answer
+    python evaluate.py --run runs/toy --task toy-amazon --ask "ann found the soup very awful at the oslo cafe"
+    python evaluate.py --diagnose runs/toy              what the adapter does: gates, prompts, cosines
+
+Metrics are fractions in [0, 1]. With p the tokens of a prediction and r those of a reference:
+
+    exact match   1 if p = r for one of the references
+    character F1  as in the script of CMRC 2018: with m the length of the longest common *contiguous* token sequence,
+                  P = m / |p|,  R = m / |r|,  F1 = 2 P R / (P + R) = 2 m / (|p| + |r|),  the best over all references
+    relation F1   2 right / (predicted + true) of one name; micro: of the sums over all names, macro: the mean over
+                  names; both with and without the name for "no relation" (with it, micro F1 is accuracy)
+
+Results have one shape everywhere, scores[task][column][rows][metric]: a column is a method ("talora") or what it is
+compared with ("majority"); rows are "plain", the test rows as they are, or "rewritten", the same in other words.
+
+B batch, T text tokens, C choices, L layers, n tasks, P prompt length, d model width.
 """
 
-from __future__ import annotations
-
 import json
-import os
+import math
 import re
 import shlex
-import statistics
-import string
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
 from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import data
-import parallel
-from backbone import load_backbone
-from checkpoint import atomic
-from config import Config, method_of, read_options
+from checkpoint import Parser, UserError, read_json, run_program, write_whole
 from data import Encoded, Example, task_of
-from errors import Parser, UserError, program
-from frozen import FrozenLM, evaluating
-from tasks import can_be_folder
+from model import NO_TASK, AdaptedLM, TALoRA, evaluating, load_backbone
+from tasks.chinese import fill
 
-# --------------------------------------------------------------------------------------------------------------------
-# Metrics
+# -------------------------------------------------------------------------------------------------------- metrics
 
 DROPPED = set("-:_*^/\\~`+=,;!?()\"'<>[]{}|…。“”‘’《》〈〉·•、「」『』【】〔〕—–〜﹏")  # as they look after NFKC
-TOKEN = re.compile(r"[a-z0-9]+(?:\.[a-z0-9]+)*|\S")  # "3.5" is one token
+TOKEN = re.compile(r"[a-z0-9]+(?:\.[a-z0-9]+)*|\S")  # "3.5" is one token (the script splits Latin words with nltk)
 
 
 def normalize(text: str) -> list[str]:
-    """Tokens that exact match and character F1 compare: "《Harry Potter》第3.5章。" -> harry potter 第 3.5 章."""
+    """Tokens to compare, without case and punctuation: "《Harry Potter》第3.5章。" -> harry potter 第 3.5 章."""
     text = unicodedata.normalize("NFKC", text).lower()
     kept = "".join(character for character in text if character not in DROPPED)
     tokens = [token for token in TOKEN.findall(kept) if token != "."]
@@ -62,399 +63,461 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 
 
 def char_f1(prediction: str, references: Sequence[str]) -> float:
-    """Best character F1 of the prediction over the references (module docstring)."""
-    return max(_f1(normalize(prediction), normalize(reference)) for reference in references)
+    """The best character F1 of the prediction over the references."""
+    best, p = 0.0, normalize(prediction)
+    for r in map(normalize, references):
+        m = SequenceMatcher(None, p, r, autojunk=False).find_longest_match().size
+        best = max(best, 2 * m / (len(p) + len(r)) if m else 0.0)
+    return best
 
 
-def _f1(prediction: list[str], reference: list[str]) -> float:
-    longest, previous = 0, [0] * (len(reference) + 1)
-    for token in prediction:  # previous[j]: length of the common run that ends just before reference[j]
-        current = [0] * (len(reference) + 1)
-        for j, other in enumerate(reference):
-            if token == other:
-                current[j + 1] = previous[j] + 1
-        longest = max(longest, *current)
-        previous = current
-    return 2 * longest / (len(prediction) + len(reference)) if longest else 0.0
+def accuracy(predictions: Sequence[str], golds: Sequence[tuple[str, ...]]) -> float:
+    """The share of right predictions; golds: all right answers of each row."""
+    return sum(p in gold for p, gold in zip(predictions, golds, strict=True)) / len(golds)
 
 
-def accuracy(predictions: Sequence[str], golds: Sequence) -> float:
-    """Share of right predictions; a gold is a name, or several names where a row has several right answers."""
-    return sum(p in gold for p, gold in zip(predictions, _several(golds), strict=True)) / len(golds)
-
-
-def _several(golds: Sequence) -> list[Sequence[str]]:
-    return [(gold,) if isinstance(gold, str) else gold for gold in golds]
-
-
-def relation_f1(predictions: Sequence[str], golds: Sequence, ignore: Sequence[str] = ("无关",)) -> dict[str, float]:
+def relation_f1(predictions: Sequence[str], golds: Sequence[tuple[str, ...]],
+                ignore: Sequence[str] = ("无关",)) -> dict[str, float]:
     """micro_f1, macro_f1 (all names that occur) and micro_f1_known, macro_f1_known (names in `ignore` left out).
 
-    A gold is a name, or several names where a row has several right relations: a prediction among them counts as the
-    gold of that row, otherwise the first one does."""
-    pairs = [(p, p if p in gold else gold[0]) for p, gold in zip(predictions, _several(golds), strict=True)]
+    Where a row has several right names, a prediction among them is counted as the row's gold, otherwise the first is.
+    """
     right, predicted, true = Counter(), Counter(), Counter()
-    for prediction, gold in pairs:
+    for prediction, gold in zip(predictions, golds, strict=True):
         predicted[prediction] += 1
-        true[gold] += 1
-        right[gold] += prediction == gold
-
-    def scores(names: list[str]) -> tuple[float, float]:
+        true[prediction if prediction in gold else gold[0]] += 1
+        right[prediction] += prediction in gold
+    scores, occurring = {}, predicted.keys() | true.keys()
+    for suffix, names in (("", occurring), ("_known", occurring - set(ignore))):
         total = sum(predicted[name] + true[name] for name in names)
-        micro = 2 * sum(right[name] for name in names) / total if total else 0.0
-        each = [2 * right[name] / (predicted[name] + true[name]) for name in names]
-        return micro, sum(each) / len(each) if each else 0.0
-
-    names = sorted(predicted | true)
-    micro, macro = scores(names)
-    micro_known, macro_known = scores([name for name in names if name not in ignore])
-    return {"micro_f1": micro, "macro_f1": macro, "micro_f1_known": micro_known, "macro_f1_known": macro_known}
+        each = [2 * right[name] / (predicted[name] + true[name]) for name in sorted(names)]
+        scores[f"micro_f1{suffix}"] = 2 * sum(right[name] for name in names) / total if total else 0.0
+        scores[f"macro_f1{suffix}"] = sum(each) / len(each) if each else 0.0
+    return scores
 
 
-def majority(train_answers: Sequence[str]) -> str:
-    """The most frequent answer (the first one in sorted order on a tie): the baseline that reads nothing."""
-    counts = Counter(train_answers)
+def majority(answers: Sequence[str]) -> str:
+    """The most frequent answer, the first in sorted order on a tie: the baseline that reads nothing."""
+    counts = Counter(answers)
     return min(counts, key=lambda answer: (-counts[answer], answer))
 
 
 def score_task(task: str, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """All metrics of one task; "score" is the one the task table names as its metric.
-
-    accuracy for closed sets and choices (+ relation F1s, + F1 of the positive class for AFQMC), exact_match and char_f1
-    for spans."""
-    spec = task_of(task, examples)
+    """All metrics of a task; "score" repeats the one that its entry in the table of tasks names as its metric."""
+    entry = task_of(task, examples)
     golds = [example.references or (example.answer,) for example in examples]
-    if spec.kind == "span":
-        rows = list(zip(predictions, golds, strict=True))
-        scores = {
-            "exact_match": sum(exact_match(p, g) for p, g in rows) / len(rows),
-            "char_f1": sum(char_f1(p, g) for p, g in rows) / len(rows),
-        }
+    if entry.kind == "span":
+        pairs = list(zip(predictions, golds, strict=True))
+        scores = {"exact_match": sum(exact_match(p, g) for p, g in pairs) / len(pairs),
+                  "char_f1": sum(char_f1(p, g) for p, g in pairs) / len(pairs)}
     else:
         scores = {"accuracy": accuracy(predictions, golds)}
-        if spec.metric == "micro_f1":
+        if entry.metric == "micro_f1":
             scores |= relation_f1(predictions, golds)
-        if spec.name == "afqmc":  # 69 % of its pairs differ: accuracy alone says little
-            positive = relation_f1(predictions, golds, ignore=("不同",))
-            scores["f1_positive"] = positive["micro_f1_known"]
-    return {"score": scores[spec.metric]} | scores
+        if entry.positive:  # the F1 of one of two answers
+            others = [answer for answer in entry.answers if answer != entry.positive]
+            scores["f1_positive"] = relation_f1(predictions, golds, ignore=others)["micro_f1_known"]
+    return {"score": scores[entry.metric]} | scores
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Predictions
+# ---------------------------------------------------------------------------------------------------- predictions
 
-EVAL_TOKENS = 8192  # padded tokens of a forward pass; evaluation keeps no activations
+def predict(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task_id: int,
+            cfg) -> list[str]:
+    """The model's answer to every example, in order. cfg: max_length, max_new_tokens and eval_tokens are read.
 
-
-def predict(model: FrozenLM, tokenizer, examples: Sequence[Example], task_id: int, max_length: int,
-            max_new_tokens: int) -> list[str]:
-    """The model's answer to every example, in order.
-
-    Where an example has choices, the whole choice with the highest log-probability (end-of-sequence token included);
-    otherwise the greedy continuation up to the end-of-sequence token. Rows of similar length share a batch.
+    Where an example has choices, the answer is the whole choice with the highest log-probability, end token included;
+    otherwise the greedy continuation up to the first end token.
     """
-    examples = parallel.share(examples)
-    rows = [data.encode(example, tokenizer, max_length, keep_answer=False) for example in examples]
-    answers = [""] * len(rows)
-    for part in length_batches(rows):
-        closed = bool(examples[part[0]].choices)  # a task has choices in all of its rows or in none
-        ids, mask = (t.to(model.device) for t in data.collate_prompts([rows[i] for i in part],
-                                                                             tokenizer.pad_token_id))
+    rows = [data.encode(example, tokenizer, cfg.max_length, keep_answer=False) for example in examples]
+    answers, ends = [""] * len(rows), {tokenizer.eos_token_id, *model.end_tokens}
+    for part in progress(length_batches(rows, cfg.eval_tokens), "answering"):
+        ids, mask = (t.to(model.device) for t in data.collate_prompts([rows[i] for i in part]))  # (B, T) x 2
         task_ids = torch.full((len(part),), task_id)
-        if closed:
+        if examples[part[0]].choices:  # a task has choices in all of its rows or in none
             scores = model.score(ids, mask, task_ids, [rows[i].choice_ids for i in part])  # (B, C)
             for i, best in zip(part, scores.argmax(1).tolist()):
                 answers[i] = examples[i].choices[best]
         else:
-            new = model.generate(ids, mask, task_ids, max_new_tokens)[:, -max_new_tokens:].tolist()
-            for i, tokens in zip(part, new):
-                end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else None
+            new = model.generate(ids, mask, task_ids, cfg.max_new_tokens)[:, -cfg.max_new_tokens:]
+            for i, tokens in zip(part, new.tolist()):
+                end = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
                 answers[i] = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
-    return parallel.together(answers)
+    return answers
 
 
-def length_batches(rows: Sequence[Encoded]) -> list[list[int]]:
-    """Indices of rows, sorted by length and cut where a batch would hold more than EVAL_TOKENS padded tokens.
+def progress(items: Sequence, what: str) -> tqdm:
+    """The items, with a progress bar where a person is watching; a log file stays clean."""
+    return tqdm(items, what, leave=False, disable=None)
 
-    The length of a row is that of its prompt and of all its choices, which are read behind it.
-    """
+
+def length_batches(rows: Sequence[Encoded], tokens: int) -> list[list[int]]:
+    """Indices of rows, sorted by length and cut where a batch with its padding would exceed `tokens` tokens. A row is
+    as long as its prompt and all its choices, which are read behind it."""
     lengths = [len(row.prompt_ids) + sum(map(len, row.choice_ids)) for row in rows]
     batches = []
     for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > EVAL_TOKENS:
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens:
             batches.append([])
         batches[-1].append(i)
     return batches
 
 
-def evaluate_tasks(model: FrozenLM, tokenizer, tests: dict[str, list[Example]], task_ids: dict[str, int],
-                   cfg) -> dict[str, dict[str, float]]:
-    """Every metric of every task: {task: {"score": ..., "accuracy": ...}}; tests and task_ids are by task name."""
-    with progress(sum(map(len, tests.values())), "evaluating") as bar:
-        scores = {}
-        for task, examples in tests.items():
-            answers = predict(model, tokenizer, examples, task_ids[task], cfg.max_length, cfg.max_new_tokens)
-            scores[task] = score_task(task, answers, examples)
-            bar.update(len(examples))
-    return scores
-
-
-def progress(total: int, what: str) -> tqdm:
-    """A progress bar where a person is watching; it leaves nothing behind and is silent in a log file."""
-    return tqdm(total=total, desc=what, leave=False, disable=None, unit="row")
-
-
-def majority_scores(task: str, train: Sequence[Example], tests: Sequence[Example]) -> dict[str, float]:
-    """The metrics of always giving the most frequent training answer."""
-    return score_task(task, [majority([example.answer for example in train])] * len(tests), tests)
-
-
 @torch.no_grad()
-def dev_score(model: FrozenLM, dev: dict[str, list[Encoded]], task_ids: dict[str, int]) -> tuple[float, float]:
-    """Share of rows that greedy decoding would answer exactly, and mean loss; a mean over tasks of a mean over rows.
-
-    One forward pass over prompt and answer, so it is cheap enough to repeat during training.
-    """
+def dev_score(model: AdaptedLM, dev: dict[str, list[Encoded]], task_ids: dict[str, int],
+              tokens: int = 8192) -> tuple[float, float]:
+    """The share of rows that greedy decoding would answer exactly, and the mean loss; means over tasks of means over
+    rows. It takes one forward pass over prompt and answer: cheap enough to repeat during training."""
     right, loss = [], []
     with evaluating(model):
         for task, rows in dev.items():
             outputs = []
-            for part in length_batches(rows):
-                batch = data.collate([rows[i] for i in part], [task_ids[task]] * len(part), 0).to(model.device)
+            for part in length_batches(rows, tokens):
+                batch = data.collate([rows[i] for i in part], [task_ids[task]] * len(part)).to(model.device)
                 outputs.append(model(batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels))
-            right.append(torch.cat([o.correct for o in outputs]).float().mean().item())
-            loss.append(torch.cat([o.losses for o in outputs]).mean().item())
+            right.append(torch.cat([output.correct for output in outputs]).float().mean().item())
+            loss.append(torch.cat([output.losses for output in outputs]).mean().item())
     return sum(right) / len(right), sum(loss) / len(loss)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Tables
+# --------------------------------------------------------------------------------------------------------- tables
 
-def macro(column: dict[str, dict[str, float]]) -> float:
-    """Mean of the tasks' scores, every task counting the same."""
-    return sum(scores["score"] for scores in column.values()) / len(column)
+def macro(scores: dict, column: str, rows: str = "plain") -> float:
+    """The mean of the tasks' scores in a column; nan if a task has none, as means over different tasks say little."""
+    found = [columns[column][rows]["score"] for columns in scores.values() if rows in columns.get(column, {})]
+    return sum(found) / len(found) if len(found) == len(scores) else math.nan
 
 
-def table(columns: dict[str, dict[str, dict[str, float]]], metrics: dict[str, str]) -> str:
-    """A markdown table in percent: one row a task and their mean, one column a method.
+def table(scores: dict, metrics: dict[str, str], rows: str = "plain") -> str:
+    """scores[task][column][rows] in percent, one line a task and their mean; metrics[task] names the score."""
+    columns = list(dict.fromkeys(name for by in scores.values() for name in by if rows in by[name]))
+    parts = [(task, metrics[task], {task: scores[task]}) for task in scores] + [("macro average", "", scores)]
+    lines = [[name, metric, *(f"{100 * macro(part, column, rows):.1f}".replace("nan", "") for column in columns)]
+             for name, metric, part in parts]
+    return markdown(["task", "metric", *columns], lines, align="<<" + ">" * len(columns), pad=True)
 
-    columns[method][task] are the task's scores, metrics[task] the name of the one that counts.
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "", pad: bool = False) -> str:
+    """A table in Markdown. align: "<" or ">" for each column (default: the first left, the others right); pad: fill
+    the cells of a column to one width."""
+    align = align or "<" + ">" * (len(head) - 1)
+    rules = ["---" if side == "<" else "---:" for side in align]
+    widths = [max(len(row[i]) for row in (head, rules, *rows)) if pad else 0 for i in range(len(head))]
+    rules = [f"{rule:-{side}{width}}" for rule, side, width in zip(rules, align, widths)]
+    lines = (" | ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths))
+             for row in (head, rules, *rows))
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+# ----------------------------------------------------------------------------- test rows, and what to compare with
+
+def test_rows(task: str, cfg) -> dict[str, list[Example]]:
+    """The test rows of a task, "plain" and "rewritten" (as training never shows them, where that can be done)."""
+    plain = data.load_task(task, "test", cfg.data_root)
+    return {"plain": plain, "rewritten": [data.perturb(example, cfg.seed) for example in plain]}
+
+
+def score_rows(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, task: str, task_id: int, cfg,
+               tests: dict[str, list[Example]] | None = None) -> dict[str, dict[str, float]]:
+    """The model's scores on the test rows of a task (or on `tests`), {rows: {metric: value}}."""
+    return {rows: score_task(task, predict(model, tokenizer, examples, task_id, cfg), examples)
+            for rows, examples in (tests or test_rows(task, cfg)).items()}
+
+
+def references(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str,
+               cfg) -> dict[str, dict[str, dict[str, float]]]:
+    """Columns to compare a method with, {column: {rows: {metric: value}}}.
+
+    "majority" always gives the most frequent answer of the train rows. With cfg.references also "frozen backbone", with
+    nothing learned, and, where rows have such a prompt, "hard instruction": the same, told in words what to do.
     """
-    tasks = list(next(iter(columns.values())))
-    width = max(map(len, [*tasks, "macro average"]))
-    lines = [f"| {'task':{width}} | metric      | " + " | ".join(columns) + " |",
-             f"|{'-' * (width + 2)}|-------------|" + "|".join("-" * (len(c) + 1) + ":" for c in columns) + "|"]
-    for task in tasks:
-        cells = [f"{100 * column[task]['score']:{len(name)}.1f}" for name, column in columns.items()]
-        lines.append(f"| {task:{width}} | {metrics[task]:11} | " + " | ".join(cells) + " |")
-    cells = [f"{100 * macro(column):{len(name)}.1f}" for name, column in columns.items()]
-    return "\n".join([*lines, f"| {'macro average':{width}} | {'':11} | " + " | ".join(cells) + " |"]) + "\n"
+    tests = test_rows(task, cfg)
+    usual = majority([example.answer for example in data.load_task(task, "train", cfg.data_root)])
+    columns = {"majority": {rows: score_task(task, [usual] * len(examples), examples)
+                            for rows, examples in tests.items()}}
+    if cfg.references:
+        frozen = AdaptedLM(backbone)
+        columns["frozen backbone"] = score_rows(frozen, tokenizer, task, NO_TASK, cfg, tests)
+        if all(example.hard_prompt for example in tests["plain"]):
+            told = {rows: [replace(example, prompt=example.hard_prompt) for example in examples]
+                    for rows, examples in tests.items()}
+            columns["hard instruction"] = score_rows(frozen, tokenizer, task, NO_TASK, cfg, told)
+    return columns
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# One finished run
+# ------------------------------------------------------------- pictures; those that take an axis serve others as well
 
+# Okabe's and Ito's colours, which colour-blind readers can tell apart, and line styles for readers in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("o-", "s--", "^-.", "v:", "D-", "x--")  # not as many as colours: pairs repeat after 42
+
+
+def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 3.5), **options):
+    """A figure and its axes, to be drawn into a file: no display needed."""
+    from matplotlib.figure import Figure  # slow to import, and most programs draw nothing
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def save_figure(figure, path: Path) -> None:
+    with write_whole(path) as file:
+        figure.savefig(file, dpi=130, format="png")
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The rows that training logged into a stage's folder."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def draw_run(folder: Path) -> None:
+    """Draw a stage from its metrics.jsonl: loss.png; gates.png of a gated method; cosines.png of several tasks."""
+    rows = read_metrics(folder)
+    steps, dev = [row for row in rows if "loss" in row], [row for row in rows if "dev_loss" in row]
+    if steps:
+        figure, axis = new_figure()
+        axis.plot([r["step"] for r in steps], [r["loss"] for r in steps], color=COLOURS[0], label="training batch")
+        axis.plot([r["step"] for r in dev], [r["dev_loss"] for r in dev], "s--", color=COLOURS[1], label="development")
+        axis.set(xlabel="step", ylabel="cross-entropy of an answer token (nats)", ylim=(0, None), title="Task loss")
+        axis.legend()
+        save_figure(figure, folder / "loss.png")
+    gates = [row for row in rows if "gates" in row]
+    if gates:
+        figure, axis = new_figure()
+        figure.colorbar(gates_over_steps(axis, gates), label="tanh g")
+        save_figure(figure, folder / "gates.png")
+    cosines = [row for row in rows if "cosines" in row]
+    if cosines:
+        draw_cosines(folder / "cosines.png", cosines[0], cosines[-1])
+
+
+def gates_over_steps(axis, rows: Sequence[dict]):
+    """tanh g, with its sign, of every layer (up) at every logged step (across) -> the image, for a colorbar. White is a
+    closed gate; a negative one subtracts what the prompt contributes."""
+    by_step = {row["step"]: row["gates"] for row in rows}
+    layers, top = range(len(rows[0]["gates"])), max(abs(gate) for gates in by_step.values() for gate in gates) or 1
+    image = axis.pcolormesh(list(by_step), layers, list(zip(*by_step.values())), shading="nearest", cmap="RdBu",
+                            vmin=-top, vmax=top)
+    axis.set(xlabel="step", ylabel="layer", yticks=layers[:: 1 + len(layers) // 12],
+             title="Gates: blue adds the prompt, red subtracts it")
+    return image
+
+
+def draw_cosines(path: Path, first: dict, last: dict) -> None:
+    """Draw |cos(A_i, A_j)|, the mean over layers, at two steps; first, last: rows of metrics.jsonl."""
+    top = max(c for row in (first, last) for i, line in enumerate(row["cosines"]) for j, c in enumerate(line) if i != j)
+    figure, axes = new_figure(1, 2, (10, 5.4), sharey=True)
+    for axis, row, when in zip(axes, (first, last), ("before", "after")):
+        image = cosine_matrix(axis, row["tasks"], row["cosines"], top)
+        axis.set_title(f"{when} training (step {row['step']})")
+    figure.colorbar(image, ax=axes, label="|cos| between tasks, mean over layers")
+    save_figure(figure, path)
+
+
+def cosine_matrix(axis, names: Sequence[str], cosines: Sequence[Sequence[float]], top: float | None = None):
+    """A heat map of the cosines of every two tasks, the diagonal left white -> the image, for a colorbar."""
+    others = [[c if i != j else math.nan for j, c in enumerate(line)] for i, line in enumerate(cosines)]
+    axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axis.set_yticks(range(len(names)), names)
+    return axis.imshow(others, cmap="viridis", vmin=0, vmax=top)
+
+
+def draw_targets(folder: Path, folders: Sequence[Path]) -> None:
+    """Draw targets.png into `folder`: the share of development rows that are right, a line for each of `folders`."""
+    curves = {path.name: [row for row in read_metrics(path) if "dev_accuracy" in row] for path in folders}
+    if any(curves.values()):
+        figure, axis = new_figure(size=(7, 4))
+        for i, (name, dev) in enumerate(curves.items()):
+            axis.plot([r["step"] for r in dev], [100 * r["dev_accuracy"] for r in dev], STYLES[i % len(STYLES)],
+                      color=COLOURS[i % len(COLOURS)], label=name)
+        axis.set(xlabel="step", ylabel="development rows right (%)", ylim=(0, 103), title="Target tasks")
+        figure.legend(loc="outside right upper", fontsize="small", ncols=1 + len(curves) // 20)
+        save_figure(figure, folder / "targets.png")
+
+
+# ------------------------------------------------------------------------------------------------- a finished run
+
+def find_results(run: Path) -> dict[str, dict[Path, dict]]:
+    """The results.json of every finished stage with test rows, by the table it belongs to: {table: {folder: ...}}."""
+    found = {}
+    for path in [*run.glob("multitask/results.json"), *sorted(run.glob("target/*/results.json"))]:
+        results = read_json(path)
+        k = results.get("shots")
+        name = "multitask/table.md" if k is None else f"target/table-{k}-shot.md" if k else "target/table-full.md"
+        found.setdefault(name, {})[path.parent] = results
+    return found
+
+
+def report(run: Path, log: Callable[[str], None]) -> None:
+    """Print and save the tables of a run's finished stages, plain and rewritten test rows, and draw its targets."""
+    cfg, found = SimpleNamespace(**read_json(run / "options.json")), find_results(run)
+    for name, by_folder in found.items():
+        scores = {task: columns for results in by_folder.values() for task, columns in results["scores"].items()}
+        tests = {task: test_rows(task, cfg) for task in scores}
+        metrics = {task: task_of(task, rows["plain"]).metric for task, rows in tests.items()}
+        changed = [bool(example.operations) for rows in tests.values() for example in rows["rewritten"]]
+        text = (f"test rows\n\n{table(scores, metrics)}\nthe same rows, rewritten in ways that training never shows "
+                f"({sum(changed) / len(changed):.0%} could be)\n\n{table(scores, metrics, 'rewritten')}")
+        with write_whole(run / name) as file:
+            file.write(text.encode())
+        log(f"\n{text}\nsaved as {run / name}")
+    if cfg.pictures:
+        targets = [folder for name, by_folder in found.items() if name.startswith("target") for folder in by_folder]
+        draw_targets(run / "target", targets)
+
+
+@dataclass
 class Trained:
-    """A stage of a finished run, opened: its options, backbone, tokenizer and, for each task, its adapter."""
+    """A finished stage of a run: an adapter on its backbone."""
 
-    def __init__(self, folder: Path):
-        """folder: a stage's, such as runs/toy/multitask. Raises UserError if no finished stage is there."""
-        self.cfg = Config(**read_options(folder))
-        try:
-            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-            if results.get("stage") in ("base", "pretrain"):
-                raise UserError(f"its stage, {results['stage']}, has no test rows")
-            first = next(iter(results["columns"].values()))
-            if type(first) is not dict or not first or not all(map(can_be_folder, first)):
-                raise UserError("its results.json has no scores by task")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError) as error:
-            why = error if isinstance(error, UserError) else repr(error)
-            raise UserError(f"'{folder}' is no finished stage that can be opened ({why}); give a folder that train.py "
-                            "made, such as runs/toy or runs/toy/multitask") from error
-        self.tasks = list(first)
-        self.folder, self.method = folder, method_of(self.cfg)
-        device = parallel.place(self.cfg.device) if torch.cuda.is_available() else "cpu"
-        self.backbone, self.tokenizer = backbone_of(self.cfg.backbone, self.cfg.dtype, device)
-
-    @cache  # noqa: B019 (lives as long as the program)
-    def adapter(self, task: str) -> tuple[FrozenLM, int]:
-        """The adapter that answers a task, and the task's id in it."""
-        if task not in self.tasks:
-            raise UserError(f"the run '{self.folder}' has no task '{task}'; it has {', '.join(self.tasks)}")
-        own = self.folder / task  # a target has an adapter of its own, the source tasks share one
-        try:
-            shared = (self.folder / "best" / "adapter.json").exists() or not own.is_dir()
-            folder = (self.folder if shared else own) / "best"
-            model = self.method.model.load(folder, self.backbone)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        if self.method.per_task and task not in model.tasks:
-            raise UserError(f"the adapter in '{folder}' is for {', '.join(model.tasks) or 'no task'}, not for {task}; "
-                            "put back the one that training left there")
-        return model.eval(), model.tasks.index(task) if self.method.per_task else 0
-
-    def rows(self, task: str, split: str) -> list[Example]:
-        return data.load_task(task, split, self.cfg.data_root or None)
+    folder: Path
+    table: str  # the run's table that it belongs to
+    cfg: SimpleNamespace  # the run's options
+    method: str
+    model: AdaptedLM
+    tokenizer: PreTrainedTokenizerBase
+    task_ids: dict[str, int]  # of the tasks that have test rows
 
 
-backbone_of = cache(load_backbone)  # the stages of a run share it
+def open_run(run: Path, model_class: type[AdaptedLM] = TALoRA, task: str = "") -> list[Trained]:
+    """The finished stages of a run that have test rows (with `task`: of this task). Raises UserError if none has."""
+    found = [(name, *item) for name, by_folder in find_results(run).items() for item in by_folder.items()]
+    tasks = dict.fromkeys(name for _, _, results in found for name in results["scores"])
+    if not found:
+        raise UserError(f"'{run}' holds no finished multitask or target stage; python train.py --run {run} trains one")
+    if task and task not in tasks:
+        raise UserError(f"the run '{run}' has no task '{task}'; it has {', '.join(tasks)}")
+    cfg, stages = SimpleNamespace(**read_json(run / "options.json")), []
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
+    backbone, tokenizer = load_backbone(cfg.backbone, cfg.dtype, device)
+    for name, folder, results in found:
+        if not task or task in results["scores"]:
+            model = model_class.load(folder / "best", backbone).eval()
+            # An adapter with the same weights for all tasks does not list them.
+            ids = {task: model.tasks.index(task) if task in model.tasks else 0 for task in results["scores"]}
+            stages.append(Trained(folder, name, cfg, results["method"], model, tokenizer, ids))
+    return stages
 
 
-def open_run(run: Path) -> list[Trained]:
-    """The finished stages of a run's folder, or the one stage whose folder it is."""
-    stages = [run] if (run / "results.json").exists() else sorted(p.parent for p in run.glob("*/table.md"))
-    if not stages:
-        raise UserError(f"'{run}' holds no finished stage; python train.py --run {run} makes one")
-    return [Trained(stage) for stage in stages]
-
-
-def evaluate_run(stage: Trained) -> str:
-    """Answer all test rows again: the table, and predictions.jsonl in the stage's folder."""
-    scores, cfg, path = {}, stage.cfg, stage.folder / "predictions.jsonl"
-    with atomic(path) as file:
-        for task in stage.tasks:
-            rows, (model, task_id) = stage.rows(task, "test"), stage.adapter(task)
-            answers = predict(model, stage.tokenizer, rows, task_id, cfg.max_length, cfg.max_new_tokens)
-            scores[task] = score_task(task, answers, rows)
+def evaluate_run(stages: Sequence[Trained]) -> str:
+    """Answer all test rows again: the run's tables, and predictions.jsonl in the folder of each stage."""
+    tables, metrics = {}, {}
+    for stage in stages:
+        lines = []
+        for task, task_id in stage.task_ids.items():
+            rows = data.load_task(task, "test", stage.cfg.data_root)
+            answers = predict(stage.model, stage.tokenizer, rows, task_id, stage.cfg)
+            metrics[task] = task_of(task, rows).metric
+            column = {stage.method: {"plain": score_task(task, answers, rows)}}
+            tables.setdefault(stage.table, {})[task] = column
             for row, answer in zip(rows, answers):
-                gold = row.references or (row.answer,)
-                right = answer in gold if row.choices else bool(exact_match(answer, gold))
-                line = {"task": task, "prompt": row.prompt, "answer": row.answer, "prediction": answer, "right": right}
-                file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
-    metrics = {task: task_of(task, stage.rows(task, "test")).metric for task in stage.tasks}
-    return table({cfg.variant or cfg.method: scores}, metrics) + f"every answer: {path}\n"
+                golds = row.references or (row.answer,)
+                right = answer in golds if row.choices else bool(exact_match(answer, golds))
+                lines.append(dict(task=task, prompt=row.prompt, answer=row.answer, prediction=answer, right=right))
+        with write_whole(stage.folder / "predictions.jsonl") as file:
+            file.writelines((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
+    return "\n".join(f"{name}, answered again\n\n{table(scores, metrics)}" for name, scores in tables.items())
 
 
 def ask(stage: Trained, task: str, texts: Sequence[str], choices: Sequence[str] = ()) -> str:
-    """One input from the shell: the answer, and the probability of every choice.
+    """Answer one input, with the probability of every choice.
 
-    texts: the fields of the task's template in its order; for a task without a template its whole prompt. choices:
-    answers to choose from, where they are other ones in every row. Raises UserError for other numbers of texts, and
-    for choices that are missing.
+    texts: the fields of the task's template in its order; for a task without a template the whole prompt. choices: what
+    to choose from, for a task whose rows each have their own. Raises UserError if texts or choices are missing.
     """
-    if not all(text.strip().removesuffix("=>").strip() for text in texts):
-        raise UserError("--ask has an empty text; give the words that are asked about")
-    model, task_id = stage.adapter(task)
-    rows, most = stage.rows(task, "test"), stage.cfg.max_length
-    spec = task_of(task, rows)
-    choices = tuple(choices) or spec.answers
-    if spec.template:
-        names = [name for name in spec.fields if name != "options"]
-        if len(texts) != len(names):
-            raise UserError(f"{task} reads {len(names)} texts ({', '.join(names)}), but --ask has {len(texts)}")
-        prompt, _ = data.fill(spec.template, {**dict(zip(names, texts)), "options": "、".join(spec.answers)})
-        if spec.kind == "choice":  # lettered options, one a line
-            choices = tuple(string.ascii_uppercase[: texts[names.index("choices")].count("\n") + 1])
-    else:
-        if rows[0].choices and not choices:
-            raise UserError(f"every text of {task} has choices of its own; name those of this one, as in --choices "
-                            + shlex.join(rows[0].choices))
-        prompt = " ".join(texts) + " =>" * (rows[0].prompt.endswith(" =>") and not texts[-1].endswith("=>"))
-    example = Example(task, prompt, (*choices, rows[0].answer)[0], choices)
-    try:
-        row = data.encode(example, stage.tokenizer, most, keep_answer=False)
-    except UserError as error:
-        raise UserError(f"the text of --ask is too long: with its answer it may have {most} tokens, as in training; "
-                        "shorten it") from error
-    unknown = row.prompt_ids.count(stage.tokenizer.unk_token_id) if stage.tokenizer.unk_token_id is not None else 0
-    note = f"\n{unknown} of {len(row.prompt_ids)} words are not in the backbone's vocabulary" * bool(unknown)
+    tests = data.load_task(task, "test", stage.cfg.data_root)
+    entry, prompt, places = task_of(task, tests), " ".join(texts), ()
+    fields = [name for name in entry.fields if name != "options"]
+    if fields and len(fields) != len(texts):
+        raise UserError(f"{task} reads {len(fields)} texts ({', '.join(fields)}), but --ask has {len(texts)}")
+    if entry.kind == "choice" and not choices:
+        raise UserError(f"every row of {task} has choices of its own; name those of this one, as in --choices "
+                        + shlex.join(tests[0].choices))
+    if fields:
+        prompt, places = fill(entry.template, dict(zip(fields, texts)) | {"options": "、".join(entry.answers)})
+    elif tests[0].prompt.endswith(" =>") and not prompt.endswith("=>"):  # as every question of the micro-world
+        prompt += " =>"
+    choices = tuple(choices or entry.answers)
+    example = Example(task, prompt, (*choices, tests[0].answer)[0], choices, fields=places, row="the text of --ask")
+    row = data.encode(example, stage.tokenizer, stage.cfg.max_length, keep_answer=False)
+    unknown = list(row.prompt_ids).count(stage.tokenizer.unk_token_id)
+    note = f"\n{unknown} of {len(row.prompt_ids)} words are not in the backbone's vocabulary" if unknown else ""
     if not choices:
-        return predict(model, stage.tokenizer, [example], task_id, most, stage.cfg.max_new_tokens)[0] + note
-    ids, mask = (t.to(model.device) for t in data.collate_prompts([row], stage.tokenizer.pad_token_id))
-    scores = model.score(ids, mask, torch.tensor([task_id]), [row.choice_ids])[0].exp()  # (C,) p(choice | prompt)
-    best, width = int(scores.argmax()), max(map(len, choices))
-    lines = [f"{choice:{width}}  {p:6.1%}{'  <-' if i == best else ''}"
-             for i, (choice, p) in enumerate(zip(choices, scores.tolist()))]
-    lines.append(f"{'another':{width}}  {max(0.0, 1 - float(scores.sum())):6.1%}{note}")
-    return "\n".join([choices[best], "", *lines])
+        return predict(stage.model, stage.tokenizer, [example], stage.task_ids[task], stage.cfg)[0] + note
+    ids, mask = (t.to(stage.model.device) for t in data.collate_prompts([row]))  # (1, T) x 2
+    task_ids = torch.tensor([stage.task_ids[task]])
+    p = stage.model.score(ids, mask, task_ids, [row.choice_ids])[0].exp().tolist()  # (C,) p(choice | prompt)
+    shares = zip([*p, max(0.0, 1 - sum(p))], [*choices, "another answer"])
+    return "\n".join([choices[p.index(max(p))], "", *(f"{share:6.1%}  {choice}" for share, choice in shares)]) + note
+
+
+@contextmanager
+def close_gates(model: AdaptedLM, layer: int) -> Iterator[None]:
+    """Shut the gates of one layer, and restore them whatever happens."""
+    gates = [parameter.data[layer] for name, parameter in model.named_parameters() if name.startswith("gate")]
+    before = [gate.clone() for gate in gates]  # scalars, or one number a head
+    try:
+        for gate in gates:
+            gate.zero_()
+        yield
+    finally:
+        for gate, value in zip(gates, before):
+            gate.copy_(value)
 
 
 def diagnose(stage: Trained) -> str:
-    """Does the adapter do anything? Development rows with and without it; of prompts behind gates also the gates, the
-    size of the prompts, the rows with one layer's gate closed, and the cosines of the tasks."""
-    rows = {task: [data.encode(e, stage.tokenizer, stage.cfg.max_length, False) for e in stage.rows(task, "dev")[:16]]
-            for task in stage.tasks}
-
-    def dev(closed: int | None = None) -> tuple[float, float]:
-        """dev_score as a mean over the tasks; closed: a layer whose gates are shut."""
-        found = []
-        for task in stage.tasks:
-            model, task_id = stage.adapter(task)
-            gates = [p for name, p in model.named_parameters() if name.startswith("gate") and closed is not None]
-            before = [gate.detach().clone() for gate in gates]
-            with torch.no_grad():
-                [gate[closed].zero_() for gate in gates]
-                found.append(dev_score(model, {task: rows[task]}, {task: task_id}))
-                [gate.copy_(old) for gate, old in zip(gates, before)]
-        return tuple(statistics.mean(column) for column in zip(*found))
-
-    on, adapters = dev(), [stage.adapter(task) for task in stage.tasks]  # the sources' is one and the same
-    model = adapters[0][0]
-    off = dev_score(FrozenLM(stage.backbone, model.config), rows, dict.fromkeys(rows, -1))
-    lines = [f"{stage.folder}: of {sum(map(len, rows.values()))} development rows {on[0]:.1%} are right (loss "
-             f"{on[1]:.3f}), without the adapter {off[0]:.1%} (loss {off[1]:.3f})"]
-    if on[1] > off[1] - 0.01:
-        lines.append("the adapter changes next to nothing: train longer, or at higher rates")
-    looks = model.diagnose()
-    if "gates" in looks:
-        gates = torch.tensor([one.diagnose()["gates"] for one, _ in adapters]).mean(0)  # (L,)
-        norms = torch.stack([one.prompts([i])[:, 0].norm(dim=-1).mean(-1) for one, i in adapters]).mean(0)  # (L,)
-        lines += ["", "means over the tasks",
-                  "layer  |tanh g|  norm of a prompt row  right if this layer's gate is closed"]
-        for layer, (gate, norm) in enumerate(zip(gates.tolist(), norms.tolist())):
-            right, loss = dev(layer)
-            lines.append(f"{layer:>5}  {gate:8.3f}  {norm:20.2f}  {right:7.1%} (loss {loss:.3f})")
-    if "cosines" in looks and set(stage.tasks) <= set(model.tasks):
-        lines += ["", "|cos| between tasks, mean over layers"]
-        for task, row in zip(model.tasks, looks["cosines"]):
-            lines.append(f"{task:16} " + " ".join(f"{c:5.2f}" for c in row))
+    """Does the adapter do anything? Development rows with and without it; layer by layer the gate, the size of the
+    prompts, and the rows with this one gate closed; and the cosines of the tasks."""
+    model, cfg, ids = stage.model, stage.cfg, stage.task_ids
+    rows = {task: [data.encode(example, stage.tokenizer, cfg.max_length, keep_answer=False)
+                   for example in data.load_task(task, "dev", cfg.data_root)[:16]] for task in ids}
+    right, loss = dev_score(model, rows, ids, cfg.eval_tokens)
+    plain_right, plain_loss = dev_score(AdaptedLM(model.backbone), rows, dict.fromkeys(ids, NO_TASK), cfg.eval_tokens)
+    lines = [f"{stage.folder}: of {sum(map(len, rows.values()))} development rows {right:.1%} are right (loss "
+             f"{loss:.3f}), without the adapter {plain_right:.1%} (loss {plain_loss:.3f})"]
+    if loss > plain_loss - 0.01:
+        lines.append("the adapter changes next to nothing: train longer, or with higher learning rates")
+    logged = model.diagnose()
+    if "gates" in logged:
+        norms = model.prompts(list(ids.values())).norm(dim=-1).mean((1, 2)).tolist()  # (L, n, P, d) -> (L,)
+        lines += ["", "layer   tanh g  norm of a prompt row  right if this layer's gate is closed"]
+        for layer, (gate, norm) in enumerate(zip(logged["gates"], norms)):
+            with close_gates(model, layer):
+                right, loss = dev_score(model, rows, ids, cfg.eval_tokens)
+            lines.append(f"{layer:>5}  {gate:+7.3f}  {norm:20.2f}  {right:7.1%} (loss {loss:.3f})")
+    if "cosines" in logged:
+        lines += ["", f"|cos| of every task with {', '.join(ids)}, mean over layers"]
+        for task, row in zip(logged["tasks"], logged["cosines"]):
+            lines.append(f"{task:16} " + " ".join(f"{row[i]:5.2f}" for i in ids.values()))
     return "\n".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The program
+# ---------------------------------------------------------------------------------------------------- the program
 
-def main(argv: list[str]) -> None:
-    parser = Parser(prog="evaluate.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--run", type=Path, help="a run or one of its stages: answer its test rows, save the answers")
-    parser.add_argument("--ask", nargs="+", metavar="TEXT", help="with --run and --task: answer one input (a task that "
-                        "reads a pair takes two texts)")
-    parser.add_argument("--task", help="the task of --ask")
-    parser.add_argument("--choices", nargs="+", default=(), metavar="ANSWER",
-                        help="with --ask: the answers to choose from, for a task whose texts each have their own")
-    parser.add_argument("--diagnose", type=Path, metavar="RUN", help="what the adapter does: gates, prompts, cosines")
-    parser.add_argument("--suite", metavar="NAME", help="run the experiment of this name (suite.py): quick, full")
-    parser.add_argument("--jobs", type=int, default=2, help="cells of the suite at a time, one thread each")
-    parser.add_argument("--out", help="folder for the suite's results (default: results/NAME); what stands behind -- "
-                        "are options of train.py for all its runs")
-    at = argv.index("--") if "--" in argv else len(argv)
-    options, more = parser.parse_args(argv[:at]), argv[at:]
-    if not (options.run or options.diagnose or options.suite) or bool(options.ask) != bool(options.task):
-        raise UserError("say what to do: --run RUN, --run RUN --ask TEXT --task NAME, --diagnose RUN or --suite NAME")
-    if options.choices and not options.ask:
-        raise UserError("--choices needs the text that is asked about: --ask TEXT")
-    if options.ask and not options.run:
-        raise UserError("--ask needs the run that is to answer: --run RUN")
-    if options.jobs < 1:
-        raise UserError(f"--jobs is {options.jobs}, but must be at least 1")
-    if (more or options.out) and not options.suite:
-        raise UserError(f"{'--out' if options.out else ' '.join(more)} is for --suite NAME only; leave it out")
+def main(argv: list[str], model_class: type[AdaptedLM] = TALoRA) -> None:
+    """evaluate.py; model_class: the method whose runs are opened."""
+    parser = Parser(prog="evaluate.py", description="Look into a finished run.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, help="answer its test rows again, and save every answer")
+    what.add_argument("--diagnose", type=Path, metavar="RUN", help="what its adapters do: gates, prompts, cosines")
+    parser.add_argument("--task", default="", help="only the stages that were tested on this task")
+    parser.add_argument("--ask", nargs="+", metavar="TEXT", default=[],
+                        help="with --run and --task: answer this instead (a task that reads a pair takes two texts)")
+    parser.add_argument("--choices", nargs="+", metavar="ANSWER", default=[],
+                        help="with --ask: what to choose from, for a task whose rows each have their own")
+    options = parser.parse_args(argv)
+    if (options.ask or options.choices) and not (options.run and options.task and " ".join(options.ask).strip(" =>")):
+        raise UserError("a question needs --run RUN, --task NAME and --ask TEXT; only --choices may be left out")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    stages = open_run(options.run or options.diagnose, model_class, options.task)
     if options.ask:
-        stages = open_run(options.run)
-        stage = next((stage for stage in stages if options.task in stage.tasks), stages[0])
-        print(f"{stage.folder} answers: {ask(stage, options.task, options.ask, options.choices)}")
+        print("\n\n".join(f"{s.folder} answers: {ask(s, options.task, options.ask, options.choices)}" for s in stages))
     elif options.run:
-        for stage in open_run(options.run):
-            print(evaluate_run(stage))
-    if options.diagnose:
-        for stage in open_run(options.diagnose):
-            print(diagnose(stage) + "\n")
-    if options.suite:  # a program of its own: it starts train.py, which needs this file
-        command = [sys.executable, str(Path(__file__).parent / "suite.py"), options.suite, "--jobs", str(options.jobs)]
-        os.execv(sys.executable, [*command, *(["--out", options.out] if options.out else []), *more])
+        print(evaluate_run(stages))
+    else:
+        print("\n\n".join(diagnose(stage) for stage in stages))
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, sys.argv[1:]))
+    sys.exit(run_program(main, sys.argv[1:]))
