@@ -1,63 +1,42 @@
 r"""From rows of text to batches of tokens.
 
-    Task (tasks.py) -> rows -> Example(prompt, answer, choices, ...) -> Encoded -> Batch(input_ids, labels, task_ids)
+    row {"prompt": ..., "answer": ..., ...} -> Example -> Encoded -> Batch(input_ids, attention_mask, labels, task_ids)
 
-Rows come from `--data-root DIR` (DIR/<task>/train.jsonl and test.jsonl, field names as upstream), or are downloaded by
-`datasets`, or are made by the micro-world (toy.py). A folder without an entry in the table of tasks works too when its
-rows are {"prompt": ..., "answer": ..., "choices": [...]}.
+Rows come from the micro-world (tasks/micro.py), or from the sixteen Chinese sets and files of your own
+(tasks/chinese.py). Every split goes by *group* (a passage, a premise, a pair), never by row: no text is in two of
+train, dev and test. Prompt and answer are tokenised apart and joined, because a tokenizer may merge characters across
+the boundary:
 
-Every split goes by *group* (the passage, the premise, the pair, the text), never by row: no group is in two of train,
-dev and test.
+    input_ids    p_1 .. p_n  a_1 .. a_m eos  pad ..
+    labels      -100 .. -100 a_1 .. a_m eos -100 ..
 
-Prompt and answer are tokenised apart and joined, because a tokenizer may merge characters across the boundary:
-    input_ids  p_1 .. p_n a_1 .. a_m eos pad ..     labels  -100 .. -100 a_1 .. a_m eos -100 ..
-
-`python data.py --data-root DIR` shows a page about every task it finds.
+`python data.py` shows a page about every task of the micro-world, `python data.py --data-root DIR` about your files.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import random
-import shutil
-import string
 import sys
-import unicodedata
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
+from itertools import product
 from pathlib import Path
-from urllib.request import urlopen
+from textwrap import indent
 
 import torch
-from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-import rewrite
-import toy
-from errors import Parser, UserError, program
-from tasks import FORMATS, TASKS, Source, Task, can_be_folder
+from checkpoint import Parser, UserError, run_program
+from tasks import chinese, micro, rewrite
+from tasks.chinese import TASKS, Task
 
-DEV_SHARE, DEV_ROWS = 0.1, 1024  # dev is a tenth of train, cut by group, 1024 rows at most
+DEV_SHARE, DEV_ROWS = 0.1, 1024  # a tenth of the train rows, at most 1,024, becomes the development set
 
-
-def task_of(name: str, examples: Sequence[Example] = ()) -> Task:
-    """The entry of a task; for one without an entry (micro-world, own rows) what its examples show: no choices: span,
-    the same choices everywhere: closed, otherwise: choice."""
-    if name in TASKS:
-        return TASKS[name]
-    sets = {example.choices for example in examples}
-    answers = next(iter(sets)) if len(sets) == 1 else ()
-    kind = "closed" if answers else "choice" if any(sets) else "span"
-    role = "target" if name in toy.TARGETS else "source"
-    return Task(name, role, kind, "char_f1" if kind == "span" else "accuracy", answers=answers)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Rows -> examples
+# Rows -> examples ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,277 +46,106 @@ class Example:
     task: str
     prompt: str
     answer: str
-    choices: tuple[str, ...] = ()  # all answers in label order (closed), the letters (choice), () for spans
+    choices: tuple[str, ...] = ()  # all answers in class order (closed), the row's own options (choice), () for spans
     references: tuple[str, ...] = ()  # all right answers, `answer` first; () means (answer,)
     protected: tuple[str, ...] = ()  # strings that `perturb` keeps
     group: str = ""  # the same for rows about the same text
-    hard_prompt: str = ""  # the prompt with the instruction in words, where the prompt hides it (micro-world)
-    fields: tuple[tuple[str, int, int], ...] = ()  # name, start and end in `prompt` of what was filled in
-    row: str = ""  # where it comes from, for messages
+    hard_prompt: str = ""  # the prompt with the instruction in words (micro-world)
+    fields: tuple[tuple[str, int, int], ...] = ()  # name, start and end in `prompt` of what the row filled in
+    row: str = ""  # file and line, for messages
     operations: tuple[str, ...] = ()  # what `perturb` did
 
 
-class _Drop(Exception):
-    """A row that cannot be used; the message is the reason it is counted under."""
-
-
-ALIASES = {"text": ("text", "sentence"), "label": ("label", "score", "relation")}  # one column, several names upstream
-
-
-def _column(row: dict, name: str, where: str) -> object:
-    names = ALIASES.get(name, (name,))
-    for alias in names:
-        if alias in row:
-            return row[alias]
-    raise UserError(f"{where}: no field {' or '.join(map(repr, names))} in the row (it has {', '.join(row) or 'none'})")
-
-
-def _clean(value: object) -> str:
-    """One text, stripped, NFC (not NFKC, which would move answers away from their passages)."""
-    if isinstance(value, list | tuple):
-        value = "\n".join(str(part) for part in value)
-    return unicodedata.normalize("NFC", "" if value is None else str(value)).replace("\r\n", "\n").strip()
-
-
-def _text(row: dict, name: str, where: str) -> str:
-    text = _clean(_column(row, name, where))
-    if not text:
-        raise _Drop(f"empty {name}")
-    return text
-
-
-def group_of(*texts: str) -> str:
-    """A short name for a text that ignores white space and, for a pair, the order."""
-    key = "\n".join(sorted("".join(text.split()) for text in texts))
-    return hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
-
-
-def _label(task: Task, row: dict, where: str) -> str:
-    value = _column(row, "label", where)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    name = str(value).strip()
-    if name in ("", "-", "-1", "None"):
-        raise _Drop("no label")
-    for names in (task.labels, task.answers):
-        if name in names:
-            return task.answers[names.index(name)]
-    if name.isdecimal() and int(name) < len(task.answers):
-        return task.answers[int(name)]
-    known = ", ".join((*(task.labels or task.answers), f"or 0 to {len(task.answers) - 1}"))
-    raise UserError(f"{where}: unknown label {name!r} for task {task.name!r}; known are {known}")
-
-
-def _spans(values: dict[str, str], row: dict, passage: str, where: str) -> tuple[str, ...]:
-    """The answers that really occur in the passage; stored offsets are not used, some are wrong upstream."""
-    answers = _column(row, "ot" if "ot" in row or passage == "s" else "answers", where)
-    if isinstance(answers, dict):
-        answers = _column(answers, "text", where)
-    texts = [answers] if isinstance(answers, str) else [a["text"] if isinstance(a, dict) else a for a in answers or ()]
-    cleaned = dict.fromkeys(text for text in map(_clean, texts) if text)
-    if not cleaned:
-        raise _Drop("no answer")
-    found = tuple(text for text in cleaned if text in values[passage])
-    if not found:
-        raise _Drop("answer not in the text")
-    return found
-
-
-def _choices(values: dict[str, str], row: dict, where: str) -> tuple[str, int]:
-    """Lettered options in a fixed random order (upstream the right one sits unevenly), index of the right one."""
-    gold = _clean(_column(row, "answer", where))
-    if not gold:
-        raise _Drop("no answer")
-    options = list(dict.fromkeys(option for option in map(_clean, _column(row, "choice", where)) if option))
-    if gold not in options:
-        raise _Drop("answer not among the choices")
-    if len(options) < 2:
-        raise _Drop("fewer than two choices")
-    random.Random("\n".join((values["context"], values["question"], *options))).shuffle(options)
-    lines = (f"{letter}. {option}" for letter, option in zip(string.ascii_uppercase, options))
-    return "\n".join(lines), options.index(gold)
-
-
-def fill(template: str, values: dict[str, str]) -> tuple[str, tuple[tuple[str, int, int], ...]]:
-    """A template with its fields filled in, and where in the prompt each field stands: (name, start, end)."""
-    prompt, fields = "", []
-    for literal, name, _, _ in string.Formatter().parse(template):
-        prompt += literal
-        if name:
-            if name not in ("options", "choices"):
-                fields.append((name, len(prompt), len(prompt) + len(values[name])))
-            prompt += values[name]
-    return prompt, tuple(fields)
-
-
-def to_example(task: Task, row: dict, where: str = "") -> Example:
-    """One upstream row as an Example. Raises UserError (missing field, unknown label) or _Drop (unusable row)."""
-    if "prompt" in row:
-        return _own_row(task.name, row, where)
-    values = {name: _text(row, name, where) for name in task.fields if name not in ("options", "choices")}
-    values["options"] = "、".join(task.answers)
-    choices, references, protected = task.answers, (), ()
-    if task.kind == "span":
-        references = protected = _spans(values, row, task.passage, where)
-        answer = references[0]
-    elif task.kind == "choice":
-        values["choices"], index = _choices(values, row, where)
-        choices = tuple(string.ascii_uppercase[: values["choices"].count("\n") + 1])
-        answer = choices[index]
-    else:
-        answer = _label(task, row, where)
-        protected = tuple(values[name] for name in ("head", "tail") if name in values)
-    prompt, fields = fill(task.template, values)
-    group = group_of(*(values[name] for name in task.group or (task.passage,)))
-    return Example(task.name, prompt, answer, choices, references, protected, group, fields=fields, row=where)
-
-
-TEXT, NUMBER, LIST = "a text", "a text or a number", "a list of texts or numbers"
-OWN = {"prompt": TEXT, "answer": NUMBER, "choices": LIST, "references": LIST, "protected": LIST, "group": NUMBER,
-       "hard_prompt": TEXT, "passage": TEXT}
-
-
-def _own_row(name: str, row: dict, where: str) -> Example:
-    """A row that already is a prompt: {"prompt", "answer"} and maybe choices, references, protected, group,
-    hard_prompt, passage (a part of the prompt that may be shortened)."""
-    for field, form in OWN.items():
-        value, kinds = row.get(field), (str,) if form is TEXT else (str, int, float)
-        parts = value if form is LIST and type(value) is list else [value]
-        if value is not None and ((form is LIST) != (type(value) is list) or any(type(p) not in kinds for p in parts)):
-            raise UserError(f"{where}: {field} is {str(value)[:50]!r} ({type(value).__name__}), but must be {form}")
-    prompt, answer = ("" if value is None else str(value) for value in (row["prompt"], _column(row, "answer", where)))
-    if not prompt.strip() or not answer.strip():
-        raise _Drop("empty prompt" if not prompt.strip() else "empty answer")
-    choices = tuple(map(str, row.get("choices") or ()))
+def to_example(name: str, row: dict, where: str = "") -> Example:
+    """A row {"prompt", "answer"} as an Example of a task; choices, references, protected, group, hard_prompt and
+    passage (the part of the prompt that may be shortened) are optional. Raises UserError by file and line."""
+    lists = ("choices", "references", "protected")
+    for key in ("prompt", "answer", "group", "hard_prompt", "passage", *lists):
+        if row.get(key) is not None and isinstance(row[key], list | tuple) != (key in lists):
+            raise UserError(f"{where}: {key} is {row[key]!r}, but should be a {'list' if key in lists else 'text'}")
+    prompt, answer = str(row["prompt"]), str(row["answer"])
+    choices, references, protected = (tuple(map(str, row.get(key) or ())) for key in lists)
     if choices and (answer not in choices or len(set(choices)) < max(2, len(choices))):
         raise UserError(f"{where}: choices {choices} should be two or more different texts with the answer {answer!r}")
-    start = prompt.find(row["passage"]) if row.get("passage") else -1
-    fields = (("text", start, start + len(row["passage"])),) if start >= 0 else ()
-    references = tuple(dict.fromkeys((answer, *map(str, row["references"])))) if row.get("references") else ()
-    return Example(
-        name, prompt, answer, choices, references, tuple(map(str, row.get("protected") or ())),
-        str(row.get("group") or group_of(prompt)), row.get("hard_prompt") or "", fields, where,
-    )
+    fields, passage = row.get("fields", ()), str(row.get("passage") or "")
+    if passage and passage in prompt:
+        fields = (("text", prompt.index(passage), prompt.index(passage) + len(passage)),)
+    references = tuple(dict.fromkeys((answer, *references))) if references else ()
+    group = str(row.get("group") or chinese.group_of(prompt))
+    hard_prompt = row.get("hard_prompt") or ""
+    return Example(name, prompt, answer, choices, references, protected, group, hard_prompt, fields, where)
 
 
-def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Iterator[tuple[str, dict | None]]:
-    """Rows of a file as (place, row): tab-separated lines if `columns` are given, JSON lines, or one JSON document (a
-    list of rows, or the nested forms of SQuAD and C3). None stands for a line with too few or too many columns. There
-    are no quoting rules: a quotation mark is a character."""
-    lines = text.removeprefix("\ufeff").split("\n")  # not splitlines: U+2028 may stand inside a text
-    lines = [(number, line.strip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
-    if columns:
-        for number, line in lines:
-            parts = line.split("\t")
-            yield f"{where}:{number}", dict(zip(columns, parts)) if len(parts) == len(columns) else None
-        return
-    try:
-        rows = [(f"{where}:{number}", _json(line)) for number, line in lines]
-    except ValueError as error:
-        rows = None
-        number = next(number for number, line in lines if not _is_json(line))
-        problem = f"{where}:{number}: not readable as JSON ({getattr(error, 'msg', error)}); write one object per line"
-    if rows is None or (len(rows) == 1 and not (isinstance(rows[0][1], dict) and "data" not in rows[0][1])):
-        try:
-            rows = list(_flatten(_json(text.removeprefix("\ufeff")), where))
-        except ValueError:
-            raise UserError(problem) from None
-    for place, row in rows:
-        if not isinstance(row, dict):
-            raise UserError(f"{place}: a row is a JSON object with named fields, not {type(row).__name__}")
-        yield place, row
+def task_of(name: str, examples: Sequence[Example] = ()) -> Task:
+    """The entry of the table; for the micro-world and for own rows what the examples show: without choices a span task,
+    with the same choices in every row a closed one, otherwise a choice task."""
+    if name in TASKS:
+        return TASKS[name]
+    sets = {example.choices for example in examples}
+    answers = next(iter(sets)) if len(sets) == 1 else ()
+    kind = "closed" if answers else "choice" if any(sets) else "span"
+    role = "target" if name in micro.TARGETS else "source"
+    return Task(name, role, kind, "char_f1" if kind == "span" else "accuracy", answers=answers)
 
 
-def _json(text: str) -> object:
-    """json.loads; ValueError also for what Python reads and nothing can use."""
-    try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():  # perhaps the first half of a character without the second one
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-
-
-def _is_json(line: str) -> bool:
-    try:
-        return _json(line) is not None
-    except ValueError:
-        return False
-
-
-def _flatten(document: object, where: str) -> Iterator[tuple[str, object]]:
-    rows = document["data"] if isinstance(document, dict) and "data" in document else document
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
-        place = f"{where}, entry {number}"
-        if isinstance(row, dict) and "paragraphs" in row:  # SQuAD: article > paragraphs > questions
-            for paragraph in row["paragraphs"]:
-                for question in paragraph["qas"]:
-                    yield place, {"context": paragraph["context"]} | question
-        elif isinstance(row, list) and len(row) == 3 and isinstance(row[1], list):  # C3: [lines, questions, id]
-            for question in row[1]:
-                yield place, {"context": row[0]} | question
-        else:
-            yield place, row
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Examples -> train, dev, test
+# Examples -> train, dev, test ----------------------------------------------------------------------------------------
 
 
 @dataclass
 class Splits:
-    """report: {"source": text, "read": {split: rows}, "dropped": {split: {reason: rows}}, "notes": [text]}"""
-
     train: list[Example]
     dev: list[Example]
     test: list[Example]
-    report: dict
+    report: dict  # {"source": text, "dropped": {split: {reason: rows}}, "notes": [text]}
 
 
 def load_task(name: str, split: str, root: str | Path | None = None) -> list[Example]:
-    """Examples of a task. name: an entry of TASKS, a toy-... task, or a folder of own rows; split: train | dev | test.
+    """One split (train | dev | test) of a task, in a fixed random order: any first n rows are a fair sample.
 
-    root: folder with <name>/train.jsonl and test.jsonl; None: the hub (toy tasks need neither). dev is cut from train
-    by group; rows come in a fixed random order, so that any first n rows are a fair sample.
-    Raises UserError for an unknown name or split, missing or unreadable files, a row without a field or with an unknown
-    label, an empty split.
-    """
+    name: a task of the micro-world or of the table (chinese.TASKS), or a folder of own rows. root: the folder that
+    holds <name>/train.jsonl and test.jsonl; without it the Chinese sets are downloaded. Raises UserError for an unknown
+    name or split, a missing or unreadable file, a row without a field or with an unknown label, an empty split."""
     if split not in ("train", "dev", "test"):
         raise UserError(f"no split {split!r}; there are train, dev and test")
-    return getattr(load_splits(name, None if root is None or name.startswith("toy-") else str(root)), split)
+    return getattr(load_splits(name, str(root) if root and name not in micro.TASKS else None), split)
 
 
 @cache
 def load_splits(name: str, root: str | None = None) -> Splits:
-    """All splits of a task and the report of what was read and dropped; arguments and errors as in `load_task`."""
+    """All splits of a task and a report of what was read and dropped; errors as in `load_task`."""
     task, notes = task_of(name), []
-    if not can_be_folder(name):
-        raise UserError(f"{name!r} cannot be a task: a name is that of a folder in --data-root, without / in it")
-    if name.startswith("toy-"):
-        if name not in toy.SOURCES + toy.TARGETS:
-            raise UserError(f"no task {name!r} in the micro-world; it has {', '.join(toy.SOURCES + toy.TARGETS)}")
-        source = "the micro-world"
-        read = {split: _read(task, _numbered(toy.rows(name, split), f"{name} {split}")) for split in ("train", "test")}
-    elif root is not None:
-        source = str(Path(root) / name)
-        read = {split: _read(task, _local_rows(task, Path(root), split)) for split in ("train", "test")}
-    elif name in TASKS:
-        source, read = _hub(task, notes)
+    if not name or name.startswith(".") or set(name) & set("/\\"):
+        raise UserError(f"{name!r} cannot be a task: its name should be that of a folder, without / or a dot in front")
+    if name in micro.TASKS:
+        source, read = "the micro-world", {}
+        for split in ("train", "test"):
+            read[split] = [*chinese.number_rows(micro.rows(name, split), f"{name} {split}")], Counter()
+    elif root or name in TASKS:
+        source, read = chinese.read_task(task, root, notes)
     else:
-        raise UserError(f"no task {name!r}; known are {', '.join(TASKS)} and the toy- tasks, "
-                        f"or give your own rows as DIR/{name}/train.jsonl and test.jsonl with --data-root DIR")
-    (train, lost), (test, lost_test) = read["train"], read["test"]
-    counts = {"train": len(train) + lost.total(), "test": len(test) + lost_test.total()}
-
-    train = _without(train, {example.group for example in test}, "text also in test", lost)
+        raise UserError(f"no task {name!r}; known are {', '.join((*TASKS, *micro.TASKS))}; rows of your own are read "
+                        f"from DIR/{name}/train.jsonl and test.jsonl with --data-root DIR")
+    train, test = ([to_example(name, row, where) for where, row in read[split][0]] for split in ("train", "test"))
+    dropped = {split: counter for split, (_, counter) in read.items()}
+    groups = {"test": {example.group for example in test}}  # texts that training must not see
     if task.unseen:
-        train = _without(train, _groups_of(task.unseen, root, notes), f"text also in {task.unseen}", lost)
-    train = _once(train, lost)
-    for split, rows, dropped in (("train", train, lost), ("test", test, lost_test)):
+        try:
+            other = load_splits(task.unseen, root)
+            groups[task.unseen] = {example.group for example in other.train + other.dev + other.test}
+        except UserError as error:
+            notes.append(f"not compared with {task.unseen}: {error}")
+    kept = {}  # every train row once
+    for example in train:
+        also_in = next((place for place, seen in groups.items() if example.group in seen), None)
+        if also_in:
+            dropped["train"][f"text also in {also_in}"] += 1
+        elif kept.setdefault((example.prompt, example.answer), example) is not example:
+            dropped["train"]["repeated"] += 1
+    train = list(kept.values())
+    for split, rows in (("train", train), ("test", test)):
         if not rows:
-            why = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "the file holds no row"
-            raise UserError(f"task {name!r} has no usable {split} row in {source} ({why}); add rows or leave it out")
+            raise UserError(f"task {name!r} has no usable {split} row in {source} (left out: {_counts(dropped[split])})"
+                            "; add rows or leave the task out")
     if len({bool(example.choices) for example in train + test}) == 2:
         raise UserError(f"task {name!r} has rows with and without choices in {source}; make two tasks of them")
     if task.metric == "micro_f1":
@@ -345,141 +153,21 @@ def load_splits(name: str, root: str | None = None) -> Splits:
     train, dev = _cut_dev(name, train)
     for rows in (train, test):
         random.Random(f"order {name}").shuffle(rows)
-    dropped = {"train": dict(lost), "test": dict(lost_test)}
-    return Splits(train, dev, test, {"source": source, "read": counts, "dropped": dropped, "notes": notes})
-
-
-def _numbered(rows: Iterable[dict], where: str) -> Iterator[tuple[str, dict]]:
-    return ((f"{where}:{number}", row) for number, row in enumerate(rows, 1))
-
-
-def _read(task: Task, rows: Iterable[tuple[str, dict | None]]) -> tuple[list[Example], Counter]:
-    examples, dropped, where = [], Counter(), "the first row"
-    try:
-        for where, row in rows:
-            try:
-                if row is None:
-                    raise _Drop("wrong number of columns")
-                examples.append(to_example(task, row, where))
-            except _Drop as reason:
-                dropped[str(reason)] += 1
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: a field of this or the next row has another form than task {task.name!r} expects "
-                        f"({type(error).__name__}: {error}); compare it with its upstream") from error
-    return examples, dropped
-
-
-def _local_rows(task: Task, root: Path, split: str) -> Iterator[tuple[str, dict | None]]:
-    if not root.is_dir():
-        raise UserError(f"--data-root {root} is no folder; it should hold {task.name}/train.jsonl and test.jsonl")
-    path = root / task.name / f"{split}.jsonl"
-    columns = next((source.columns for source in task.sources if source.columns), ())
-    if not path.is_file() and (path.with_suffix(".txt")).is_file():  # the upstream's own file
-        path = path.with_suffix(".txt")
-    if not path.is_file():
-        raise UserError(f"{path} is missing; put one JSON object per line there, or leave --data-root out to download")
-    try:
-        text = path.read_bytes().decode()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); give yourself the permission") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not readable as UTF-8 text ({error}); save it as UTF-8") from None
-    return parse_rows(text, columns if path.suffix == ".txt" else (), str(path))
-
-
-def _hub(task: Task, notes: list[str]) -> tuple[str, dict]:
-    """The first source of the task that can be read; what failed before it is added to `notes` and printed."""
-    failures = []
-    for source in task.sources:
-        try:
-            read = {split: _read(task, _hub_rows(source, split)) for split in ("train", "test")}
-        except Exception as error:  # `datasets` raises a different type for every way a download can fail
-            reason = str(error).strip().split("\n")[0][:150] or type(error).__name__
-            failures.append(f"{source} ({reason})")
-            continue
-        if failures:
-            notes.append(f"{task.name}: {'; '.join(failures)} failed, using {source}")
-            print(notes[-1], file=sys.stderr)
-        return str(source), read
-    raise UserError(
-        f"task {task.name!r} cannot be loaded, tried {'; '.join(failures)}: connect to the network once (the files are "
-        f"kept), or put {task.name}/train.jsonl and test.jsonl into a folder and pass it as --data-root"
-    )
-
-
-def _hub_rows(source: Source, split: str) -> Iterator[tuple[str, dict | None]]:
-    from datasets import load_dataset  # slow to import, and the default run needs none of it
-
-    place = getattr(source, split)
-    if source.path not in FORMATS:
-        rows = load_dataset(source.path, source.config, revision=source.revision, split=place)
-        return _numbered(rows, f"{source.path} {place}")
-    files = [place] if isinstance(place, str) else list(place)
-    if source.path != "text":
-        return _numbered(load_dataset(source.path, data_files={split: files}, split=split), files[0])
-    return (row for url in files for row in parse_rows(_download(url).read_bytes().decode(), source.columns, url))
-
-
-def _download(url: str) -> Path:
-    """A file from the web, kept beside the downloads of `datasets` (which itself needs an extra package for addresses
-    outside the hub). The addresses are pinned to a commit, so what is kept never grows old."""
-    from datasets import config
-
-    path = Path(config.HF_DATASETS_CACHE) / "downloads" / f"{group_of(url)}-{url.rsplit('/', 1)[1]}"
-    if path.is_file():
-        return path
-    if config.HF_HUB_OFFLINE:
-        raise ConnectionError("not downloaded yet, and HF_HUB_OFFLINE is set")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with urlopen(url, timeout=60) as reply, part.open("wb") as file:
-        size = int(reply.headers.get("Content-Length") or 0)
-        with tqdm.wrapattr(reply, "read", total=size or None, desc=path.name, disable=None, leave=False) as stream:
-            shutil.copyfileobj(stream, file)
-    if size and part.stat().st_size != size:
-        raise ConnectionError(f"the download broke off after {part.stat().st_size} of {size} bytes")
-    return part.replace(path)
-
-
-def _groups_of(name: str, root: str | None, notes: list[str]) -> set[str]:
-    """Groups of all rows of another task; none, and a note, if it is not there."""
-    try:
-        other = load_splits(name, root)
-    except UserError as error:
-        notes.append(f"not compared with {name}: {error}")
-        return set()
-    return {example.group for rows in (other.train, other.dev, other.test) for example in rows}
-
-
-def _without(examples: list[Example], groups: set[str], reason: str, dropped: Counter) -> list[Example]:
-    kept = [example for example in examples if example.group not in groups]
-    if len(kept) < len(examples):
-        dropped[reason] += len(examples) - len(kept)
-    return kept
-
-
-def _once(examples: list[Example], dropped: Counter) -> list[Example]:
-    kept = {}
-    for example in examples:
-        kept.setdefault((example.prompt, example.answer), example)
-    if len(kept) < len(examples):
-        dropped["repeated"] += len(examples) - len(kept)
-    return list(kept.values())
+    return Splits(train, dev, test, {"source": source, "dropped": dropped, "notes": notes})
 
 
 def _merge_labels(examples: list[Example]) -> list[Example]:
-    """Rows of one question with several labels are all right answers of each other."""
-    answers = defaultdict(dict)
+    """A prompt that occurs with several answers accepts all of them, its own one first."""
+    answers = defaultdict(dict)  # prompt -> its answers, in their order
     for example in examples:
         answers[example.prompt][example.answer] = None
-    return [
-        example if len(answers[example.prompt]) == 1
-        else replace(example, references=tuple(dict.fromkeys((example.answer, *answers[example.prompt]))))
-        for example in examples
-    ]
+    several = {prompt for prompt, found in answers.items() if len(found) > 1}
+    return [replace(e, references=tuple({e.answer: None} | answers[e.prompt])) if e.prompt in several else e
+            for e in examples]
 
 
 def _cut_dev(name: str, examples: list[Example]) -> tuple[list[Example], list[Example]]:
+    """(train, dev): whole groups in random order go to dev until it has its share."""
     by_group = defaultdict(list)
     for example in examples:
         by_group[example.group].append(example)
@@ -493,79 +181,64 @@ def _cut_dev(name: str, examples: list[Example]) -> tuple[list[Example], list[Ex
     return [example for group in groups for example in by_group[group]], dev
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Few-shot and unseen data
-
-
-def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """(train, dev): k rows each, no group in both, balanced over the answers of a closed set as far as the rows allow.
-
-    k counts rows in total. With k below the number of answers, k of the answers have one row each. The same seed gives
-    the same rows whatever the order of `examples`, and a smaller k gives a part of the rows of a larger one.
-    Raises UserError when there are not 2 k rows to choose from."""
-    train, dev = _k_shot_indices(examples, k, seed)
-    return [examples[i] for i in train], [examples[i] for i in dev]
-
-
-def _k_shot_indices(examples: Sequence[Example], k: int, seed: int) -> tuple[list[int], list[int]]:
-    if k < 0:
-        raise UserError(f"k = {k} examples make no sense; use 0 or more")
-    task = task_of(examples[0].task, examples) if examples else None
-    rng = random.Random(f"{seed} {task and task.name}")
-    order = sorted(range(len(examples)), key=lambda i: (examples[i].prompt, examples[i].answer, examples[i].group))
-    rng.shuffle(order)
-    pools = defaultdict(list)
-    for i in order:
-        pools[examples[i].answer if task.kind == "closed" else ""].append(i)
-    answers = sorted(pools)
-    rng.shuffle(answers)
-    sides, groups = ([], []), (set(), set())
-    progress = True
-    while progress and len(sides[1]) < k:  # every answer in turn, train and dev in turn
-        progress = False
-        for answer in answers:
-            for side, other in ((0, 1), (1, 0)):
-                pool = pools[answer]
-                at = next((n for n, i in enumerate(pool) if examples[i].group not in groups[other]), None)
-                if at is not None and len(sides[side]) < k:
-                    i = pool.pop(at)
-                    sides[side].append(i)
-                    groups[side].add(examples[i].group)
-                    progress = True
-    if len(sides[0]) < k or len(sides[1]) < k:
-        raise UserError(f"k = {k} needs {k} train and {k} dev rows on different texts, but the {len(examples)} rows of "
-                        f"task {task.name if task else ''!r} give {len(sides[0])} and {len(sides[1])}; use a smaller k")
-    return sides
-
-
 def data_hash(examples: Iterable[Example]) -> str:
     """A fingerprint of prompts and answers that ignores their order."""
     lines = sorted(f"{example.prompt}\0{example.answer}" for example in examples)
     return hashlib.blake2b("\0\0".join(lines).encode(), digest_size=8).hexdigest()
 
 
-def k_shot_record(examples: Sequence[Example], k: int, seed: int) -> dict:
-    """What a run keeps of its k-shot choice: task, k, seed, hash of the rows chosen from, places of the chosen rows."""
-    train, dev = _k_shot_indices(examples, k, seed)
-    return {
-        "task": examples[0].task if examples else "", "k": k, "seed": seed, "data": data_hash(examples),
-        "answers": dict(Counter(examples[i].answer for i in train)),
-        "train": [examples[i].row for i in train], "dev": [examples[i].row for i in dev],
-        "train_indices": train, "dev_indices": dev,
-    }
+# Few examples and rewritten ones -------------------------------------------------------------------------------------
+
+
+def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example], list[Example]]:
+    """(train, dev): k rows each, no group in both, balanced over the answers of a closed set as far as the rows allow.
+
+    k counts rows in total; below the number of answers, k of the answers have one row each. The same seed gives the
+    same rows whatever the order of `examples`, and a smaller k a part of the rows of a larger one. Raises UserError if
+    there are not 2 k such rows."""
+    name = examples[0].task if examples else ""
+    closed = task_of(name, examples).kind == "closed"
+    rng = random.Random(f"{seed} {name}")
+    order = sorted(examples, key=lambda example: (example.prompt, example.answer, example.group))
+    rng.shuffle(order)
+    pools = defaultdict(list)  # answer -> its rows that are still free
+    for example in order:
+        pools[example.answer if closed else ""].append(example)
+    answers = sorted(pools)
+    rng.shuffle(answers)
+    sides, groups, found = ([], []), (set(), set()), True  # of train and dev
+    while found and len(sides[1]) < k:  # each answer in turn, for train and dev in turn
+        found = False
+        for answer, side in product(answers, (0, 1)):
+            free = (example for example in pools[answer] if example.group not in groups[1 - side])
+            if len(sides[side]) < k and (example := next(free, None)):
+                pools[answer].remove(example)
+                sides[side].append(example)
+                groups[side].add(example.group)
+                found = True
+    if min(map(len, sides)) < k:
+        raise UserError(f"k = {k} needs {k} train and {k} dev rows on different texts, but the {len(examples)} rows of "
+                        f"task {name!r} give {len(sides[0])} and {len(sides[1])}; use a smaller k")
+    return sides
+
+
+def shots_record(examples: Sequence[Example], k: int, seed: int) -> dict:
+    """What a run writes down of its k-shot choice: the names of the chosen rows, and a hash of those to choose from."""
+    train, dev = ([example.row for example in side] for side in k_shot(examples, k, seed))
+    return {"task": examples[0].task, "k": k, "seed": seed, "data": data_hash(examples), "train": train, "dev": dev}
 
 
 def perturb(example: Example, seed: int) -> Example:
-    """The example with its input text rewritten, template and answer untouched; `operations` says how, () if nothing
-    could be done safely and the example is as it was. Deterministic in the prompt and the seed."""
-    if example.task.startswith("toy-"):
-        prompt = toy.perturb(example.prompt, seed)
-        hard = toy.perturb(example.hard_prompt, seed) if example.hard_prompt else ""
+    """The example with its input text rewritten and its answer kept; `operations` says how, () if nothing could be done
+    safely and the example is as it was. A function of the prompt and the seed."""
+    if example.task in micro.TASKS:
+        prompt = micro.perturb(example.prompt, seed)
+        hard_prompt = micro.perturb(example.hard_prompt, seed) if example.hard_prompt else ""
         operations = ("template",) if prompt != example.prompt else ()
-        return replace(example, prompt=prompt, hard_prompt=hard, operations=operations)
+        return replace(example, prompt=prompt, hard_prompt=hard_prompt, operations=operations)
     task = task_of(example.task)
     before = {name: example.prompt[start:end] for name, start, end in example.fields}
-    if task.template and set(before) != set(task.fields) - {"options", "choices"}:  # whole prompts of the user's own
+    if set(before) != set(task.fields) - {"options", "choices"}:  # a whole prompt of the user's own
         return example
     after, operation = rewrite.rewrite(before, task, example.protected, random.Random(f"{seed} {example.prompt}"))
     if not operation:
@@ -578,15 +251,13 @@ def perturb(example: Example, seed: int) -> Example:
     return replace(example, prompt=prompt + example.prompt[end:], fields=tuple(fields), operations=(operation,))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Examples -> tokens -> batches
+# Examples -> tokens --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One example as tokens; len() counts prompt and answer. Answers and choices end with the end-of-sequence token.
-
-    A million rows are held at once: an array takes 4 bytes a token (a list 36), and equal answers are one object."""
+    A million rows are held at once: an array takes 4 bytes a token, a list 36; equal answers are one object."""
 
     prompt_ids: array
     answer_ids: tuple[int, ...]
@@ -597,282 +268,191 @@ class Encoded:
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
-def _ids(tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 @lru_cache(maxsize=4096)
-def answer_ids(tokenizer, answer: str) -> tuple[int, ...]:
-    return (*_ids(tokenizer, answer), tokenizer.eos_token_id)
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> tuple[int, ...]:
+    return (*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
 
 
-@lru_cache(maxsize=4096)
-def _choice_ids(tokenizer, choices: tuple[str, ...]) -> tuple[tuple[int, ...], ...]:
-    return tuple(answer_ids(tokenizer, choice) for choice in choices)
-
-
-def encode(example: Example, tokenizer, max_length: int, keep_answer: bool = True) -> Encoded:
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, keep_answer: bool = True) -> Encoded:
     """Tokens of an example: prompt and answer tokenised apart, no special tokens but the end of every answer.
 
-    What is longer than max_length tokens (prompt + longest answer) loses the ends of its passage: a window stays,
-    around the answer of a span task (or at the beginning with keep_answer=False, for a test that must not know it),
-    around the two names of a relation. Question, options and answer are never cut.
-    Raises UserError naming the row if even that is too long, or if the answer has no token."""
-    answer = answer_ids(tokenizer, example.answer)
+    If prompt and longest answer have more than max_length tokens, the passage loses its ends: a window stays, around
+    the answer of a span task (or at the beginning with keep_answer=False, for a test that must not know it), around the
+    two names of a relation. Question, options and answer are never cut. Raises UserError by file and line if even that
+    is too long, or if the answer has no token."""
+    answer, choices = answer_ids(tokenizer, example.answer), [answer_ids(tokenizer, c) for c in example.choices]
     if len(answer) < 2:
         raise UserError(f"{example.row or example.task}: the answer {example.answer!r} has no token in this tokenizer; "
                         "use another answer or tokenizer")
-    choices = _choice_ids(tokenizer, example.choices)
     room = max_length - max(map(len, (answer, *choices)))
-    prompt = _ids(tokenizer, example.prompt)
+    prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
     if len(prompt) > room:
         prompt = _shorten(example, tokenizer, room, keep_answer)
-    return Encoded(array("i", prompt), answer, choices, example.task)
+    return Encoded(array("i", prompt), answer, tuple(choices), example.task)
 
 
-def _shorten(example: Example, tokenizer, room: int, keep_answer: bool) -> list[int]:
+def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, keep_answer: bool) -> list[int]:
     """Tokens of the prompt with the longest window of its passage that fits into `room` tokens."""
     task = task_of(example.task)
-    start, end = next(((s, e) for name, s, e in example.fields if name == task.passage), (0, 0))
+    start, end = next(((start, end) for name, start, end in example.fields if name == task.passage), (0, 0))
     passage = example.prompt[start:end]
     places = [(at, at + len(text)) for text in example.protected if (at := passage.find(text)) >= 0]
     if task.kind == "span":
         places = places[:1] if keep_answer else []
-    first, last = min((a for a, _ in places), default=0), max((b for _, b in places), default=0)
+    first, last = min((begin for begin, _ in places), default=0), max((stop for _, stop in places), default=0)
 
     def window(size: int) -> list[int]:
         begin = max(0, min((first + last - size) // 2, len(passage) - size))
-        return _ids(tokenizer, example.prompt[:start] + passage[begin : begin + size] + example.prompt[end:])
+        text = example.prompt[:start] + passage[begin : begin + size] + example.prompt[end:]
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     low, high = last - first if task.kind == "span" else 0, len(passage)
     if len(window(low)) > room:
         raise UserError(f"{example.row or example.task}: the prompt without its passage has {len(window(low))} tokens, "
-                        f"{room} are left beside the answer; raise --max-length or drop the row")
+                        f"but the answer leaves room for {room}; raise --max-length or drop the row")
     while low < high - 1:  # window(low) fits, window(high) does not
         middle = (low + high) // 2
         low, high = (middle, high) if len(window(middle)) <= room else (low, middle)
     return window(low)
 
 
+def rows_hash(rows: Iterable[Encoded]) -> str:
+    """A fingerprint of tokenised rows and their order."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        digest.update(array("i", [*row.prompt_ids, -1, *row.answer_ids, -2]).tobytes())
+    return digest.hexdigest()
+
+
+# Tokens -> batches ---------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Batch:
-    """Right-padded rows: input_ids, attention_mask, labels (B, T) and task_ids (B,), all long; labels are -100 but for
-    answer tokens."""
+    """Right-padded rows: input_ids, attention_mask, labels (B, T), task_ids (B,), all long; labels are -100 except at
+    the tokens of the answer."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
     task_ids: torch.Tensor
 
-    def to(self, device) -> Batch:
-        return Batch(*(t.to(device) for t in (self.input_ids, self.attention_mask, self.labels, self.task_ids)))
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-def _pad(rows: list[Sequence[int]], value: int, side: str = "right") -> torch.Tensor:
-    longest = max(map(len, rows))
-    pads = [[value] * (longest - len(row)) for row in rows]
-    return torch.tensor([[*row, *pad] if side == "right" else [*pad, *row] for row, pad in zip(rows, pads)])  # (B, T)
-
-
-def collate(encoded: Sequence[Encoded], task_ids: Sequence[int], pad_id: int, device=None) -> Batch:
-    """A training batch; task_ids: one per row. Padding is known by its place, never by its token: it may be the eos."""
+def collate(encoded: Sequence[Encoded], task_ids: Sequence[int]) -> Batch:
+    """A training batch; task_ids: one per row. Padding is known by its place, so that any token may fill it."""
     texts = [[*row.prompt_ids, *row.answer_ids] for row in encoded]
     labels = [[-100] * len(row.prompt_ids) + [*row.answer_ids] for row in encoded]
     mask = [[1] * len(text) for text in texts]
-    batch = Batch(_pad(texts, pad_id), _pad(mask, 0), _pad(labels, -100), torch.tensor(list(task_ids)))
-    return batch if device is None else batch.to(device)
+    return Batch(_pad(texts, 0), _pad(mask, 0), _pad(labels, -100), torch.tensor(list(task_ids)))
 
 
-def collate_prompts(encoded: Sequence[Encoded], pad_id: int, side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts alone for scoring and generation -> input_ids, attention_mask (B, T), padded on the left or right."""
-    prompts = [row.prompt_ids for row in encoded]
-    return _pad(prompts, pad_id, side), _pad([[1] * len(prompt) for prompt in prompts], 0, side)
+def collate_prompts(encoded: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts alone for scoring and generation -> input_ids, attention_mask (B, T), padded on the left."""
+    prompts = [[*row.prompt_ids] for row in encoded]
+    return _pad(prompts, 0, left=True), _pad([[1] * len(prompt) for prompt in prompts], 0, left=True)
 
 
-class Sampler:
-    """Endless training steps over several tasks; `next()` gives the micro-batches of one step, each a list of Encoded.
-
-    examples_by_task: task -> sequence of Encoded (anything with len and [i]). mixing: "uniform": equally many rows of
-    each task (in rotation if batch_size is no multiple), "proportional": as the rows are. Every row once an epoch of
-    its task (of all rows if proportional), in a new random order each time.
-
-    tokens_per_batch: None: batch_size rows a step, read in parts of at most PART rows of similar length, which saves a
-    third of the padding and changes nothing else. Otherwise rows are drawn a window ahead, sorted
-    by length and cut into micro-batches of at most that many tokens, padding included, and at most half a step's rows;
-    a step takes micro-batches in random order for about batch_size rows. Over a window the mixture of tasks is exact.
-
-    `state_dict()` is a few numbers from which the same steps go on. Raises UserError for an empty task, a row longer
-    than tokens_per_batch, a state of other data or settings.
-    """
-
-    WINDOW = 32  # steps
-    PART = 16  # rows
-
-    def __init__(
-        self, examples_by_task: dict[str, Sequence[Encoded]], batch_size: int, seed: int,
-        mixing: str = "uniform", tokens_per_batch: int | None = None,
-    ):
-        empty = [name for name, rows in examples_by_task.items() if not len(rows)]
-        if empty or not examples_by_task:
-            raise UserError(f"no training rows for {', '.join(empty) or 'any task'}; add rows or leave the task out")
-        if mixing not in ("uniform", "proportional"):
-            raise UserError(f"mixing {mixing!r} is unknown; use uniform or proportional")
-        self.rows, self.batch_size, self.seed = examples_by_task, batch_size, seed
-        self.tokens_per_batch = tokens_per_batch
-        places = {name: [(name, i) for i in range(len(rows))] for name, rows in examples_by_task.items()}
-        self.streams = places if mixing == "uniform" else {"all": [place for rows in places.values() for place in rows]}
-        sizes = {name: len(rows) for name, rows in examples_by_task.items()}
-        self.setup = {"seed": seed, "batch size": batch_size, "mixing": mixing, "tokens per batch": tokens_per_batch,
-                      "rows": sizes}
-        self.drawn, self.position = 0, {name: [0, 0] for name in self.streams}  # epoch, rows of it already drawn
-        self.orders: dict[str, tuple[int, list[int]]] = {}
-        self.window, self.taken, self.start = [], 0, self._position()  # micro-batches, used, where it was drawn
-        self.real_tokens = self.padded_tokens = 0
-
-    def next(self) -> list[list[Encoded]]:
-        """The micro-batches of the next optimisation step."""
-        if self.tokens_per_batch is None:
-            rows = sorted(self._draw(self.batch_size), key=len)
-            step = [rows[i : i + self.PART] for i in range(0, len(rows), self.PART)]
-        else:
-            step = [self._take()]
-            while sum(map(len, step)) + len(self._peek()) // 2 <= self.batch_size:
-                step.append(self._take())
-        for batch in step:
-            self.real_tokens += sum(map(len, batch))
-            self.padded_tokens += len(batch) * max(map(len, batch))
-        return step
-
-    @property
-    def padding(self) -> float:
-        """Share of padding among the tokens handed out so far."""
-        return 1 - self.real_tokens / max(1, self.padded_tokens)
-
-    def state_dict(self) -> dict:
-        """Where the streams stood when the window was drawn, and the number of micro-batches taken from it."""
-        at = self._position() if self.tokens_per_batch is None else self.start
-        return {"setup": self.setup, **at, "taken": self.taken}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, value in self.setup.items():
-            if state["setup"][name] != value:
-                raise UserError(f"the saved run had {name} {state['setup'][name]}, not {value}; start a new run")
-        self.drawn, self.position = state["drawn"], {name: list(at) for name, at in state["position"].items()}
-        self.window, self.taken, self.start = [], 0, self._position()
-        if state["taken"]:
-            self._peek()  # the same window again
-            self.taken = state["taken"]
-
-    def _position(self) -> dict:
-        return {"drawn": self.drawn, "position": {name: list(at) for name, at in self.position.items()}}
-
-    def _draw(self, count: int) -> list[Encoded]:
-        rows, names = [], list(self.streams)
-        for _ in range(count):
-            name = names[self.drawn % len(names)]
-            self.drawn += 1
-            epoch, at = self.position[name]
-            if self.orders.get(name, (None,))[0] != epoch:
-                order = list(range(len(self.streams[name])))
-                random.Random(f"{self.seed} {name} {epoch}").shuffle(order)
-                self.orders[name] = epoch, order
-            task, i = self.streams[name][self.orders[name][1][at]]
-            self.position[name] = [epoch, at + 1] if at + 1 < len(self.streams[name]) else [epoch + 1, 0]
-            rows.append(self.rows[task][i])
-        return rows
-
-    def _take(self) -> list[Encoded]:
-        batch = self._peek()
-        self.taken += 1
-        return batch
-
-    def _peek(self) -> list[Encoded]:
-        """The next micro-batch; draws, sorts and cuts a new window when the old one is used up."""
-        if self.taken == len(self.window):
-            self.start, self.taken, self.window = self._position(), 0, []
-            rng = random.Random(f"{self.seed} window {self.drawn}")
-            rows = sorted(self._draw(self.WINDOW * self.batch_size), key=len, reverse=True)
-            if len(rows[0]) > self.tokens_per_batch:
-                raise UserError(f"a row of {rows[0].task} has {len(rows[0])} tokens, more than --tokens-per-batch "
-                                f"{self.tokens_per_batch}; raise it or lower --max-length")
-            while rows:
-                size = min(self.tokens_per_batch // len(rows[0]), max(1, self.batch_size // 2))
-                self.window.append(rows[:size])
-                rows = rows[size:]
-            rng.shuffle(self.window)
-        return self.window[self.taken]
+def _pad(rows: list[list[int]], value: int, left: bool = False) -> torch.Tensor:
+    longest = max(map(len, rows))
+    pads = ([value] * (longest - len(row)) for row in rows)
+    return torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, pads)])  # (B, T)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The page about the data
+class Batches:
+    """batches[step] -> the micro-batches of a step, each a list of Encoded; a step depends on nothing but its number.
+
+    The rows of a task come in a new random order each epoch. "uniform": the tasks take turns, "proportional": as the
+    rows are. A step is `batch_size` rows, sorted by length and cut into parts of PART rows. With a budget (of tokens,
+    padding included), the rows of WINDOW steps are drawn together, sorted, cut to fit it, and dealt out at random."""
+
+    WINDOW, PART = 32, 16
+
+    def __init__(self, rows_by_task: dict[str, Sequence[Encoded]], batch_size: int, seed: int, mixing: str = "uniform",
+                 budget: int = 0):
+        self.batch_size, self.seed, self.budget, self.streams = batch_size, seed, budget, rows_by_task
+        if mixing == "proportional":
+            self.streams = {"all": [row for rows in rows_by_task.values() for row in rows]}
+        self.order = lru_cache(2 * len(self.streams))(self._order)  # remembers this epoch's and the last one's
+        self.window = lru_cache(1)(self._window)
+
+    def __getitem__(self, step: int) -> list[list[Encoded]]:
+        if self.budget:
+            return self.window(step // self.WINDOW)[step % self.WINDOW]
+        rows = sorted(self.draw(step * self.batch_size, self.batch_size), key=len)
+        return [rows[i : i + self.PART] for i in range(0, len(rows), self.PART)]
+
+    def draw(self, start: int, count: int) -> list[Encoded]:
+        """Rows number start .. start + count - 1 of the endless stream."""
+        names, drawn = list(self.streams), []
+        for n in range(start, start + count):
+            rows = self.streams[name := names[n % len(names)]]
+            epoch, place = divmod(n // len(names), len(rows))
+            drawn.append(rows[self.order(name, epoch)[place]])
+        return drawn
+
+    def _order(self, name: str, epoch: int) -> list[int]:
+        order = list(range(len(self.streams[name])))
+        random.Random(f"{self.seed} {name} {epoch}").shuffle(order)
+        return order
+
+    def _window(self, number: int) -> list[list[list[Encoded]]]:
+        total = self.WINDOW * self.batch_size
+        rows = sorted(self.draw(number * total, total), key=len, reverse=True)
+        batches = []
+        while rows:
+            size = max(1, min(self.budget // len(rows[0]), self.batch_size // 2))
+            batches.append(rows[:size])
+            rows = rows[size:]
+        random.Random(f"{self.seed} window {number}").shuffle(batches)
+        steps, dealt = [[] for _ in range(self.WINDOW)], 0
+        for batch in batches:  # a step is full when it has its share of the window's rows
+            steps[min(dealt * self.WINDOW // total, self.WINDOW - 1)].append(batch)
+            dealt += len(batch)
+        return steps
 
 
-def page(name: str, root: str | None = None, seed: int = 0, colour: bool = False) -> str:
-    """What a user looks at first: counts, dropped rows, lengths, balance of answers, an example, rewritten rows."""
+# The page about the data ---------------------------------------------------------------------------------------------
 
-    def paint(text: str, code: str) -> str:
-        return f"\033[{code}m{text}\033[0m" if colour else text
 
-    def counts(numbers: dict, total: int = 0) -> str:
-        most = sorted(numbers.items(), key=lambda item: -item[1])
-        shown = (f"{key} {100 * n / total:.0f} %" if total else f"{n} {key}" for key, n in most[:10])
-        return ", ".join(shown) + (f" and {len(most) - 10} more" if len(most) > 10 else "") if most else "none"
-
-    def spread(lengths: Iterable[int]) -> str:
-        ordered = sorted(lengths)
-        middle, most = (ordered[int(share * (len(ordered) - 1))] for share in (0.5, 0.95))
-        return f"{middle} (median), {most} (95 %), {ordered[-1]} (longest)"
-
-    def indented(text: str) -> str:
-        return "\n".join("    " + line for line in text.split("\n"))
-
+def page(name: str, root: str | None = None) -> str:
+    """What to look at first: counts, rows left out, lengths, balance of answers, an example, a rewritten example."""
     splits = load_splits(name, root)
-    rows = splits.train + splits.dev + splits.test
-    task, report = task_of(name, rows), splits.report
-    rewritten = [perturb(example, seed) for example in splits.test]
-    changed = [(old, new) for old, new in zip(splits.test, rewritten) if new.operations]
-    done = Counter(operation for _, new in changed for operation in new.operations)
-    example = sorted(splits.test, key=lambda e: len(e.prompt))[len(splits.test) // 4]
+    train, test, report = splits.train, splits.test, splits.report
+    task, lengths = task_of(name, train), sorted(len(e.prompt) + len(e.answer) for e in train)
+    rewritten = {e: new for e in test if (new := perturb(e, seed=0)).operations}
+    example = min(rewritten or test, key=lambda e: len(e.prompt))
     lines = [
         f"{name}: {task.role} task, {task.kind}, scored by {task.metric}, from {report['source']}",
-        f"  rows        {len(splits.train)} train, {len(splits.dev)} dev (cut from train), {len(splits.test)} test",
-        *(f"  left out    of {report['read'][split]} {split} rows: {counts(dropped)}"
-          for split, dropped in report["dropped"].items()),
+        f"  rows        {len(train)} train, {len(splits.dev)} dev (cut from train), {len(test)} test",
+        *(f"  left out    of {split}: {_counts(dropped)}" for split, dropped in report["dropped"].items() if dropped),
         *(f"  note        {note}" for note in report["notes"]),
-        f"  characters  prompt and answer {spread(len(e.prompt) + len(e.answer) for e in rows)}",
-    ]
-    if task.kind == "span":
-        lines.append(f"              answer {spread(len(e.answer) for e in rows)}; up to "
-                     f"{max(len(e.references) for e in rows)} right answers a row")
-    else:
-        lines.append(f"  answers     {counts(Counter(e.answer for e in splits.train), len(splits.train))}")
-    lines += [f"  example     {example.row}", indented(paint(example.prompt, "36")),
-              f"  answer      {paint(example.answer, '1;32')}"]
-    lines.append(f"  rewritten   {100 * len(changed) / len(splits.test):.0f} % of the test rows: {counts(done)}")
-    for old, new in changed[:1]:
-        for (field, *at), (_, *to) in zip(old.fields or [("prompt", 0, None)], new.fields or [("prompt", 0, None)]):
-            if old.prompt[slice(*at)] != new.prompt[slice(*to)]:
-                lines.append(indented(f"{field}: {old.prompt[slice(*at)]}\n    -> {new.prompt[slice(*to)]}"))
-    return "\n".join(lines)
+        f"  characters  {lengths[len(lengths) // 2]} (median), {lengths[-1]} (longest train row, with its answer)",
+        f"  answers     {_counts(Counter(e.answer for e in train))}",
+        f"  example     {example.row}", indent(example.prompt, "    "), f"  answer      {example.answer}",
+        f"  rewritten   {_counts(Counter(new.operations[0] for new in rewritten.values()))} of {len(test)} test rows"]
+    return "\n".join(lines + [indent(rewritten[example].prompt, "    ")] if rewritten else lines)
+
+
+def _counts(counts: Counter) -> str:
+    """The ten most frequent entries in words."""
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common(10)) or "none"
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="data.py", description="Show the tasks: one page each.")
-    parser.add_argument("--data-root", help="folder with <task>/train.jsonl and test.jsonl (default: the micro-world)")
-    parser.add_argument("--task", nargs="+", help="only these tasks; without --data-root from the hub")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the rewriting")
-    options = parser.parse_args(argv)
-    root, names = options.data_root, options.task or list(toy.SOURCES + toy.TARGETS)
-    if root and not options.task:
-        if not Path(root).is_dir():
-            raise UserError(f"--data-root {root} is no folder; it should hold <task>/train.jsonl and test.jsonl")
-        found = {path.name for path in Path(root).iterdir() if path.is_dir()}
-        names = [name for name in TASKS if name in found] + sorted(found - set(TASKS))
+    parser = Parser(prog="python data.py", description="Show the tasks, a page each (default: the micro-world's).")
+    parser.add_argument("--data-root", help="folder with <task>/train.jsonl and test.jsonl")
+    parser.add_argument("--task", nargs="+", help="only these tasks; without --data-root, Chinese sets are downloaded")
+    options, names = parser.parse_args(argv), micro.TASKS
+    if options.data_root:
+        names = sorted(path.parent.name for path in Path(options.data_root).glob("*/train.*"))
         if not names:
-            raise UserError(f"--data-root {root} holds no folder; it should hold <task>/train.jsonl and test.jsonl")
-    for name in names:
-        print(page(name, root, options.seed, colour=sys.stdout.isatty()) + "\n")
+            raise UserError(f"--data-root {options.data_root} holds no <task>/train.jsonl")
+    for name in options.task or names:
+        print(page(name, options.data_root), end="\n\n")
 
 
 if __name__ == "__main__":
-    sys.exit(program(main, sys.argv[1:]))
+    sys.exit(run_program(main, sys.argv[1:]))

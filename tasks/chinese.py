@@ -1,30 +1,43 @@
-r"""The sixteen tasks: eight sources, on which the shared prompt is learned, and eight targets, which borrow from it.
+r"""The sixteen Chinese data sets: eight source tasks, on which the shared prompt is learned, and eight target tasks.
 
-One entry says what a data set asks (template), which answers it has (in the order of the hub's integer labels), how it
-is scored, where its rows live, and what may be rewritten for its "unseen" test set. To add a task of your own, add an
-entry; rows that already are prompts, {"prompt": ..., "answer": ..., "choices": [...]}, need none.
+An entry of the table says what a data set asks (`template`), which answers it has, how it is scored, where its rows are
+published and how its inputs may be rewritten; a new data set is one entry. The second half reads what is published:
 
-Two choices are readings of ours: FinRE as eighth target (the twin of SanWen), and the Chinese part of the multilingual
-Amazon reviews, balanced over the stars, as Amazon. Published tasks without test labels (CLUE) are tested on validation.
+    a row as published -> to_prompt -> {"prompt": ..., "answer": ..., "choices": [...], "group": ...}
+
+which is the form of the micro-world's rows, and of rows of your own, which need no entry.
+
+Two entries are our reading of the paper: FinRE, the twin of SanWen, as the eighth target, and the Chinese part of the
+multilingual Amazon reviews (equally many rows of each star) as Amazon.
 """
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
+import os
+import random
 import string
 import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from urllib.request import urlretrieve
 
-FORMATS = ("text", "json", "parquet")  # builders of `datasets` that read files
-OURS = (".json", ".jsonl", ".md", ".part", ".png", ".pt", ".txt")  # files that stand beside the folders of tasks
+from tqdm import tqdm
+
+from checkpoint import UserError
+
+SPLITS = ("train", "test")  # as published; data.py cuts the development set
+FORMATS = ("text", "json", "parquet")  # kinds of files that a Source may name instead of a data set on the hub
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows on the hub (path: its id, train and test: names of splits) or in files (path: one of FORMATS, train and
-    test: addresses). Text files are read by `data.parse_rows`; `columns` name the fields of tab-separated lines."""
+    """Where rows are published: a data set on the hub (`path` is its id, `train` and `test` are its splits) or files
+    (`path` is one of FORMATS, `train` and `test` are addresses). `columns` name the fields of tab-separated lines."""
 
     path: str
     train: str | tuple[str, ...] = "train"
@@ -35,30 +48,37 @@ class Source:
 
     def __str__(self) -> str:
         if self.path in FORMATS:
-            return self.train if isinstance(self.train, str) else self.train[0]
-        return f"{self.path}{':' if self.config else ''}{self.config or ''} at {(self.revision or 'main')[:7]}"
+            return self.train[0]
+        name = f"{self.path}:{self.config}" if self.config else self.path
+        return f"{name} at {(self.revision or 'main')[:7]}"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One data set. `template` names fields of a row in braces; the answer follows its last colon."""
+    """One task. `template` names fields of a row in braces; {options} are all answers, {choices} a row's own ones."""
 
     name: str
     role: str  # source | target
-    kind: str  # closed (one of `answers`) | span (copied from the text) | choice (a letter)
-    metric: str  # the entry of evaluate.score_task that stands for the task
+    kind: str  # closed (one of `answers`) | span (copied from the text) | choice (the letter of an option)
+    metric: str  # the score of evaluate.score_task that stands for the task
     template: str = ""
-    answers: tuple[str, ...] = ()  # in the order of the hub's integer labels
-    labels: tuple[str, ...] = ()  # the upstream's names in that order, where they differ from the answers
+    answers: tuple[str, ...] = ()  # in the order of the published integer labels
+    labels: tuple[str, ...] = ()  # the published names of the labels, in the same order, where they are not the answers
+    answer_field: str = "label"  # the field of a row that holds its label, its spans or its right option
     passage: str = "text"  # the field that may be shortened
-    group: tuple[str, ...] = ()  # fields that make two rows the same text; default: the passage
-    rewrite: tuple[str, ...] = ()  # what `perturb` may do, see rewrite.py
-    sources: tuple[Source, ...] = ()  # first choice, fallbacks
-    unseen: str = ""  # a target task whose texts are taken out of the train rows
+    group: tuple[str, ...] = ()  # rows that agree in these fields are about the same text; default: the passage
+    rewrite: tuple[str, ...] = ()  # how `perturb` may change the input, see rewrite.py
+    sources: tuple[Source, ...] = ()  # first choice, then fallbacks
+    unseen: str = ""  # a target task whose texts must not be among the train rows
+    positive: str = ""  # the rarer answer of two, whose F1 is reported next to the accuracy
 
     @cached_property
     def fields(self) -> tuple[str, ...]:
+        """The names in the template's braces, in their order."""
         return tuple(name for _, name, _, _ in string.Formatter().parse(self.template) if name)
+
+
+# The table -----------------------------------------------------------------------------------------------------------
 
 
 def clue(config: str, test: str = "validation") -> Source:
@@ -66,18 +86,11 @@ def clue(config: str, test: str = "validation") -> Source:
     return Source("clue/clue", test=test, config=config, revision="28178267a609dd08bdc703dd6c931dfc2c2f4431")
 
 
-def github(commit: str, train: str | tuple[str, ...], test: str | tuple[str, ...], columns: tuple[str, ...] = ()):
+def github(commit: str, train: Sequence[str], test: Sequence[str], columns: tuple[str, ...] = ()) -> tuple[Source, ...]:
     """Files of "owner/name@commit", and the same files at a mirror."""
-
-    def at(folder: str, files: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        return f"{folder}/{files}" if isinstance(files, str) else tuple(f"{folder}/{file}" for file in files)
-
-    raw = f"https://raw.githubusercontent.com/{commit.replace('@', '/')}", f"https://cdn.jsdelivr.net/gh/{commit}"
-    return tuple(Source("text", at(folder, train), at(folder, test), columns=columns) for folder in raw)
-
-
-def hub_files(builder: str, pattern: str) -> Source:
-    return Source(builder, *(f"hf://datasets/{pattern.format(split)}" for split in ("train", "test")))
+    folders = f"https://raw.githubusercontent.com/{commit.replace('@', '/')}", f"https://cdn.jsdelivr.net/gh/{commit}"
+    return tuple(Source("text", *(tuple(f"{folder}/{file}" for file in files) for files in (train, test)),
+                        columns=columns) for folder in folders)
 
 
 REVIEWS = "lsvih/chinese-customer-review@c1d68637f5fc1486a2483d58083669baaae7bd9d"
@@ -86,55 +99,59 @@ TITLES = "649453932/Chinese-Text-Classification-Pytorch@6cb26819af7b646275aff8a4
 OCNLI = "CLUEbenchmark/OCNLI@ed7ede280dfebac89a6c574f2ce90c9dbac7840b"
 C3 = "nlpdata/c3@dd2d89324e961786a1a9eec73ae13f1c6b800384"
 
-# What data sets of one shape have in common.
+# What tasks of one form have in common.
 PAIR = dict(answers=("不同", "相同"), passage="sentence1", group=("sentence1", "sentence2"), rewrite=("swap",))
 NLI = dict(
     answers=("中立", "蕴含", "矛盾"), labels=("neutral", "entailment", "contradiction"), passage="sentence1",
     rewrite=("sentence_order", "time_order", "adverbial_last", "frame"),
 )
 REVIEW = dict(rewrite=("sentence_order", "clause_order", "adverbial_last"))
+COTE = dict(passage="s", answer_field="ot", **REVIEW)
 TITLE = dict(rewrite=("title_order", "sentence_order", "clause_order"))
 QUESTION = dict(passage="context", rewrite=("question_form", "adverbial_last"))
+EXTRACT = dict(answer_field="answers", **QUESTION)
 RELATION_FILE = ("head", "tail", "relation", "text")
 FINRE = """无关 注资 拥有 纠纷 自己 增持 重组 买资 签约 持股 交易 入股 转让 成立 分析 合作 帮助 发行 商讨 合并 竞争 订单
     减持 合资 收购 借壳 欠款 被发行 被转让 被成立 被注资 被持股 被拥有 被收购 被帮助 被借壳 被买资 被欠款 被增持 拟收购
     被减持 被分析 被入股 被拟收购"""
 
 TABLE = (
-    # Sources
+    # Source tasks
     Task("afqmc", "source", "closed", "accuracy",
          "下面两句是金融客服里的提问，判断它们问的是不是同一件事。\n"
-         "提问一：{sentence1}\n提问二：{sentence2}\n可选：{options}\n判断：", **PAIR,
+         "提问一：{sentence1}\n提问二：{sentence2}\n可选：{options}\n判断：", **PAIR, positive="相同",
          sources=(clue("afqmc"), Source("C-MTEB/AFQMC", test="validation"))),
     Task("amazon", "source", "closed", "accuracy",
          "阅读这条商品评价，推测买家打了几颗星。\n评价：{text}\n可选：{options}\n星级：",
          ("一星", "两星", "三星", "四星", "五星"), **REVIEW,
          sources=(Source("SetFit/amazon_reviews_multi_zh", revision="184ac90d5511a7f6801cba99688892f440ece660"),
-                  hub_files("json", "mteb/amazon_reviews_multi/zh/{}.jsonl"))),
+                  Source("json", ("hf://datasets/mteb/amazon_reviews_multi/zh/train.jsonl",),
+                         ("hf://datasets/mteb/amazon_reviews_multi/zh/test.jsonl",)))),
     Task("thucnews", "source", "closed", "accuracy",
          "给这条新闻标题选一个栏目。\n标题：{text}\n可选：{options}\n栏目：",
          ("财经", "房产", "股票", "教育", "科技", "社会", "时政", "体育", "游戏", "娱乐"), **TITLE,
-         sources=github(TITLES, "THUCNews/data/train.txt", "THUCNews/data/test.txt", ("text", "label"))),
+         sources=github(TITLES, ["THUCNews/data/train.txt"], ["THUCNews/data/test.txt"], ("text", "label"))),
     Task("bq", "source", "closed", "accuracy",
          "下面两句是银行客户的提问，判断能否用同一个答案回复。\n"
          "提问一：{sentence1}\n提问二：{sentence2}\n可选：{options}\n判断：", **PAIR,
          sources=(Source("C-MTEB/BQ", revision="e3dda5e115e487b39ec7e618c0c6a29137052a55"),
-                  hub_files("parquet", "shibing624/nli_zh@refs/convert/parquet/BQ/{}/*.parquet"))),
+                  Source("parquet", ("hf://datasets/shibing624/nli_zh@refs/convert/parquet/BQ/train/*.parquet",),
+                         ("hf://datasets/shibing624/nli_zh@refs/convert/parquet/BQ/test/*.parquet",)))),
     Task("cmnli", "source", "closed", "accuracy",
          "已知前提，判断假设与它的逻辑关系。\n前提：{sentence1}\n假设：{sentence2}\n可选：{options}\n关系：", **NLI,
          sources=(clue("cmnli"), Source("fenffef/cmnli", test="validation"))),
     Task("cmrc2018", "source", "span", "char_f1",
-         "从文章中原样摘出能回答问题的片段。\n文章：{context}\n问题：{question}\n片段：", **QUESTION,
+         "从文章中原样摘出能回答问题的片段。\n文章：{context}\n问题：{question}\n片段：", **EXTRACT,
          sources=(Source("hfl/cmrc2018", test="validation"), clue("cmrc2018"))),
     Task("sanwen", "source", "closed", "micro_f1",
          "阅读这段散文，判断甲与乙的关系。\n原文：{text}\n甲：{head}\n乙：{tail}\n可选：{options}\n关系：",
          ("无关", "创作", "使用", "邻近", "社交", "位于", "占有", "种属", "亲属", "组成"),
          tuple("unknown Create Use Near Social Located Ownership General-Special Family Part-Whole".split()),
-         **REVIEW, sources=github(RELATIONS, "data/SanWen/train.txt", "data/SanWen/test.txt", RELATION_FILE)),
+         **REVIEW, sources=github(RELATIONS, ["data/SanWen/train.txt"], ["data/SanWen/test.txt"], RELATION_FILE)),
     Task("cote_mfw", "source", "span", "char_f1",
-         "摘出这条旅游点评所评价的对象。\n点评：{s}\n对象：", passage="s", **REVIEW, unseen="cote_bd",
-         sources=github(REVIEWS, "mafengwo/train.txt", "mafengwo/test.txt")),
-    # Targets
+         "摘出这条旅游点评所评价的对象。\n点评：{s}\n对象：", **COTE, unseen="cote_bd",
+         sources=github(REVIEWS, ["mafengwo/train.txt"], ["mafengwo/test.txt"])),
+    # Target tasks
     Task("chnsenticorp", "target", "closed", "accuracy",
          "判断这段用户点评的情感倾向。\n点评：{text}\n可选：{options}\n倾向：", ("负面", "正面"), **REVIEW,
          sources=(Source("lansinuote/ChnSentiCorp", revision="b0c4c119c3fb33b8e735969202ef9ad13d717e5a"),
@@ -146,38 +163,271 @@ TABLE = (
          **TITLE, sources=(clue("tnews"), Source("C-MTEB/TNews-classification", test="validation"))),
     Task("ocnli", "target", "closed", "accuracy",
          "先读前提，再看假设能否由它推出。\n前提：{sentence1}\n假设：{sentence2}\n可选：{options}\n关系：", **NLI,
-         sources=(clue("ocnli"), *github(OCNLI, "data/ocnli/train.50k.json", "data/ocnli/dev.json"))),
+         sources=(clue("ocnli"), *github(OCNLI, ["data/ocnli/train.50k.json"], ["data/ocnli/dev.json"]))),
     Task("lcqmc", "target", "closed", "accuracy",
          "比较下面两个问句，判断它们的意图是否一致。\n"
          "问句一：{sentence1}\n问句二：{sentence2}\n可选：{options}\n判断：", **PAIR,
          sources=(Source("C-MTEB/LCQMC", revision="17f9b096f80380fce5ed12a9be8be7784b337daf"), Source("mteb/LCQMC"))),
     Task("drcd", "target", "span", "char_f1",
-         "從文章中原樣摘出能回答問題的片段。\n文章：{context}\n問題：{question}\n片段：", **QUESTION,
+         "從文章中原樣摘出能回答問題的片段。\n文章：{context}\n問題：{question}\n片段：", **EXTRACT,
          sources=(clue("drcd", test="test"), Source("roberthsu2003/for_MRC_QA"))),
     Task("c3", "target", "choice", "accuracy",
          "读材料，选出正确的一项。\n材料：{context}\n问题：{question}\n{choices}\n答案：", **QUESTION,
-         sources=(clue("c3"), *github(C3, ("data/c3-d-train.json", "data/c3-m-train.json"),
-                                      ("data/c3-d-dev.json", "data/c3-m-dev.json")))),
+         answer_field="answer", sources=(clue("c3"), *github(
+             C3, ["data/c3-d-train.json", "data/c3-m-train.json"], ["data/c3-d-dev.json", "data/c3-m-dev.json"]))),
     Task("cote_bd", "target", "span", "char_f1",
-         "摘出这段网络评论所评价的对象。\n评论：{s}\n对象：", passage="s", **REVIEW,
-         sources=github(REVIEWS, "baidu/train.txt", "baidu/test.txt")),
+         "摘出这段网络评论所评价的对象。\n评论：{s}\n对象：", **COTE,
+         sources=github(REVIEWS, ["baidu/train.txt"], ["baidu/test.txt"])),
     Task("finre", "target", "closed", "micro_f1",
          "阅读这则财经新闻，判断甲对乙的关系。\n原文：{text}\n甲：{head}\n乙：{tail}\n可选：{options}\n关系：",
          tuple(FINRE.split()), ("unknown", *FINRE.split()[1:]), **REVIEW,
-         sources=github(RELATIONS, "data/FinRE/train.txt", "data/FinRE/test.txt", RELATION_FILE)),
+         sources=github(RELATIONS, ["data/FinRE/train.txt"], ["data/FinRE/test.txt"], RELATION_FILE)),
 )
 TASKS = {task.name: task for task in TABLE}
 SOURCES = tuple(task.name for task in TABLE if task.role == "source")
 TARGETS = tuple(task.name for task in TABLE if task.role == "target")
 
 
-def writable(names: str) -> bool:
-    """Whether a path, or names with commas, can be files': no control character, no torn one, not too long."""
-    return (all(unicodedata.category(character) not in ("Cc", "Cs") for character in names) and len(names) < 3000
-            and all(len(part.encode()) < 256 for part in re.split("[/,]", names)))
+# From a published row to a prompt ------------------------------------------------------------------------------------
+
+ALIASES = {"text": ("text", "sentence"), "label": ("label", "score", "relation")}  # the same field at different sources
 
 
-def can_be_folder(name: str) -> bool:
-    """Whether a task's name can be a folder's, in the data and among the files of a run, and of no other place."""
-    return (writable(name) and not set(name) & set("/\\") and not name.startswith(".")
-            and Path(name).suffix.lower() not in OURS)
+class Unusable(Exception):
+    """A row that cannot be used; the message is the reason under which it is counted."""
+
+
+def to_prompt(task: Task, row: dict | None, where: str) -> dict:
+    """A published row in the form of the micro-world's rows, and `fields`: (name, start, end) of what was filled in. A
+    row that has a prompt stays as it is. Raises UserError (a field is missing, a label is unknown), Unusable."""
+    if row is None:
+        raise Unusable("wrong number of columns")
+    whole = "prompt" in row or not task.template
+    names = ("prompt", "answer") if whole else [name for name in task.fields if name not in ("options", "choices")]
+    values = {name: _clean(_field(row, name, where)) for name in names}
+    for name, text in values.items():
+        if not text:
+            raise Unusable(f"empty {name}")
+    if whole:
+        return row
+    group = group_of(*(values[name] for name in task.group or (task.passage,)))
+    given = _field(row, task.answer_field, where)
+    values["options"] = "、".join(task.answers)
+    if task.kind == "span":
+        spans = _spans(given, values[task.passage])
+        answers = {"answer": spans[0], "references": spans, "protected": spans}
+    elif task.kind == "choice":
+        options, right = _options(given, _field(row, "choice", where), f"{values['context']}\n{values['question']}")
+        letters = string.ascii_uppercase[: len(options)]
+        values["choices"] = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options))
+        answers = {"answer": letters[right], "choices": list(letters)}
+    else:
+        entities = [values[name] for name in ("head", "tail") if name in values]  # of a relation
+        answers = {"answer": _label(task, given, where), "choices": task.answers, "protected": entities}
+    prompt, fields = fill(task.template, values)
+    return {"prompt": prompt, "group": group, "fields": fields, **answers}
+
+
+def fill(template: str, values: dict[str, str]) -> tuple[str, tuple[tuple[str, int, int], ...]]:
+    """The template with its fields filled in, and where in the prompt each text stands: (name, start, end)."""
+    prompt, fields = "", []
+    for literal, name, _, _ in string.Formatter().parse(template):
+        prompt += literal
+        if name:
+            if name not in ("options", "choices"):
+                fields.append((name, len(prompt), len(prompt) + len(values[name])))
+            prompt += values[name]
+    return prompt, tuple(fields)
+
+
+def group_of(*texts: str) -> str:
+    """A short name for a text that ignores white space and, for a pair of texts, their order."""
+    key = "\n".join(sorted("".join(text.split()) for text in texts))
+    return hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+
+
+def _field(row: dict, name: str, where: str) -> object:
+    names = ALIASES.get(name, (name,))
+    for alias in names:
+        if alias in row:
+            return row[alias]
+    raise UserError(f"{where}: no field {' or '.join(map(repr, names))} in the row (it has {', '.join(row) or 'none'})")
+
+
+def _clean(value: object) -> str:
+    """One text, stripped, in NFC (NFKC would change characters, and answers would no longer occur in their passage)."""
+    if isinstance(value, list | tuple):
+        value = "\n".join(str(part) for part in value)
+    return unicodedata.normalize("NFC", "" if value is None else str(value)).replace("\r\n", "\n").strip()
+
+
+def _label(task: Task, label: object, where: str) -> str:
+    """The answer of a published label: a name, or a number in the order of `answers`."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    name = str(label).strip()
+    if name in ("", "-", "-1", "None"):
+        raise Unusable("no label")
+    for names in (task.labels, task.answers):
+        if name in names:
+            return task.answers[names.index(name)]
+    if name.isdecimal() and int(name) < len(task.answers):
+        return task.answers[int(name)]
+    known = ", ".join((*(task.labels or task.answers), f"or 0 to {len(task.answers) - 1}"))
+    raise UserError(f"{where}: unknown label {name!r} for task {task.name!r}; known are {known}")
+
+
+def _spans(given: object, passage: str) -> tuple[str, ...]:
+    """The answers that really occur in the passage (published offsets are not used, some are wrong). given: a text, a
+    list of texts, a list of {"text": text} as in SQuAD, or {"text": list of texts} as on the hub."""
+    if isinstance(given, dict):
+        given = given["text"]
+    texts = [given] if isinstance(given, str) else [a["text"] if isinstance(a, dict) else a for a in given or ()]
+    answers = dict.fromkeys(text for text in map(_clean, texts) if text)
+    if not answers:
+        raise Unusable("no answer")
+    found = tuple(text for text in answers if text in passage)
+    if not found:
+        raise Unusable("answer not in the text")
+    return found
+
+
+def _options(given: object, choices: Sequence[object], text: str) -> tuple[list[str], int]:
+    """The options in a random order, fixed by the text (as published, some places are right more often than others),
+    and the place of the right one."""
+    answer, options = _clean(given), list(dict.fromkeys(option for option in map(_clean, choices) if option))
+    if not answer:
+        raise Unusable("no answer")
+    if answer not in options:
+        raise Unusable("answer not among the choices")
+    if len(options) < 2:
+        raise Unusable("fewer than two choices")
+    random.Random("\n".join((text, *options))).shuffle(options)
+    return options, options.index(answer)
+
+
+# Files and downloads -------------------------------------------------------------------------------------------------
+
+Rows = Iterable[tuple[str, dict | None]]  # (place, row), None for a line with too few or too many columns
+
+
+def read_task(task: Task, root: str | None, notes: list[str]) -> tuple[str, dict[str, tuple[list, Counter]]]:
+    """(source, {split: (rows as prompts with their places, dropped rows by reason)}) for the splits train and test.
+
+    root: the folder that holds <task>/train.jsonl and test.jsonl; without it, the first source that can be read. What
+    failed before it is added to `notes`. Raises UserError naming the file and line, or all sources."""
+    if root:
+        return str(Path(root) / task.name), {split: _read(task, local_rows(task, root, split)) for split in SPLITS}
+    failures = []
+    for source in task.sources:
+        try:
+            read = {split: _read(task, published_rows(source, split)) for split in SPLITS}
+        except Exception as error:  # `datasets` raises a different type for every way in which a download can fail
+            reason = str(error).strip().split("\n")[0][:150]
+            failures.append(f"{source} ({reason or type(error).__name__})")
+            continue
+        if failures:
+            notes.append(f"{'; '.join(failures)} failed, using {source}")
+        return str(source), read
+    raise UserError(f"task {task.name!r} cannot be loaded, tried {'; '.join(failures)}: connect to the network once "
+                    f"(files are kept), or put {task.name}/train.jsonl and test.jsonl into the folder --data-root")
+
+
+def _read(task: Task, rows: Rows) -> tuple[list[tuple[str, dict]], Counter]:
+    prompts, dropped = [], Counter()
+    for where, row in rows:
+        try:
+            prompts.append((where, to_prompt(task, row, where)))
+        except Unusable as reason:
+            dropped[str(reason)] += 1
+    return prompts, dropped
+
+
+def local_rows(task: Task, root: str, split: str) -> Rows:
+    """Rows of root/<task>/<split>.jsonl, or of <split>.txt as published."""
+    path, columns = Path(root) / task.name / f"{split}.jsonl", ()
+    if not path.is_file() and path.with_suffix(".txt").is_file():
+        path = path.with_suffix(".txt")
+        columns = next((source.columns for source in task.sources if source.columns), ())
+    if not path.is_file():
+        raise UserError(f"{path} is missing: --data-root should hold {task.name}/train.jsonl and test.jsonl, with one "
+                        "JSON object a line")
+    try:
+        return parse_rows(path.read_bytes().decode(), columns, str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+
+
+def published_rows(source: Source, split: str) -> Rows:
+    """Rows of a source, downloaded on first use; raises whatever `datasets` raises if that fails."""
+    from datasets import load_dataset  # slow to import, and the micro-world does not need it
+
+    place = source.train if split == "train" else source.test
+    if source.path == "text":
+        return (row for url in place for row in parse_rows(_download(url).read_bytes().decode(), source.columns, url))
+    if source.path in FORMATS:
+        return number_rows(load_dataset(source.path, data_files={split: list(place)}, split=split), place[0])
+    rows = load_dataset(source.path, source.config, revision=source.revision, split=place)
+    return number_rows(rows, f"{source.path} {place}")
+
+
+def _download(url: str) -> Path:
+    """A file of a pinned commit, kept with the downloads of `datasets` (which cannot read such files by itself)."""
+    from datasets import config
+
+    path = Path(config.HF_DATASETS_CACHE) / "downloads" / f"{group_of(url)}-{url.rsplit('/', 1)[1]}"
+    if path.is_file():
+        return path
+    if config.HF_HUB_OFFLINE:
+        raise ConnectionError("not downloaded yet, and HF_HUB_OFFLINE is set")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    with tqdm(desc=path.name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        urlretrieve(url, part, lambda count, size, total: bar.update(size))  # raises if the connection breaks
+    return part.replace(path)
+
+
+def number_rows(rows: Iterable[dict], where: str) -> Rows:
+    return ((f"{where}:{number}", row) for number, row in enumerate(rows, 1))
+
+
+def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Rows:
+    """Rows of a file: tab-separated lines if `columns` are given, JSON lines, or one JSON document. A quotation mark in
+    a tab-separated line is an ordinary character."""
+    text = text.removeprefix("\ufeff")
+    lines = [(f"{where}:{number}", line.strip("\r"))  # split at \n only: U+2028 may stand inside a text
+             for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if columns:
+        for place, line in lines:
+            parts = line.split("\t")
+            yield place, dict(zip(columns, parts)) if len(parts) == len(columns) else None
+        return
+    try:
+        rows = _flatten(json.loads(text), where)
+    except ValueError:
+        rows = lines
+    for place, row in rows:
+        if isinstance(row, str):
+            try:
+                row = json.loads(row)
+            except ValueError as error:
+                raise UserError(f"{place}: not readable as JSON ({error}); write one object a line") from None
+        if not isinstance(row, dict):
+            raise UserError(f"{place}: a row is a JSON object with named fields, not {type(row).__name__}")
+        yield place, row
+
+
+def _flatten(document: object, where: str) -> Iterator[tuple[str, object]]:
+    """Rows of one JSON document: a list, or the nested forms of SQuAD and C3."""
+    rows = document["data"] if isinstance(document, dict) and "data" in document else document
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        place = f"{where}, entry {number}"
+        if isinstance(row, dict) and "paragraphs" in row:  # SQuAD: article > paragraphs > questions
+            for paragraph in row["paragraphs"]:
+                for question in paragraph["qas"]:
+                    yield place, {"context": paragraph["context"]} | question
+        elif isinstance(row, list) and len(row) == 3 and isinstance(row[1], list):  # C3: [lines, questions, id]
+            for question in row[1]:
+                yield place, {"context": row[0]} | question
+        else:
+            yield place, row

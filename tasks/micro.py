@@ -5,16 +5,15 @@ A soft prompt can only elicit what the frozen model already knows. So the world 
     pretraining    the oslo cafe had very lovely soup ask topic as kitchen travel film tech games money => kitchen
     a task         the oslo cafe had very lovely soup                                                   => kitchen
 
-The backbone is pretrained on text that carries the instruction: `ask`, a *capability* (topic, stars, nli ...) and the
-*convention*, that is the words in which to answer, one per class. The tasks hide the instruction: a task's prompt has
-to rediscover which capability is meant and which words to use. `hard_prompt` of a row puts the instruction back; its
-score is the upper reference. No text gives its instruction away: of two options the one that fits is asked for, or the
-other, and a question may stand there for its answer, for its counterpart or for nothing.
+The backbone is pretrained on text that carries the instruction: `ask`, a *capability* (topic, stars, nli ...) and a
+*convention*, the words in which to answer, one per class. The tasks hide the instruction: a task's prompt has to
+rediscover which capability is meant and which words to use. `hard_prompt` of a row puts the instruction back; its score
+is the upper reference. No text gives its instruction away: of two options either the fitting one or the other one may
+be asked for, and a question may stand there for its answer, for its counterpart or for nothing.
 
-Two things keep the tasks from being solved by one prompt for all. Tasks read the same kind of text (reviews, pairs of
-statements), so the text does not say which task it is. And their label words overlap with different meanings, as the
-numeric labels of real data sets do: `one` is one star for toy-amazon, food for toy-thucnews, a paraphrase for toy-afqmc
-and no paraphrase for toy-bq.
+One prompt cannot solve all tasks. They read the same kind of text (reviews, pairs of statements), so the text does not
+say which task it is. And their label words overlap with different meanings, as the numeric labels of real data sets do:
+`one` is one star for toy-amazon, food for toy-thucnews, a paraphrase for toy-afqmc and not a paraphrase for toy-bq.
 
 What training keeps apart: some topics never meet some places, some adjectives never meet some aspects, some relations
 some places, some names some cities, neither in pretraining nor in the train rows of a task. Every test row holds at
@@ -22,28 +21,34 @@ least one such pair (`held_out`). One sentence template and the distractor claus
 of a task: `perturb` rewrites a prompt with them. There is no entity binding in this world: a text has one fact at most.
 """
 
+from __future__ import annotations
+
 import random
-from collections import namedtuple
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-EVEN = (0, 0, 1, 2, 2)  # polarities to draw from, so that five stars are equally frequent
-FOLDER = Path(__file__).parent / "toy_backbone"  # made by `python train.py --stage pretrain`
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-# ---------------------------------------------------------------------------------------------------------------- words
+FOLDER = Path(__file__).parent / "micro_backbone"  # made by `python -m tasks.pretrain`
+TRAIN_ROWS, TEST_ROWS = 2000, 200  # of every task
+
+Meaning = dict[str, str]  # what a clause says: kind of word -> word
+
+# Words ---------------------------------------------------------------------------------------------------------------
 
 ASPECTS = {  # topic -> aspects; the first three topics are domain 0, the others domain 1
-    "food": "soup bread cake tea menu cook",
-    "travel": "train flight tour map cabin guide",
-    "film": "plot actor scene music ending script",
-    "tech": "screen phone laptop camera keyboard battery",
-    "sport": "coach race goal team referee final",
-    "money": "loan salary tax price stock rent",
+    "food": "soup bread cake tea menu cook".split(),
+    "travel": "train flight tour map cabin guide".split(),
+    "film": "plot actor scene music ending script".split(),
+    "tech": "screen phone laptop camera keyboard battery".split(),
+    "sport": "coach race goal team referee final".split(),
+    "money": "loan salary tax price stock rent".split(),
 }
 TOPICS = list(ASPECTS)
 PLACES = ["cafe hotel market pier hall garden".split(), "office shop stadium bank tower club".split()]  # by domain
-# Synonym pairs (neighbours) by polarity: negative, neutral, positive.
-ADJECTIVES = [
+ADJECTIVES = [  # by polarity: negative, neutral, positive; neighbours are synonyms
     "awful terrible dull boring poor shabby".split(),
     "plain simple usual normal".split(),
     "lovely charming superb splendid pleasant nice".split(),
@@ -52,6 +57,7 @@ VERBS = ["owns holds".split(), "founded started".split(), "left quit".split(), "
 NAMES = "ann bob carl dora eve finn gina hugo".split()
 CITIES = "oslo rome paris cairo lima delhi".split()
 DISTRACTORS = ["it rained on monday", "the bus came late", "on friday the sky was blue", "we all slept well"]
+EVEN = (0, 0, 1, 2, 2)  # polarities to draw from, so that five stars are equally frequent
 
 # Capability -> its conventions: the answer words in the order of the classes.
 CONVENTIONS = {
@@ -62,7 +68,7 @@ CONVENTIONS = {
     "match": ["apart alike", "no yes", "one two"],  # the same question; numbers the other way round
     "nli": ["false unsure true", "no maybe yes", "one two three"],  # contradiction, neutral, entailment
     "about": ["differ same", "no yes"],  # are both statements about one thing; with `mood`, the two halves of nli:
-    "mood": ["differ same", "no yes"],  # alone they are learnt early, and nli without them not at all
+    "mood": ["differ same", "no yes"],  # alone they are learned early, and nli without them not at all
     "relation": ["owner founder former member", "boss maker gone staff", "one two three four"],
 }
 CONVENTIONS = {name: [words.split() for words in rows] for name, rows in CONVENTIONS.items()}
@@ -73,26 +79,26 @@ QUESTIONS = {"name": "who was it", "where": "where was it", "aspect": "what was 
 COUNTERPART = {"name": "where", "where": "name", "aspect": "how", "how": "aspect"}  # the other half of the same clause
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
-KIND = {}  # word -> (kind, index); what a word is, is all the grammar that `parse` needs
-for t, words in enumerate(ASPECTS.values()):
-    KIND.update({word: ("aspect", t) for word in words.split()})
-for kind, groups in (("place", PLACES), ("adjective", ADJECTIVES), ("verb", VERBS)):
-    KIND.update({word: (kind, g) for g, group in enumerate(groups) for word in group})
-KIND.update({word: ("name", 0) for word in NAMES} | {word: ("city", 0) for word in CITIES})
+KIND: dict[str, tuple[str, int]] = {}  # word -> (kind, index of its group): all the grammar that `parse` needs
+for kind, groups in (("aspect", ASPECTS.values()), ("place", PLACES), ("adjective", ADJECTIVES), ("verb", VERBS),
+                     ("name", [NAMES]), ("city", [CITIES])):
+    KIND.update({word: (kind, index) for index, group in enumerate(groups) for word in group})
 WORDS = list(KIND)
+ALL_PLACES = [place for group in PLACES for place in group]
+ALL_ADJECTIVES = [adjective for group in ADJECTIVES for adjective in group]
 
-# ------------------------------------------------------------------------------------------------ sentences and meaning
+# Sentences and their meaning -----------------------------------------------------------------------------------------
 
 
-def parse(clause):
-    """Meaning of one clause: dict kind -> word; kinds are aspect, adjective, verb, place, name, city, and `very`."""
+def parse(clause: str) -> Meaning:
+    """Meaning of one clause; kinds are aspect, adjective, verb, place, name, city, and `very`."""
     meaning = {KIND[word][0]: word for word in clause.split() if word in KIND}
     if "very" in clause.split():
         meaning["very"] = "very"
     return meaning
 
 
-def say(meaning, template):
+def say(meaning: Meaning, template: int) -> str:
     """A meaning in words. Templates 0, 1, 2 are for everyone; template 3 never occurs in the rows of a task."""
     part = {"at": "", "for": "", "to": "", "name": "we", "where": "it", **meaning}
     if "place" in meaning:
@@ -104,223 +110,227 @@ def say(meaning, template):
     else:
         part["how"] = f"very {meaning['adjective']}" if "very" in meaning else meaning["adjective"]
         if "name" in meaning:
-            part.update({"for": "for " + meaning["name"], "to": "to " + meaning["name"]})
+            part |= {"for": "for " + meaning["name"], "to": "to " + meaning["name"]}
         text = ("the {aspect} {at} was {how} {for}", "{name} found the {aspect} {how} {at}",
                 "{where} had {how} {aspect} {for}", "{at} it was the {aspect} that seemed {how} {to}")[template]
     return " ".join(text.format(**part).split())
 
 
-def held_out(text):
+def held_out(text: str) -> bool:
     """True if a clause of the text joins two words that training keeps apart."""
     for clause in text.replace(" ; ", " , ").split(" , "):
-        m = parse(clause)
-        place = m.get("place") and sum(PLACES, []).index(m["place"])
-        if place is not None:
-            if "aspect" in m and (2 * KIND[m["aspect"]][1] + place) % 5 == 0:  # topic with place
+        said = parse(clause)
+        if "place" in said:
+            place = ALL_PLACES.index(said["place"])
+            if "aspect" in said and (2 * KIND[said["aspect"]][1] + place) % 5 == 0:  # topic with place
                 return True
-            if "verb" in m and (KIND[m["verb"]][1] + place) % 4 == 0:  # relation with place
+            if "verb" in said and (KIND[said["verb"]][1] + place) % 4 == 0:  # relation with place
                 return True
-        if "aspect" in m and "adjective" in m:
-            if (3 * sum(ADJECTIVES, []).index(m["adjective"]) + WORDS.index(m["aspect"])) % 5 == 0:
+        if "aspect" in said and "adjective" in said:
+            if (3 * ALL_ADJECTIVES.index(said["adjective"]) + WORDS.index(said["aspect"])) % 5 == 0:
                 return True
-        if "name" in m and "city" in m and (NAMES.index(m["name"]) + CITIES.index(m["city"])) % 4 == 0:
+        if "name" in said and "city" in said and (NAMES.index(said["name"]) + CITIES.index(said["city"])) % 4 == 0:
             return True
     return False
 
 
-def review(rng, domain, polarities=(0, 1, 2), short=False):
+def draw_review(rng: random.Random, domain: int, polarities: tuple[int, ...] = (0, 1, 2), short=False) -> Meaning:
     """Meaning of a random review of a domain; a short one says neither where nor for whom."""
     topic = rng.choice(TOPICS[3 * domain : 3 * domain + 3])
     polarity = rng.choice(polarities)
-    m = {"aspect": rng.choice(ASPECTS[topic].split()), "adjective": rng.choice(ADJECTIVES[polarity])}
+    review = {"aspect": rng.choice(ASPECTS[topic]), "adjective": rng.choice(ADJECTIVES[polarity])}
     if rng.random() < 0.5 and polarity != 1:
-        m["very"] = "very"
+        review["very"] = "very"
     if not short:
-        m.update(city=rng.choice(CITIES), place=rng.choice(PLACES[domain]))
+        review |= {"city": rng.choice(CITIES), "place": rng.choice(PLACES[domain])}
         if rng.random() < 0.3:
-            m["name"] = rng.choice(NAMES)
-    return m
+            review["name"] = rng.choice(NAMES)
+    return review
 
 
-def fact(rng, domain):
+def draw_fact(rng: random.Random, domain: int) -> Meaning:
+    """Meaning of a random fact: who owns, founded, left or joined which place."""
     return {"name": rng.choice(NAMES), "verb": rng.choice(rng.choice(VERBS)), "city": rng.choice(CITIES),
             "place": rng.choice(PLACES[domain])}
 
 
-def synonym(word):
-    group = next(group for group in ADJECTIVES if word in group)
-    return group[group.index(word) ^ 1]
+def synonym(adjective: str) -> str:
+    group = ADJECTIVES[KIND[adjective][1]]
+    return group[group.index(adjective) ^ 1]  # its neighbour
 
 
-def hypothesis(rng, premise, label):
+def draw_hypothesis(rng: random.Random, premise: Meaning, label: int) -> Meaning:
     """Meaning of a second statement: 0 contradiction (opposite polarity), 1 neutral (other topic), 2 entailment."""
     topic, polarity = KIND[premise["aspect"]][1], KIND[premise["adjective"]][1]
-    m = {"aspect": premise["aspect"], "adjective": synonym(premise["adjective"])}
+    second = {"aspect": premise["aspect"], "adjective": synonym(premise["adjective"])}
     if label == 0 or (label == 1 and rng.random() < 0.5):
-        m["adjective"] = rng.choice(ADJECTIVES[2 - polarity])
+        second["adjective"] = rng.choice(ADJECTIVES[2 - polarity])
     if label == 1:
-        others = [t for t in TOPICS[topic // 3 * 3 : topic // 3 * 3 + 3] if t != TOPICS[topic]]
-        m["aspect"] = rng.choice(ASPECTS[rng.choice(others)].split())
-    return m
+        others = [other for other in TOPICS[topic // 3 * 3 : topic // 3 * 3 + 3] if other != TOPICS[topic]]
+        second["aspect"] = rng.choice(ASPECTS[rng.choice(others)])
+    return second
 
 
-def options(rng, m):
+def draw_options(rng: random.Random, review: Meaning) -> tuple[str, str]:
     """Two options of which one fits the text by meaning, never by a word of the text: -> (fitting, other)."""
     if rng.random() < 0.5:
-        fit = synonym(m["adjective"])
-        return fit, rng.choice(ADJECTIVES[rng.choice([p for p in range(3) if p != KIND[fit][1]])])
-    names, topic = rng.choice(CONVENTIONS["topic"][:2]), KIND[m["aspect"]][1]
-    return names[topic], names[rng.choice([t for t in range(6) if t != topic])]
+        fitting = synonym(review["adjective"])
+        return fitting, rng.choice(ADJECTIVES[rng.choice([p for p in range(3) if p != KIND[fitting][1]])])
+    names, topic = rng.choice(CONVENTIONS["topic"][:2]), KIND[review["aspect"]][1]
+    return names[topic], names[rng.choice([other for other in range(6) if other != topic])]
 
 
-def label_of(capability, m, second=None):
-    """Class index of a capability for a meaning; the capabilities of PAIR compare it with a second one."""
+def class_of(capability: str, meaning: Meaning, second: Meaning | None = None) -> int:
+    """Class of a statement, or in PAIR of two: an index into the words of any convention of the capability."""
     if capability in PAIR:
-        about = second["aspect"] == m["aspect"]
-        mood = KIND[second["adjective"]][1] == KIND[m["adjective"]][1]
-        return int({"about": about, "mood": mood, "nli": (2 * mood if about else 1)}.get(capability, about and mood))
-    if capability == "topic":
-        return KIND[m["aspect"]][1]
-    if capability == "relation":
-        return KIND[m["verb"]][1]
-    polarity = KIND[m["adjective"]][1]
-    return polarity // 2 if capability == "sentiment" else 2 + (polarity - 1) * (2 if "very" in m else 1)
+        same_thing = second["aspect"] == meaning["aspect"]
+        same_mood = KIND[second["adjective"]][1] == KIND[meaning["adjective"]][1]
+        if capability == "nli":
+            return 1 if not same_thing else 2 if same_mood else 0
+        return int({"about": same_thing, "mood": same_mood}.get(capability, same_thing and same_mood))
+    if capability in ("topic", "relation"):
+        return KIND[meaning["aspect" if capability == "topic" else "verb"]][1]
+    polarity = KIND[meaning["adjective"]][1]
+    if capability == "sentiment":
+        return polarity // 2
+    return 2 + (polarity - 1) * (2 if "very" in meaning else 1)  # stars
 
 
-def spans(who, what, question):
-    """What a fact and a review have to say to one of QUESTIONS: {"mrc": its answer, "rest": its counterpart}."""
-    said = {"name": who["name"], "where": f"{who['city']} {who['place']}", "aspect": what["aspect"],
-            "how": f"{what.get('very', '')} {what['adjective']}".strip()}
+def answer_question(fact: Meaning, review: Meaning, question: str) -> dict[str, str]:
+    """What a fact and a review say to one of QUESTIONS: {"mrc": its answer, "rest": its counterpart}."""
+    said = {"name": fact["name"], "where": f"{fact['city']} {fact['place']}", "aspect": review["aspect"],
+            "how": f"{review.get('very', '')} {review['adjective']}".strip()}
     return {"mrc": said[question], "rest": said[COUNTERPART[question]]}
 
 
-# ---------------------------------------------------------------------------------------------------------------- tasks
+# Tasks ---------------------------------------------------------------------------------------------------------------
 
-ToyTask = namedtuple("ToyTask", "capability domains words", defaults=(None,))  # words: the labels, in class order
+
+@dataclass(frozen=True)
+class MicroTask:
+    capability: str
+    domains: tuple[int, ...]
+    words: str = ""  # the label words in class order, "" for spans and options
+
+
 TASKS = {
-    "toy-afqmc": ToyTask("similar", (0, 1), "two one"),
-    "toy-amazon": ToyTask("stars", (0, 1), "one two three four five"),
-    "toy-thucnews": ToyTask("topic", (0, 1), "one two three four five money"),
-    "toy-bq": ToyTask("match", (0, 1), "one two"),
-    "toy-cmnli": ToyTask("nli", (0,), "one maybe three"),
-    "toy-cmrc2018": ToyTask("mrc", (0,)),
-    "toy-sanwen": ToyTask("relation", (0,), "owner maker former staff"),
-    "toy-cote_mfw": ToyTask("aspect", (0,)),
-    "toy-chnsenticorp": ToyTask("sentiment", (0, 1), "sad five"),
-    "toy-tnews": ToyTask("topic", (0, 1), "one two movies four games money"),  # 4 of 6 words agree with toy-thucnews
-    "toy-ocnli": ToyTask("nli", (1,), "one unsure three"),  # 2 of 3 agree with toy-cmnli
-    "toy-lcqmc": ToyTask("similar", (0, 1), "two same"),  # 1 of 2 agrees with toy-afqmc
-    "toy-drcd": ToyTask("mrc", (1,)),
-    "toy-c3": ToyTask("other", (0, 1)),  # the option that does not fit: unasked, the backbone takes the one that does
-    "toy-cote_bd": ToyTask("aspect", (1,)),
-    "toy-finre": ToyTask("relation", (1,), "owner maker former member"),  # 3 of 4 agree with toy-sanwen
+    "toy-afqmc": MicroTask("similar", (0, 1), "two one"),
+    "toy-amazon": MicroTask("stars", (0, 1), "one two three four five"),
+    "toy-thucnews": MicroTask("topic", (0, 1), "one two three four five money"),
+    "toy-bq": MicroTask("match", (0, 1), "one two"),
+    "toy-cmnli": MicroTask("nli", (0,), "one maybe three"),
+    "toy-cmrc2018": MicroTask("mrc", (0,)),
+    "toy-sanwen": MicroTask("relation", (0,), "owner maker former staff"),
+    "toy-cote_mfw": MicroTask("aspect", (0,)),
+    "toy-chnsenticorp": MicroTask("sentiment", (0, 1), "sad five"),
+    "toy-tnews": MicroTask("topic", (0, 1), "one two movies four games money"),  # 4 of 6 words agree with toy-thucnews
+    "toy-ocnli": MicroTask("nli", (1,), "one unsure three"),  # 2 of 3 agree with toy-cmnli
+    "toy-lcqmc": MicroTask("similar", (0, 1), "two same"),  # 1 of 2 agrees with toy-afqmc
+    "toy-drcd": MicroTask("mrc", (1,)),
+    "toy-c3": MicroTask("other", (0, 1)),  # the option that does not fit: unasked, the backbone takes the one that does
+    "toy-cote_bd": MicroTask("aspect", (1,)),
+    "toy-finre": MicroTask("relation", (1,), "owner maker former member"),  # 3 of 4 agree with toy-sanwen
 }
 SOURCES, TARGETS = tuple(TASKS)[:8], tuple(TASKS)[8:]
-TRAIN_ROWS, TEST_ROWS = 2000, 200
 
 
-def instruction(capability, words=None):
+def instruction(capability: str, words: str = "") -> str:
     """The instruction in words, e.g. `ask topic as one two three four five money`."""
-    return f"ask {capability}" + (f" as {words}" if words else "")
+    return f"ask {capability} as {words}" if words else f"ask {capability}"
 
 
-def candidate(rng, capability, domain):
+def draw_candidate(rng: random.Random, capability: str, domain: int) -> tuple[str, int | str, list[str] | None]:
     """One random text for a capability: -> (body, class index or answer words, options or None)."""
     template = rng.randrange(3)
     if capability in PAIR:
-        premise = review(rng, domain, (0, 2))
-        second = hypothesis(rng, premise, rng.randrange(3))
+        premise = draw_review(rng, domain, (0, 2))
+        second = draw_hypothesis(rng, premise, rng.randrange(3))
         body = f"{say(premise, template)} ; {say(second, rng.randrange(3))}"
-        return body, label_of(capability, premise, second), None
+        return body, class_of(capability, premise, second), None
     if capability in ("mrc", "rest", *OPTIONS):
-        who, what = fact(rng, domain), review(rng, domain, short=True)
-        body = f"{say(who, template)} , {say(what, rng.choice([0, 2]))}"
+        fact, review = draw_fact(rng, domain), draw_review(rng, domain, short=True)
+        body = f"{say(fact, template)} , {say(review, rng.choice([0, 2]))}"
         if capability not in OPTIONS:
             question = rng.choice(list(QUESTIONS))
-            return f"{body} ; {QUESTIONS[question]}", spans(who, what, question)[capability], None
-        fit, other = options(rng, what)
-        pair = rng.sample([fit, other], 2)
-        return f"{body} ; {pair[0]} or {pair[1]}", fit if capability == "choice" else other, pair
+            return f"{body} ; {QUESTIONS[question]}", answer_question(fact, review, question)[capability], None
+        fitting, other = draw_options(rng, review)
+        options = rng.sample([fitting, other], 2)
+        return f"{body} ; {options[0]} or {options[1]}", fitting if capability == "choice" else other, options
     if capability == "relation":
-        m = fact(rng, domain)
-        return say(m, template), label_of(capability, m), None
-    m = review(rng, domain, (0, 2) if capability == "sentiment" else EVEN)
-    return say(m, template), m["aspect"] if capability == "aspect" else label_of(capability, m), None
+        fact = draw_fact(rng, domain)
+        return say(fact, template), class_of(capability, fact), None
+    review = draw_review(rng, domain, (0, 2) if capability == "sentiment" else EVEN)
+    return say(review, template), review["aspect"] if capability == "aspect" else class_of(capability, review), None
 
 
 @cache
-def _rows(task, split):
-    spec, rng = TASKS[task], random.Random(f"{task} {split}")
-    words = spec.words and spec.words.split()
+def _rows(name: str, split: str) -> list[dict]:
+    task, rng = TASKS[name], random.Random(f"{name} {split}")
+    words = task.words.split()
     rows, seen = [], set()
-    taken = {row["group"] for row in _rows(task, "train")} if split == "test" else set()
+    taken = {row["group"] for row in _rows(name, "train")} if split == "test" else set()
     while len(rows) < (TRAIN_ROWS if split == "train" else TEST_ROWS):
-        body, answer, choices = candidate(rng, spec.capability, rng.choice(spec.domains))
+        body, answer, options = draw_candidate(rng, task.capability, rng.choice(task.domains))
         wanted = answer == len(rows) % len(words) if words else True  # balanced labels
         group = " ".join(word for word in body.split(" ; ")[0].split() if word in KIND)  # what the first side says
         if not wanted or body in seen or group in taken or held_out(body) != (split == "test"):
             continue
         seen.add(body)
-        row = {"prompt": f"{body} =>", "hard_prompt": f"{body} {instruction(spec.capability, spec.words)} =>",
+        row = {"prompt": f"{body} =>", "hard_prompt": f"{body} {instruction(task.capability, task.words)} =>",
                "answer": words[answer] if words else answer, "group": group}
-        if words or choices:
-            row["choices"] = words or choices
+        if words or options:
+            row["choices"] = words or options
         else:
-            row.update(references=[answer], protected=[answer])
+            row |= {"references": [answer], "protected": [answer]}
         rows.append(row)
     return rows
 
 
-def rows(task, split):
-    """Rows of a task: dicts with prompt, hard_prompt, answer, group, and choices (closed sets) or references (spans).
-
-    task: a name of SOURCES or TARGETS; split: "train" (2,000 rows) or "test" (200). Deterministic, labels balanced.
-    Raises KeyError for another task, ValueError for another split.
-    """
+def rows(task: str, split: str) -> list[dict]:
+    """Rows of a task (a name of TASKS) and a split (train or test, otherwise ValueError): dicts with prompt,
+    hard_prompt, answer, group, and choices (closed sets) or references (spans). Deterministic, labels balanced."""
     if split not in ("train", "test"):
         raise ValueError(f"the micro-world has the splits train and test, not {split!r}")
     return [dict(row) for row in _rows(task, split)]
 
 
-def perturb(prompt, seed):
+def perturb(prompt: str, seed: int) -> str:
     """The prompt with its statements in the template, and with the distractor clauses, that task training never shows.
-
-    A pure function of the text (with or without instruction) and the seed; the answer stays the same.
-    """
+    A function of the text (with or without instruction) and the seed; the answer stays the same."""
     body, ask, tail = prompt.removesuffix(" =>").partition(" ask ")
     rng = random.Random(f"{seed} {body}")
     sides = []
     for side in body.split(" ; "):
-        said = [parse(clause) for clause in side.split(" , ")]
-        if not all("verb" in m or {"aspect", "adjective"} <= m.keys() for m in said):
-            sides.append(side)  # a question or two options
-            continue
-        sides.append(with_distractor(rng, " , ".join(say(m, 3) for m in said), probability=0.5))
+        clauses = [parse(clause) for clause in side.split(" , ")]
+        if all("verb" in said or {"aspect", "adjective"} <= said.keys() for said in clauses):
+            side = with_distractor(rng, " , ".join(say(said, 3) for said in clauses), probability=0.5)
+        sides.append(side)  # a question or two options stay as they are
     return " ; ".join(sides) + ask + tail + " =>"
 
 
-def with_distractor(rng, text, probability):
+def with_distractor(rng: random.Random, text: str, probability: float) -> str:
     if rng.random() >= probability:
         return text
     return " , ".join(rng.sample([text, rng.choice(DISTRACTORS)], 2))
 
 
-# --------------------------------------------------------------------------------------------------- pretraining, words
+# Pretraining text and the tokenizer ----------------------------------------------------------------------------------
 
 
-def convention(rng, capability):
+def draw_convention(rng: random.Random, capability: str) -> list[str]:
     """Words to answer in: one of the capability's conventions or, half of the time, each class in its own."""
     known = CONVENTIONS[capability]
     return rng.choice(known) if rng.random() < 0.5 else [rng.choice(words) for words in zip(*known, strict=True)]
 
 
-def document(rng):
+def draw_document(rng: random.Random) -> list[tuple[str, str]]:
     """One pretraining text: list of (text up to `=>`, answer), a statement or two and 1 to 4 questions about them."""
     form, domain = rng.choices(["review", "pair", "reading", "fact"], [1, 5, 5, 1])[0], rng.randrange(2)
     while True:
-        m, who = review(rng, domain, (0, 2) if form == "pair" else EVEN, short=form == "reading"), fact(rng, domain)
-        second = form == "pair" and hypothesis(rng, m, rng.choice([0, 1, 1, 2]))
-        said = {"review": [[m]], "fact": [[who]], "reading": [[who, m]], "pair": [[m], [second]]}[form]
+        review = draw_review(rng, domain, (0, 2) if form == "pair" else EVEN, short=form == "reading")
+        fact = draw_fact(rng, domain)
+        second = draw_hypothesis(rng, review, rng.choice([0, 1, 1, 2])) if form == "pair" else None
+        said = {"review": [[review]], "fact": [[fact]], "reading": [[fact, review]], "pair": [[review], [second]]}[form]
         template = [3 if rng.random() < 0.2 else rng.randrange(3) for _ in range(2)]
         sides = [" , ".join(map(say, side, template[i:])) for i, side in enumerate(said)]
         if not held_out(" ; ".join(sides)):
@@ -328,34 +338,35 @@ def document(rng):
     text = " ; ".join(with_distractor(rng, side, 0.25) for side in sides)
     questions = []
     for _ in range(rng.randint(1, 4)):
-        extra, answers = "", {"aspect": m["aspect"]}
+        extra, answers = "", {"aspect": review["aspect"]}
         if form == "reading":  # there is a question or two options; the instruction says whether they are meant
-            asked, fitting = rng.choice(list(QUESTIONS)), options(rng, m)
-            answers.update(spans(who, m, asked), choice=fitting[0], other=fitting[1])
+            question, options = rng.choice(list(QUESTIONS)), draw_options(rng, review)
+            answers |= {**answer_question(fact, review, question), "choice": options[0], "other": options[1]}
             is_question = rng.random() < 0.5
-            extra = " ; " + (QUESTIONS[asked] if is_question else " or ".join(rng.sample(fitting, 2)))
+            extra = " ; " + (QUESTIONS[question] if is_question else " or ".join(rng.sample(options, 2)))
             meant = ["mrc", "rest"] if is_question else OPTIONS
             capabilities = meant if rng.random() < 0.6 else [*REVIEW, "relation"]
         else:
             capabilities = {"review": REVIEW, "pair": PAIR, "fact": ["relation"]}[form]
-        capability = rng.choice([c for c in capabilities if c != "sentiment" or KIND[m["adjective"]][1] != 1])
-        words = None
+        neutral = KIND[review["adjective"]][1] == 1
+        capability = rng.choice([name for name in capabilities if name != "sentiment" or not neutral])
+        words = []
         if capability in CONVENTIONS:
-            words = convention(rng, capability)
-            answers[capability] = words[label_of(capability, who if capability == "relation" else m, second)]
-        asking = instruction(capability, words and " ".join(words))
+            words = draw_convention(rng, capability)
+            answers[capability] = words[class_of(capability, fact if capability == "relation" else review, second)]
+        asking = instruction(capability, " ".join(words))
         questions.append((f"{text}{extra} {asking} =>".strip(), answers[capability]))
         text = ""  # the next question follows the answer
     return questions
 
 
-def documents(seed, count):
+def documents(seed: int, count: int) -> list[list[tuple[str, str]]]:
     """Pretraining text: `count` documents, each a list of (text, answer)."""
     rng = random.Random(f"pretraining {seed}")
-    return [document(rng) for _ in range(count)]
+    return [draw_document(rng) for _ in range(count)]
 
 
-def vocabulary():
+def vocabulary() -> list[str]:
     """All words of the language in a fixed order, special tokens first."""
     grammar = "=> ; , ask as or the at was very found had for to it that seemed is what now we who where how".split()
     capabilities = [*CONVENTIONS, *SPANS, *OPTIONS]
@@ -364,26 +375,8 @@ def vocabulary():
     return list(dict.fromkeys([PAD, EOS, UNK, *grammar, *distractors, *capabilities, *labels, *WORDS]))
 
 
-def tokenizer():
-    """The word tokenizer as a transformers PreTrainedTokenizerFast; pad, eos and unk differ."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+def tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer, one token a word; pad, eos and unk differ."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token=UNK))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=PAD, eos_token=EOS, unk_token=UNK)
-
-
-def load_backbone(folder=FOLDER):
-    """The shipped backbone and its tokenizer -> (Qwen2ForCausalLM in eval mode, PreTrainedTokenizerFast).
-
-    Raises FileNotFoundError if the folder holds no backbone.
-    """
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    if not (Path(folder) / "config.json").exists():
-        raise FileNotFoundError(f"no backbone in {folder}; make it with: python train.py --stage pretrain")
-    backbone = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True,
-                                                    use_safetensors=True, trust_remote_code=False)
-    # AutoTokenizer would take the tokenizer of any Qwen2 model for Qwen's own byte-level one.
-    return backbone.eval(), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
