@@ -1,14 +1,20 @@
-r"""What a run survives: files that are whole or absent, one process per folder, and an exact resume.
+r"""The machinery of a run: errors, whole files, an exact resume, several GPUs. The method can be read without it.
 
 A run may end at any moment: a power cut, a full disk, Ctrl-C. So a file is written under another name and then moved
 into place, which a file system does in one step: a reader finds the old file or the new one, never half of one.
 
 A checkpoint is one such file with everything the next step depends on: the tensors that learn, the optimizer's state
-and the log so far. Nothing else is needed, because the batches of a step are a function of its number (data.Batches).
-Nobody needs this file to understand the method.
+and the log so far. The batches of a step are a function of its number (data.Batches), so nothing else is needed.
+
+    torchrun --nproc-per-node N -- train.py ...
+
+With several GPUs every process holds the whole model and reads its share of each step's rows; one exchange a step adds
+up the gradients. DistributedDataParallel expects the same parameters to be used everywhere; here a process may have no
+row of some task, and a task that no process has must keep a gradient of None, so that AdamW leaves it alone.
 """
 
 import argparse
+import atexit
 import io
 import json
 import logging
@@ -18,6 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +33,7 @@ from typing import BinaryIO
 
 import filelock
 import torch
+import torch.distributed as dist
 import transformers
 
 
@@ -41,14 +49,6 @@ class RunFailed(UserError):
     code = 1
 
 
-class Stopped(BaseException):
-    """SIGINT or SIGTERM arrived. Like KeyboardInterrupt not an Exception, so that nothing catches it by accident."""
-
-    def __init__(self, number: int):
-        super().__init__(number)
-        self.code = 128 + number
-
-
 class Parser(argparse.ArgumentParser):
     """argparse with one-sentence complaints."""
 
@@ -61,23 +61,19 @@ def run_program(main: Callable[[list[str]], None], argv: list[str]) -> int:
     try:
         main([word for word in argv if word != "--debug"])
         return 0
-    except (UserError, Stopped, KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         if "--debug" in argv:
             raise
-        resume = "what was saved is kept: repeat the command to resume"
-        code, sentence = getattr(error, "code", 1), f"error: {error}"
-        if isinstance(error, (Stopped, KeyboardInterrupt)):
-            code, sentence = getattr(error, "code", 130), f"stopped; {resume}"
-        elif isinstance(error, OSError):
-            sentence += f"; fix this, {resume}"
-        elif isinstance(error, torch.OutOfMemoryError):
-            sentence = ("error: the GPU's memory is full; add --checkpointing, lower --tokens-per-batch (training) or "
-                        f"--eval-tokens (test rows), or free the GPU; {resume}")
-        print(" ".join(sentence.split()), file=sys.stderr)
+        code, sentence = getattr(error, "code", 1), str(error)
+        if isinstance(error, KeyboardInterrupt):
+            code, sentence = 130, "stopped"
+        if isinstance(error, torch.OutOfMemoryError):
+            sentence = ("the GPU's memory is full; add --checkpointing, lower --tokens-per-batch (training) or "
+                        "--eval-tokens (test rows), or free the GPU")
+        resume = "" if code == 2 else "; what was saved is kept: repeat the command to resume"
+        print("error:", " ".join(sentence.split()) + resume, file=sys.stderr)
         return code
 
-
-# ---------------------------------------------------------------------------------------------------------- files
 
 @contextmanager
 def write_whole(path: Path) -> Iterator[BinaryIO]:
@@ -109,7 +105,7 @@ def read_json(path: Path):
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Let only one process write to a run folder. The system frees the lock of a process that dies."""
+    """Let only one process write to a run's folder. The system frees the lock of a process that dies."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / ".lock", timeout=0):
@@ -128,25 +124,18 @@ def open_log(folder: Path) -> Callable[[str], None]:
 
 def environment(command: str) -> dict:
     """What it takes to repeat a result: command, commit, versions, machine."""
-    commit = ""
-    if shutil.which("git"):
-        commit, changed = (subprocess.run(["git", *words], cwd=Path(__file__).parent, text=True, capture_output=True
-                                          ).stdout.strip() for words in (
-            ("describe", "--always"), ("status", "--porcelain", "--untracked-files=no", "*.py")))
-        commit += "-dirty" if changed else ""
-    return {"command": command, "commit": commit, "python": platform.python_version(), "torch": torch.__version__,
+    return {"command": command, "python": platform.python_version(), "torch": torch.__version__,
+            "commit": subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty"),
             "transformers": transformers.__version__, "machine": platform.platform(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
             "threads": torch.get_num_threads(), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
 
 
-# ------------------------------------------------------------------------------------------------------ resuming
-
 def same_run(folder: Path, made_of: dict) -> None:
-    """Refuse to continue or build on a stage that was trained on something else; ``made_of`` as in its stage.json."""
+    """Refuse to resume or build on a stage that was made of something else; ``made_of`` is (a part of) stage.json."""
     if not (folder / "stage.json").exists():
         if (folder / "results.json").exists():
-            raise UserError(f"'{folder}' was written by an earlier release; choose another --run, or delete that folder")
+            raise UserError(f"'{folder}' was written by an earlier release; choose another --run, or delete it")
         return
     before = read_json(folder / "stage.json")
     other = [f"{name} {before.get(name)} (now {now})" for name, now in made_of.items() if before.get(name) != now]
@@ -156,12 +145,12 @@ def same_run(folder: Path, made_of: dict) -> None:
 
 def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer,
                     progress: dict) -> None:
-    """Write checkpoint.pt and, from progress["history"], metrics.jsonl. Raises RunFailed rather than keep NaN or inf."""
+    """Write checkpoint.pt and, from progress["history"], metrics.jsonl. RunFailed for numbers that are not finite."""
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise RunFailed(f"{', '.join(bad[:3])} at step {progress['step']} are no longer finite and were not saved; "
                         f"lower the learning rates; the last good checkpoint is in {folder}")
-    buffer = io.BytesIO()
+    buffer = io.BytesIO()  # torch.save would hide a full disk behind an error of its own
     torch.save({"tensors": tensors, "optimizer": optimizer.state_dict(), "progress": progress}, buffer)
     with write_whole(folder / "checkpoint.pt") as file:
         file.write(buffer.getbuffer())
@@ -177,13 +166,12 @@ def load_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], optimizer: t
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain values, never code
         optimizer.load_state_dict(saved["optimizer"])
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(saved["tensors"][name])
+        for name, tensor in tensors.items():
+            tensor.copy_(saved["tensors"][name])
         return saved["progress"]
     except Exception as error:  # whatever a broken file makes torch raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"the checkpoint '{path}' cannot be read ({reason}); delete it to restart this stage") from error
+        raise UserError(f"the checkpoint '{path}' cannot be read ({type(error).__name__}: {error}); delete it to "
+                        "restart this stage") from error
 
 
 @contextmanager
@@ -192,9 +180,9 @@ def catch_signals() -> Iterator[list[int]]:
     caught = []
 
     def remember(number: int, frame) -> None:
-        if caught:
-            raise Stopped(number)
         caught.append(number)
+        if len(caught) > 1:
+            raise KeyboardInterrupt
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -202,3 +190,57 @@ def catch_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------- several GPUs
+
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+
+
+def pick_device(device: str) -> str:
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    return found if device == "auto" else device
+
+
+def join_processes(device: str, folder: str) -> tuple[str, str]:
+    """Join the others that torchrun started; -> the device and the run's folder of this process. All but the first are
+    silent and work on a copy of the folder, which is deleted at the end."""
+    if PROCESSES == 1:
+        return device, folder
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if pick_device(device).startswith("cuda") else "cpu"
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", device_id=torch.device(device))
+    atexit.register(dist.destroy_process_group)
+    if RANK:
+        sys.stdout, own = open(os.devnull, "w"), tempfile.mkdtemp()
+        atexit.register(shutil.rmtree, own)
+        if os.path.isdir(folder):
+            shutil.copytree(folder, own, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
+        folder = own
+    dist.barrier()
+    return device, folder
+
+
+def broadcast(tensors: list[torch.Tensor]) -> None:
+    """Give all processes the first one's numbers."""
+    for tensor in tensors if PROCESSES > 1 else ():
+        dist.broadcast(tensor, 0)
+
+
+def total(number: int) -> int:
+    numbers = [number] * PROCESSES
+    if PROCESSES > 1:
+        dist.all_gather_object(numbers, number)
+    return sum(numbers)
+
+
+def sum_gradients(learning: list[torch.nn.Parameter], loss: torch.Tensor) -> None:
+    """Replace loss and gradients by their sums over all processes; a gradient that no process has stays None."""
+    if PROCESSES == 1:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
+    has = loss.new_tensor([p.grad is not None for p in learning])
+    dist.all_reduce(summed := torch.cat([loss.reshape(1), has, *(g.flatten() for g in grads)]))
+    loss_, users, *grads = summed.split([1, len(has), *(p.numel() for p in learning)])
+    loss.copy_(loss_[0])
+    for p, used, grad in zip(learning, users.tolist(), grads):
+        p.grad = grad.view_as(p) if used else None

@@ -10,16 +10,11 @@ Everything that learns is in five kinds of tensors, stacked over the L layers of
 
 One forward pass is:  task ids -> theta_i of every layer, Eq. (1) -> its keys and values through the layer's own frozen
 projections -> handed to the backbone as an argument -> every layer adds gated attention to them, Eq. (2).
-Training, scoring, generation and the notebooks all take this one path.
-
-Three classes, each of which adds one thing:
+Training, scoring, generation and the notebooks all take this one path. Each of three classes adds one thing:
 
     AdaptedLM       a frozen backbone: loss, greedy generation, scores of given answers, saving and loading
-    GatedPrompts    + a prompt in every layer behind a gate
-    TALoRA          + the low-rank form of the prompts
-
-The baselines of experiments/ derive from the first two, so a difference between two methods is never a difference in
-how they were trained, asked or measured.
+    GatedPrompts    a prompt in every layer, behind a gate
+    TALoRA          the low-rank form of the prompts
 
 B batch (as a shape; the weight B is always (L, P, r)), T text tokens, P prompt length, d model width, H query heads,
 K key/value heads, h head size, L layers, N tasks, n distinct tasks of a batch, r rank, C choices, V vocabulary.
@@ -43,17 +38,15 @@ from checkpoint import UserError, write_json, write_whole
 from gating import GATED_PREFIX, prefix_key_value
 from lowrank import orthogonality, task_cosines, task_prompt
 
-# Backbones whose attention has separate k_proj and v_proj and calls transformers' attention interface.
-FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral")  # they have k_proj, v_proj and transformers' attention interface
 NO_TASK = -1  # the task id of a row that uses theta0 alone
-MICRO_BACKBONE = Path(__file__).parent / "tasks" / "micro_backbone"
 
 
 @dataclass(frozen=True)
 class TALoRAConfig:
-    """Sizes of an adapter. The baselines read the same fields and say what they mean to them."""
+    """Sizes of an adapter. The baselines of experiments/ read the same fields."""
 
-    prompt_length: int = 12  # P; with r = 8 and one gate per layer: 1.3 M parameters for one task at 7B, as in the paper
+    prompt_length: int = 12  # P; with r = 8 and one gate per layer 1.3 M parameters for one task at 7B, as in the paper
     rank: int = 8  # r
     scale: float = 1.0  # s
     gate_per_head: bool = False  # the paper's g^l has one gate per layer
@@ -70,8 +63,7 @@ class Output:
 class AdaptedLM(nn.Module):
     """A frozen causal language model. Subclasses add tensors that learn and say what the backbone is given (`inputs`).
 
-    Nothing of a call is kept on a module: with gradient checkpointing a layer runs a second time in backward, and would
-    then find what some other call left there.
+    Nothing of a call is kept on a module: with checkpointing a layer runs again in backward and would find another's.
     """
 
     method = "frozen"  # the name in adapter.json
@@ -80,31 +72,25 @@ class AdaptedLM(nn.Module):
     attention = GATED_PREFIX  # the attention function of the backbone's layers; without a prompt it is the plain one
 
     def __init__(self, backbone: PreTrainedModel, config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
-        """Wrap ``backbone``, a causal language model of one of FAMILIES, and freeze its weights, whatever their dtype.
+        """Wrap and freeze ``backbone``, of any dtype; what learns is fp32 on its device. Several adapters can share it.
 
-        All tensors that learn are fp32 on its device. Called by itself the backbone computes what it did before, so
-        several adapters can share it. Raises UserError for a backbone of another family.
+        Raises UserError for a backbone that is not of one of FAMILIES.
         """
         super().__init__()
         self.check(backbone)
-        self.backbone = backbone.requires_grad_(False)
-        self.config = config
+        self.backbone, self.config, self.described = backbone.requires_grad_(False), config, describe(backbone)
         self.tasks: list[str] = []  # tasks with weights of their own; a task id is an index into this list
-        self.described = describe(backbone)
 
     @classmethod
     def check(cls, backbone: PreTrainedModel) -> None:
         """Raise UserError for a backbone that this method cannot work with."""
         family = getattr(backbone.config, "model_type", "?")
         if family not in FAMILIES or backbone.get_output_embeddings() is None:
-            raise UserError(f"the backbone is a {type(backbone).__name__} (model type '{family}'), but the gated prefix "
-                            f"needs a causal language model of one of the families {', '.join(FAMILIES)}")
+            raise UserError(f"the backbone is a {type(backbone).__name__} (model type '{family}'), but this needs a "
+                            f"causal language model of one of the families {', '.join(FAMILIES)}")
 
     def add_task(self, name: str) -> int:
-        """Add a task with new weights of its own and return its id; nothing else changes, earlier ids stay valid.
-
-        Raises UserError if the name is taken.
-        """
+        """Add a task with weights of its own and return its id; earlier ids stay valid. UserError for a taken name."""
         if name in self.tasks:
             raise UserError(f"task '{name}' is there already; the tasks are {', '.join(self.tasks)}")
         self.tasks.append(name)
@@ -115,52 +101,46 @@ class AdaptedLM(nn.Module):
         """Give task ``new`` the weights of task ``old``."""
         state = self.adapter_state()
         for name, tensor in state.items():
-            kind, _, task = name.partition(".")
-            if task == str(old):
-                state[f"{kind}.{new}"].copy_(tensor)
+            if name.endswith(f".{old}"):
+                state[name.removesuffix(f".{old}") + f".{new}"].copy_(tensor)
 
     def check_tasks(self, task_ids: Tensor, rows: int) -> tuple[list[int], Tensor]:
-        """The distinct task ids of a batch, and which of them each row has; (B,) -> n ids, (B,).
-
-        Raises ValueError for an id without a task and unless there is one id for each row.
-        """
-        if task_ids.shape != (rows,):
-            raise ValueError(f"task ids have shape {tuple(task_ids.shape)}, but {rows} rows need one number each")
+        """The n distinct task ids of a batch, and which of them each row has, (B,). ValueError for wrong ids."""
         distinct, row = torch.unique(task_ids, return_inverse=True)  # (n,), (B,)
         ids = distinct.tolist()
-        if ids[0] < NO_TASK or ids[-1] >= len(self.tasks):
-            raise ValueError(f"task ids {ids} are not all among the {len(self.tasks)} tasks ({NO_TASK} = none)")
+        if task_ids.shape != (rows,) or ids[0] < NO_TASK or ids[-1] >= len(self.tasks):
+            raise ValueError(f"task ids {ids} of shape {tuple(task_ids.shape)} should be one for each of {rows} rows, "
+                             f"from 0 to {len(self.tasks) - 1} ({NO_TASK} = none)")
         return ids, row.to(self.device)
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
                text: Tensor) -> dict:
-        """What the backbone is given: the arguments of its forward; a method may add to them or put rows in front.
+        """The arguments of the backbone's forward; a method may add to them or put rows in front of the text.
 
         (B, T) x 3 ((B, 1, T, T) for a mask that says who sees whom), task_ids (B,); text (B, <= T) is True for the
         tokens of the input: no padding, no answer.
         """
         return dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
-               text: Tensor) -> Tensor:
-        """The last hidden states of the backbone with what the method adds; arguments of `inputs` -> (B, T, d)."""
-        self._use_our_attention()
-        given = self.inputs(input_ids, attention_mask, position_ids, task_ids, text)
-        return self.backbone.model(**given, use_cache=False).last_hidden_state[:, -input_ids.shape[1]:]
+    def read(self, given: dict, **cache) -> Tensor:
+        """The backbone's last hidden states of what `inputs` gives: (B, rows in front + T, d)."""
+        # For good, not for the call: under checkpointing the layers run again in backward, after forward has returned.
+        if self.backbone.config._attn_implementation != self.attention:
+            self.backbone.set_attn_implementation(self.attention)
+        return self.backbone.model(**given, **cache).last_hidden_state
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor,
                 labels: Tensor | None = None) -> Output:
         """Logits of a batch, or with labels its loss; rows may belong to different tasks and be padded on any side.
 
         input_ids, attention_mask, labels (B, T), task_ids (B,), all long; labels are -100 where nothing is asked.
-        Without labels: ``.logits`` (B, T, V). With labels: ``.losses`` (B,), cross-entropy averaged within each
-        example over its answer tokens, and ``.loss``, their mean: L_PLM of Eq. (3); ``.correct`` (B,), whether
-        greedy decoding would give the answer. Only hidden states that predict an answer token pass the output layer:
-        with a vocabulary of 152,064 that is most of the memory of a step.
-        Raises ValueError for a row without any label.
+        ``.losses`` (B,) is the cross-entropy averaged within each example over its answer tokens; ``.loss``, their
+        mean, is L_PLM of Eq. (3). Only hidden states that predict an answer token pass the output layer: with a
+        vocabulary of 152,064 that is most of the memory of a step. Raises ValueError for a row without any label.
         """
         text = attention_mask.bool() if labels is None else attention_mask.bool() & (labels == -100)  # (B, T)
-        hidden = self.hidden(input_ids, attention_mask, positions(attention_mask), task_ids, text)  # (B, T, d)
+        given = self.inputs(input_ids, attention_mask, positions(attention_mask), task_ids, text)
+        hidden = self.read(given, use_cache=False)[:, self.in_front:]  # (B, T, d)
         if labels is None:
             return Output(logits=self.backbone.get_output_embeddings()(hidden))
         asked = labels[:, 1:] != -100  # (B, T-1): the state at t predicts the token at t + 1
@@ -178,31 +158,25 @@ class AdaptedLM(nn.Module):
     def generate(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor, max_new_tokens: int) -> Tensor:
         """Greedy continuation of left-padded prompts; (B, T) x 2, (B,) -> (B, T + max_new_tokens).
 
-        The last max_new_tokens columns are the new tokens; a row that has ended is filled with its end token. The
-        prompt of the method enters once: its keys and values stay in the arguments, its rows in front in the cache.
+        The last max_new_tokens columns are the new tokens; a row that has ended is filled with the first end token.
         Raises ValueError if a prompt does not end in the last column.
         """
         if not attention_mask[:, -1].all():
             raise ValueError("generate needs prompts padded on the left: every row must end with a token of its own")
-        ends = torch.tensor(self.end_tokens, dtype=torch.long, device=input_ids.device)
-        cache, new = DynamicCache(config=self.backbone.config), []
-        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)  # (B,)
-        self._use_our_attention()
+        ends = torch.tensor(self.end_tokens, dtype=torch.long, device=self.device)
+        fill = self.end_tokens[0] if self.end_tokens else 0
+        cache, done, new = DynamicCache(config=self.backbone.config), torch.zeros_like(input_ids[:, 0]).bool(), []
         given = self.inputs(input_ids, attention_mask, positions(attention_mask), task_ids, attention_mask.bool())
         with evaluating(self.backbone):
             while len(new) < max_new_tokens and not done.all():
-                state = self.backbone.model(**given, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-                token = self.backbone.get_output_embeddings()(state).argmax(-1)  # (B,)
-                if len(ends):
-                    token = torch.where(done, ends[0], token)
-                    done = done | torch.isin(token, ends)
+                state = self.read(given, past_key_values=cache, use_cache=True)[:, -1]  # (B, d)
+                token = self.backbone.get_output_embeddings()(state).argmax(-1).masked_fill(done, fill)  # (B,)
                 new.append(token)
-                given.pop("inputs_embeds", None)
+                done = done | torch.isin(token, ends)
+                given.pop("inputs_embeds", None)  # rows in front of the text are in the cache by now
                 given |= dict(input_ids=token[:, None], attention_mask=F.pad(given["attention_mask"], (0, 1), value=1),
                               position_ids=given["position_ids"][:, -1:] + 1)
-        new = torch.stack(new, 1)  # (B, <= max_new_tokens)
-        fill = int(ends[0]) if len(ends) else 0
-        return torch.cat([input_ids, F.pad(new, (0, max_new_tokens - new.shape[1]), value=fill)], 1)
+        return F.pad(torch.cat([input_ids, torch.stack(new, 1)], 1), (0, max_new_tokens - len(new)), value=fill)
 
     @property
     def end_tokens(self) -> list[int]:
@@ -216,22 +190,19 @@ class AdaptedLM(nn.Module):
               choices: list[list[list[int]]]) -> Tensor:
         """log p(choice | prompt) of whole choices; (B, T) x 2, (B,), choices[b][c] token ids -> (B, C) in fp32.
 
-        C is the largest number of choices of a row; a row with fewer has -inf in the rest. A choice is scored
-        exactly as given: end it with the end-of-sequence token to ask for the whole answer. All choices of a row
-        are read in one forward pass behind one copy of the text: each sees the text and itself, not its siblings,
-        and starts at the position that follows the text. Raises ValueError for an empty choice and a row without text
-        or choices, UserError for a text longer than the sliding window of a backbone that has one.
+        A row with fewer than C choices has -inf in the rest. A choice is scored exactly as given: end it with the end
+        token to ask for the whole answer. All choices of a row are read in one pass behind one copy of the text: each
+        sees the text and itself, not its siblings, and its positions follow the text's. Raises ValueError for an empty
+        choice and a row without text or choices, UserError for a text longer than the backbone's sliding window.
         """
         if len(choices) != len(input_ids) or not all(row and all(row) for row in choices):
             raise ValueError("every row needs at least one choice, and every choice at least one token")
         if not attention_mask.any(1).all():
             raise ValueError("every row needs at least one token of text")
-        T, device = input_ids.shape[1], input_ids.device
-        text = attention_mask.bool()  # (B, T)
+        T, device, text = input_ids.shape[1], input_ids.device, attention_mask.bool()
         S = T + max(sum(len(c) - 1 for c in row) for row in choices)  # a choice's last token predicts nothing
         self.check_window(S)
-        ids = F.pad(input_ids, (0, S - T))  # (B, S)
-        position = F.pad(positions(attention_mask), (0, S - T))  # (B, S)
+        ids, position = F.pad(input_ids, (0, S - T)), F.pad(positions(attention_mask), (0, S - T))  # (B, S) x 2
         allowed = torch.eye(S, dtype=torch.bool, device=device).repeat(len(ids), 1, 1)  # (B, S, S); no row all False
         allowed[:, :T, :T] |= text[:, None] & torch.ones(T, T, dtype=torch.bool, device=device).tril()
         where = []  # (row, choice, position of the state that predicts the token, token)
@@ -243,33 +214,27 @@ class AdaptedLM(nn.Module):
                 position[b, start:end] = torch.arange(length, length + end - start, device=device)
                 allowed[b, start:end, :T] = text[b]
                 allowed[b, start:end, start:end] = allowed.new_ones(end - start, end - start).tril()
-                states = [last, *range(start, end)]
-                where += [(b, c, state, token) for state, token in zip(states, choice)]
+                where += [(b, c, state, token) for state, token in zip([last, *range(start, end)], choice)]
                 start = end
         with evaluating(self.backbone):
-            hidden = self.hidden(ids, allowed[:, None], position, task_ids, text)  # (B, S, d)
+            given = self.inputs(ids, allowed[:, None], position, task_ids, text)
+            hidden = self.read(given, use_cache=False)[:, self.in_front:]  # (B, S, d)
         rows, columns, states, tokens = torch.tensor(where, device=device).T  # 4 x (answer tokens,)
-        head = self.backbone.get_output_embeddings()
         log_p = torch.cat([  # in slices: (answer tokens, V) would be gigabytes at V = 152,064
-            -F.cross_entropy(head(hidden[rows[part], states[part]]).float(), tokens[part], reduction="none")
-            for part in torch.arange(len(where), device=device).split(1024)
-        ])  # (answer tokens,)
+            -F.cross_entropy(self.backbone.get_output_embeddings()(hidden[rows[part], states[part]]).float(),
+                             tokens[part], reduction="none")
+            for part in torch.arange(len(where), device=device).split(1024)])  # (answer tokens,)
         scores = torch.zeros(len(ids), max(map(len, choices)), device=device)  # (B, C)
         scores.index_put_((rows, columns), log_p, accumulate=True)
         counts = torch.tensor([len(row) for row in choices], device=device)
         return scores.masked_fill(torch.arange(scores.shape[1], device=device) >= counts[:, None], -torch.inf)
 
     def check_window(self, tokens: int) -> None:
-        """Raise UserError if a text and its choices do not fit into the backbone's sliding window, if it has one.
-
-        `score` makes its own mask, and the layers take it as it is: they would look back further than in training.
-        """
+        """UserError for a text longer than the backbone's sliding window, if any: the mask of `score` ignores it."""
         window = getattr(self.backbone.config, "sliding_window", None)
         if window and self.in_front + tokens > window:
-            raise UserError(f"prompt, text and choices take {self.in_front + tokens} tokens, but the backbone's sliding "
-                            f"window is {window}; lower --max-length, or take another --backbone")
-
-    # ------------------------------------------------------------------------------------------ saving and loading
+            raise UserError(f"prompt, text and choices take {self.in_front + tokens} tokens, but the sliding window of "
+                            f"the backbone is {window}; lower --max-length, or take another --backbone")
 
     def adapter_state(self) -> dict[str, Tensor]:
         """All tensors of the adapter by name, none of the backbone's."""
@@ -279,6 +244,10 @@ class AdaptedLM(nn.Module):
     def owns(self, name: str) -> bool:
         """Whether a tensor belongs to the adapter."""
         return not name.startswith("backbone.")
+
+    def diagnose(self) -> dict:
+        """What training logs of the adapter in addition to losses and learning rates."""
+        return {}
 
     def save(self, folder: str | Path) -> None:
         """Write adapter.safetensors (the adapter's tensors alone) and adapter.json (what they mean) into ``folder``."""
@@ -293,28 +262,25 @@ class AdaptedLM(nn.Module):
     def load(cls, folder: str | Path, backbone: PreTrainedModel) -> "AdaptedLM":
         """Read what ``save`` wrote, bit for bit.
 
-        Raises UserError if files are missing or unreadable, or written by another method, if the backbone is not the
-        one the adapter was trained on, or if tensors are missing or of another shape.
+        Raises UserError for files that are missing, broken or of another method, and for another backbone than the
+        adapter was trained on.
         """
-        folder = Path(folder)
         try:
-            about = json.loads((folder / "adapter.json").read_text(encoding="utf-8"))
-            state = load_file(folder / "adapter.safetensors")
-            config, trained_on = TALoRAConfig(**about["config"]), about["backbone"]
+            about = json.loads((Path(folder) / "adapter.json").read_text(encoding="utf-8"))
+            state = load_file(Path(folder) / "adapter.safetensors")
             if about["method"] != cls.method:
                 raise ValueError(f"it is an adapter of method '{about['method']}', not '{cls.method}'")
+            for key, value in describe(backbone).items():
+                if about["backbone"].get(key) != value:
+                    raise ValueError(f"it was trained on a backbone with {key} = {about['backbone'].get(key)}, but this "
+                                     f"one has {value}")
+            model = cls(backbone, about["tasks"], TALoRAConfig(**about["config"]))
+            own, found = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.adapter_state(), state))
+            if own != found:
+                raise ValueError(f"its tensors {sorted(dict(own.items() ^ found.items()))[:3]} do not fit adapter.json")
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"no adapter can be read from '{folder}' ({error}); it should hold adapter.json and "
-                            "adapter.safetensors as written by a training run") from error
-        for key, value in describe(backbone).items():
-            if trained_on.get(key) != value:
-                raise UserError(f"the adapter in '{folder}' was trained on a backbone with {key} = "
-                                f"{trained_on.get(key)}, but this one has {value}; load it with its own backbone")
-        model = cls(backbone, about["tasks"], config)
-        shapes, found = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.adapter_state(), state))
-        if shapes != found:
-            raise UserError(f"the adapter in '{folder}' does not fit its own adapter.json: tensors "
-                            f"{', '.join(sorted(n for n, _ in shapes.items() ^ found.items())[:3])}; use an intact copy")
+            raise UserError(f"the adapter in '{folder}' cannot be used ({error}); give a folder with adapter.json and "
+                            "adapter.safetensors as a training run wrote them, and its backbone") from error
         model.load_state_dict(state, strict=False)  # names and shapes were compared above; the backbone has its own
         return model
 
@@ -322,28 +288,18 @@ class AdaptedLM(nn.Module):
     def device(self) -> torch.device:
         return self.backbone.device
 
-    def diagnose(self) -> dict:
-        """What training logs of the adapter in addition to losses and learning rates."""
-        return {}
-
-    def _use_our_attention(self) -> None:
-        # For good, not for the call: under checkpointing the layers run again in backward, after forward has returned.
-        if self.backbone.config._attn_implementation != self.attention:
-            self.backbone.set_attn_implementation(self.attention)
-
 
 class GatedPrompts(AdaptedLM):
-    """A prompt for each task in every layer, attended to through a gate. Subclasses say what the prompts are."""
+    """A prompt for each task in every layer, attended to through a gate. Subclasses say what the prompts are:
+
+    `prompts(ids)` -> (L, n, P, d), and for the log `cosines()` -> (L, N, N) and `norms()` -> name: (L,).
+    """
 
     def __init__(self, backbone: PreTrainedModel, config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
         super().__init__(backbone, config)
-        shape = backbone.config
-        heads = (shape.num_attention_heads,) if config.gate_per_head else ()
-        self.gate = nn.Parameter(torch.zeros(shape.num_hidden_layers, *heads, device=self.device))  # zero: see gating.py
-
-    def prompts(self, ids: list[int]) -> Tensor:
-        """The prompts of these tasks in every layer, (L, n, P, d)."""
-        raise NotImplementedError
+        L, heads = backbone.config.num_hidden_layers, backbone.config.num_attention_heads
+        shape = (L, heads) if config.gate_per_head else (L,)
+        self.gate = nn.Parameter(torch.zeros(shape, device=self.device))  # the only zero on the path: see gating.py
 
     def prefix(self, task_ids: Tensor, rows: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Keys, values and gate of every layer's prompt for ``rows`` rows; task_ids (B,) -> L x ((B,K,P,h) x 2, gate).
@@ -361,19 +317,9 @@ class GatedPrompts(AdaptedLM):
         return dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                     prefix=self.prefix(task_ids, len(input_ids)))
 
-    def cosines(self) -> Tensor:
-        """Cosines of every two tasks in every layer, (L, N, N): here of their whole prompts."""
-        flat = F.normalize(self.prompts(list(range(len(self.tasks)))).flatten(2), dim=-1)  # (L, N, P d)
-        return flat @ flat.mT
-
-    def norms(self) -> dict[str, Tensor]:
-        """Sizes that training logs, by layer, (L,): here the mean Frobenius norm of the tasks' prompts."""
-        return {"prompt_norms": self.prompts(list(range(len(self.tasks)))).norm(dim=(-2, -1)).mean(1)}
-
     @torch.no_grad()
     def diagnose(self) -> dict:
-        """What training logs of the adapter: tanh g by layer, with its sign (a mean over heads), `norms`, and
-        |cos(A_i, A_j)| of the tasks, a mean over layers."""
+        """By layer tanh g, with its sign (a mean over heads), and `norms`; |cosines| of tasks, a mean over layers."""
         state = {"gates": torch.tanh(self.gate).reshape(len(self.gate), -1).mean(1)}  # (L,)
         if self.tasks:
             state |= self.norms()
@@ -389,14 +335,13 @@ class TALoRA(GatedPrompts):
     reads = ("prompt_length", "rank", "scale", "gate_per_head")
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
-        """Wrap ``backbone``, which is frozen, for the tasks of these names.
-
-        Raises UserError for a backbone of a family that is not supported and for a task named twice.
-        """
+        """Wrap ``backbone``, which is frozen, for the tasks of these names. Raises UserError as `AdaptedLM` does."""
         super().__init__(backbone, config)
         L, P, r = backbone.config.num_hidden_layers, config.prompt_length, config.rank
         self.theta0 = nn.Parameter(random_words(backbone, P))  # (L, P, d)
         self.B = nn.Parameter(torch.randn(L, P, r, device=self.device) * r**-0.5)
+        # Parameters of their own, not rows of one tensor: an optimizer with momentum moves every row of a tensor that
+        # has a gradient, so a task that is absent from a batch would drift.
         self.u, self.v = nn.ParameterList(), nn.ParameterList()
         for task in tasks:
             self.add_task(task)
@@ -404,22 +349,15 @@ class TALoRA(GatedPrompts):
     def add_task(self, name: str) -> int:
         """Add a task with new random factors and return its id; nothing else changes, earlier ids stay valid.
 
-        The factors of a task are parameters of their own, not rows of one big tensor: an optimizer with momentum moves
-        every row of a tensor that has a gradient, so a task that is absent from a batch would drift. u has variance
-        1/r, so that (B u)[p] has variance 1/r as well; v is small but not zero. Raises UserError if the name is taken.
+        u has variance 1/r, so that (B u)[p] has it as well; v is small but not zero. UserError for a taken name.
         """
-        new_id = super().add_task(name)
-        L, _, d = self.theta0.shape
-        r = self.config.rank
+        new_id, r, (L, _, d) = super().add_task(name), self.config.rank, self.theta0.shape
         self.u.append(nn.Parameter(torch.randn(L, r, device=self.device) * r**-0.5))
         self.v.append(nn.Parameter(torch.randn(L, d, device=self.device) * 0.02))
         return new_id
 
     def factors(self, ids: list[int] | None = None) -> tuple[Tensor, Tensor]:
-        """The fast weights of these tasks (all, if None) side by side: u (L, n, r) and v (L, n, d).
-
-        A row for the id NO_TASK is zero: theta0 + s * B 0 = theta0.
-        """
+        """The fast weights of these tasks (all, if None), u (L, n, r) and v (L, n, d); zero for NO_TASK."""
         ids = range(len(self.tasks)) if ids is None else ids
         zero_v = torch.zeros_like(self.theta0[:, 0])  # (L, d)
         zero_u = zero_v[:, :1].expand(-1, self.config.rank)  # (L, r)
@@ -428,7 +366,7 @@ class TALoRA(GatedPrompts):
         return torch.stack(u, 1), torch.stack(v, 1)
 
     def prompts(self, ids: list[int]) -> Tensor:
-        """The prompts of these tasks in every layer, (L, n, P, d); theta0 itself for NO_TASK."""
+        """The prompts of these tasks in every layer, (L, n, P, d); theta0 + s * B 0 = theta0 for NO_TASK."""
         u, v = self.factors(ids)  # (L, n, r), (L, n, d)
         return task_prompt(self.theta0[:, None], self.B[:, None], u, v, self.config.scale)  # Eq. (1)
 
@@ -449,8 +387,7 @@ class TALoRA(GatedPrompts):
 def random_words(backbone: PreTrainedModel, P: int) -> Tensor:
     """A new prompt for every layer that reads like random words, (L, P, d) in fp32.
 
-    A layer's projections expect normed inputs, so the words pass the layer's own norm; raw embeddings are far smaller
-    (paper: open).
+    A layer's projections expect normed inputs, so the words pass the layer's own norm (paper: open).
     """
     layers, words = backbone.model.layers, backbone.get_input_embeddings().weight  # (V, d)
     chosen = torch.randint(len(words), (len(layers), P), device=words.device)  # (L, P)
@@ -474,20 +411,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(before)
 
 
-# ------------------------------------------------------------------------------------------------------- backbones
-
-# What the model computes depends on these entries of its config, whatever the version of transformers.
+# What a model computes depends on these entries of its config, in every version of transformers, and on its weights.
 COMPUTES = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "sliding_window", "rope_parameters")
 
 
 def describe(backbone: PreTrainedModel) -> dict:
-    """What identifies a backbone: its family, its sizes, and a hash of its config and weights.
-
-    By content alone: the same one in another folder is the same, another revision of the same name is another one. Of
-    the weights the first 64 numbers of every tensor count, in bf16, so that the same weights loaded in fp32 and in bf16
-    are the same backbone. Weights on the meta device count as one and the same.
-    """
+    """What identifies a backbone, by content and not by name: its sizes, and a hash of its config and of the first 64
+    weights of every tensor, in bf16, so that the same weights loaded in fp32 and in bf16 are the same backbone."""
     shape = backbone.config.to_dict()
     digest = hashlib.sha256(json.dumps({name: shape.get(name) for name in COMPUTES}, sort_keys=True).encode())
     if backbone.device.type != "meta":
@@ -500,40 +431,28 @@ def load_backbone(path: str | Path = "", dtype: str = "float32",
                   device: torch.device | str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The backbone ``path`` (a folder, a hub name, or "" for the micro-world's own) and its tokenizer.
 
-    dtype: "float32" or "bfloat16". Only data is read: weights as safetensors, never code that a folder brings. They are
-    read into host memory and then moved. Raises UserError for what is not a causal language model of a supported
-    family, for weights that are missing or not finite, and for a tokenizer that does not belong to it.
+    dtype: "float32" or "bfloat16". Only data is read (safetensors, never code), into host memory first. Raises UserError
+    for what is not a causal language model of one of FAMILIES with all its weights and a tokenizer that belongs to it.
     """
+    path = path or Path(__file__).parent / "tasks" / "micro_backbone"
     try:
-        tokenizer = load_tokenizer(path or MICRO_BACKBONE)
+        about = Path(path) / "tokenizer_config.json"
+        declared = json.loads(about.read_text(encoding="utf-8")).get("tokenizer_class") if about.exists() else None
+        # AutoTokenizer would take the word tokenizer of a Qwen2 made from scratch for Qwen's byte-level one.
+        plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")  # its name before and since transformers 5
+        tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(path, trust_remote_code=False)
         backbone, loaded = AutoModelForCausalLM.from_pretrained(
-            path or MICRO_BACKBONE, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
+            path, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
             trust_remote_code=False, output_loading_info=True)
-        if loaded["missing_keys"]:  # transformers would leave them random
-            raise ValueError(f"its weights lack {', '.join(sorted(loaded['missing_keys'])[:3])}")
+        AdaptedLM.check(backbone)
         broken = [name for name, p in backbone.named_parameters() if not p.detach().sum().isfinite()]
-        if broken:
-            raise ValueError(f"its weights are not finite in {', '.join(broken[:3])}")
+        if loaded["missing_keys"] or broken:
+            raise ValueError(f"weights are missing or not finite: {', '.join([*loaded['missing_keys'], *broken][:3])}")
+        if tokenizer.eos_token_id is None or len(tokenizer) > backbone.config.vocab_size:
+            raise ValueError(f"its tokenizer needs an end token (it has {tokenizer.eos_token}) and at most the model's "
+                             f"{backbone.config.vocab_size:,} tokens (it has {len(tokenizer):,})")
     except Exception as error:  # whatever a folder makes transformers raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"'{path}' cannot be loaded as a causal language model ({reason}); --backbone takes a folder "
-                        "with config.json, weights (safetensors) and tokenizer, or its name on the hub") from error
-    AdaptedLM.check(backbone)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of '{path}' has no end token, which ends every answer; set its eos_token")
-    if len(tokenizer) > backbone.config.vocab_size:
-        raise UserError(f"the tokenizer of '{path}' has {len(tokenizer):,} tokens but its model only "
-                        f"{backbone.config.vocab_size:,}; they do not belong together")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"'{path}' cannot be used as a backbone ({reason}); --backbone takes the folder of a causal "
+                        "language model (config.json, safetensors, tokenizer) or its name on the hub") from error
     return backbone.to(device), tokenizer
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a folder or hub name, as the class that its own tokenizer_config.json declares.
-
-    AutoTokenizer goes by the model's type instead, and takes the word tokenizer of a Qwen2 made from scratch for Qwen's
-    byte-level one.
-    """
-    about = Path(path) / "tokenizer_config.json"
-    declared = json.loads(about.read_text(encoding="utf-8")).get("tokenizer_class") if about.exists() else None
-    plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")  # the name before and since transformers 5
-    return (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(path, trust_remote_code=False)

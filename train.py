@@ -14,32 +14,27 @@ learn at different rates:
 
     slow: theta0, B          fast: u_i, v_i, gate                                                       Eq. (5)
 
-A step is a function of its number, so resuming a stage is `range(done, steps)`. Baselines and ablations call `main`
-with another `Method` (experiments/compare.py). In reading order: options, the loop, the stages, the program.
+Baselines and ablations call `main` with another `Method` (experiments/compare.py).
 """
 
 import argparse
-import atexit
 import dataclasses
 import math
 import os
 import shlex
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import transformers
 
 import checkpoint
 import data
 import evaluate
-from checkpoint import RunFailed, Stopped, UserError
+from checkpoint import RunFailed, UserError
 from data import Batch, Encoded
 from lowrank import FORMS
 from model import NO_TASK, AdaptedLM, TALoRA, TALoRAConfig, describe, load_backbone
@@ -47,16 +42,16 @@ from tasks import chinese, micro
 
 # --------------------------------------------------------------------------------------------------------- options
 
-RUN, DATA, METHOD, EVERY = "the run (changes no result)", "data and backbone", "the method", "every stage"
-BASE, MULTITASK, TARGET = "base stage", "multitask stage", "target stage"
+RUN, DATA, METHOD, EVERY, BASE, MULTITASK, TARGET = GROUPS = (
+    "the run (changes no result)", "data and backbone", "the method", "every stage", "base stage", "multitask stage",
+    "target stage")
 
 
 def option(default, group: str, help: str, **how):
-    """A field of Config that becomes an option of the command line; ``how`` goes to argparse."""
-    if not how:
-        how = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)}
-    shown = f" (default: {default})" if default not in ("", ()) else ""
-    return field(default=default, metadata={"group": group, "how": {"help": help + shown, "metavar": None, **how}})
+    """A field of Config and option of the command line; ``how`` goes to argparse."""
+    how = how or ({"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)})
+    help += f" (default: {default})" if default not in ("", ()) else ""
+    return field(default=default, metadata={"group": group, "how": {"help": help, "metavar": None, **how}})
 
 
 @dataclass
@@ -161,9 +156,8 @@ def parse(argv: list[str], method: Method = TALORA) -> Config:
         prog="python train.py", usage="python train.py [--stage STAGE] [OPTION ...]", allow_abbrev=False,
         description=__doc__.partition("\n\nIn every")[0],
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=120))
-    fields = dataclasses.fields(Config)
-    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(f.metadata["group"] for f in fields)}
-    for f in fields:
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    for f in dataclasses.fields(Config):
         groups[f.metadata["group"]].add_argument(flag(f.name), default=None, **f.metadata["how"])
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     for name in {"sources", "targets"} & typed.keys():
@@ -185,36 +179,35 @@ def parse(argv: list[str], method: Method = TALORA) -> Config:
 
 def check(cfg: Config, method: Method = TALORA) -> None:
     """Refuse options that cannot work, before anything is loaded or written; UserError with all of them at once."""
-    may_be_zero = ("seed", "warmup", "tokens_per_batch", "scale", "reg_weight", "weight_decay")
-    numbers = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.type in (int, float)}
-    problems = [f"{flag(name)} is {value}, but must be {'0 or more' if name in may_be_zero else 'above 0'}"
-                for name, value in numbers.items()
-                if not (0 < value < math.inf or value == 0 and name in may_be_zero)]
-    names, there = [*cfg.sources, *cfg.targets], os.path.isdir(cfg.data_root)
-    needs_targets = cfg.stage in ("target", "all")
-    problems += [sentence for wrong, sentence in (
-        (min(cfg.shots) < 0, f"--shots is {min(cfg.shots)}, but must be 0 (all examples) or more"),
+    may_be_zero, problems = ("seed", "warmup", "tokens_per_batch", "scale", "reg_weight", "weight_decay"), []
+    for f in dataclasses.fields(cfg):
+        value, least = getattr(cfg, f.name), "0 or more" if f.name in may_be_zero else "above 0"
+        if f.type in (int, float) and not (0 < value < math.inf or value == 0 and f.name in may_be_zero):
+            problems.append(f"{flag(f.name)} is {value}, but must be {least}")
+    names, data_root = [*cfg.sources, *cfg.targets], f"'{cfg.data_root}'"
+    twice = ", ".join(sorted({name for name in names if names.count(name) > 1}))
+    for wrong, sentence in (
         (issubclass(method.model, TALoRA) and cfg.rank > cfg.prompt_length,
          f"--rank is {cfg.rank}, above --prompt-length {cfg.prompt_length}: B has only that many rows; lower it"),
-        (cfg.data_root and not there,
-         f"--data-root '{cfg.data_root}' is not a folder; it should hold <task>/train.jsonl and test.jsonl"),
-        (there and not cfg.backbone, "--data-root needs --backbone PATH: the micro-world's backbone knows 184 words; "
-         "name a folder or a model on the hub, such as Qwen/Qwen2.5-0.5B"),
+        (cfg.data_root and not os.path.isdir(cfg.data_root),
+         f"--data-root {data_root} is not a folder; it should hold <task>/train.jsonl and test.jsonl"),
+        (cfg.data_root and not cfg.backbone, "--data-root needs --backbone: the micro-world's own knows 184 words; name "
+         "a folder or a model on the hub, such as Qwen/Qwen2.5-0.5B"),
         (cfg.stage not in ("all", *method.learns),
          f"method {method.name} has no stage '{cfg.stage}'; its stages are {', '.join(method.learns)}"),
-        (not cfg.sources, f"no known source is in '{cfg.data_root}'; name the tasks that are there with --sources"),
-        (cfg.sources and cfg.base_task not in cfg.sources,
+        (not cfg.sources, f"no known source is in {data_root}; name the tasks that are there with --sources"),
+        (cfg.stage in ("target", "all") and not cfg.targets,
+         f"no known target is in {data_root}; name the tasks that are there with --targets"),
+        (cfg.base_task not in (*cfg.sources, ""),
          f"--base-task '{cfg.base_task}' is not among the sources {', '.join(cfg.sources)}"),
-        (needs_targets and not cfg.targets,
-         f"no known target is in '{cfg.data_root}'; name the tasks that are there with --targets"),
-        (len(names) > len(set(names)), "a task is named twice, as a source or a target: "
-         f"{', '.join(sorted({n for n in names if names.count(n) > 1}))}; remove one"),
+        (twice, f"{twice}: named twice among sources and targets; remove one"),
         (0 < cfg.tokens_per_batch < cfg.max_length, f"--tokens-per-batch is {cfg.tokens_per_batch}, less than one row "
          f"of --max-length {cfg.max_length}; raise it or lower that"),
         (os.path.isfile(cfg.run), f"--run '{cfg.run}' is a file; name a folder"),
-    ) if wrong]
+    ):
+        problems += [sentence] if wrong else []
     try:
-        torch.empty(1, device=pick_device(cfg.device))
+        torch.empty(1, device=checkpoint.pick_device(cfg.device))
     except (RuntimeError, AssertionError):
         problems.append(f"--device '{cfg.device}' is not available here; use --device cpu, or auto")
     if problems:
@@ -223,11 +216,6 @@ def check(cfg: Config, method: Method = TALORA) -> None:
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def pick_device(device: str) -> str:
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return found if device == "auto" else device
 
 
 # -------------------------------------------------------------------------------------------------------- the loop
@@ -274,7 +262,7 @@ def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list
     Raises RunFailed, before any weight has changed, if the loss or the gradient is not finite.
     """
     learning = [p for group in optimizer.param_groups for p in group["params"]]
-    examples, task_loss = total(sum(len(batch.task_ids) for batch in batches)), torch.zeros((), device=model.device)
+    examples, task_loss = checkpoint.total(sum(len(batch.task_ids) for batch in batches)), torch.zeros((), device=model.device)
     optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW then leaves the factors of absent tasks alone
     for batch in batches:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.autocast):
@@ -282,7 +270,7 @@ def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list
         loss = losses.sum() / examples  # L_PLM: the mean over the examples of the whole step, however it was cut
         loss.backward()
         task_loss += loss.detach()
-    sum_gradients(learning, task_loss)
+    checkpoint.sum_gradients(learning, task_loss)
     reg = model.orthogonality(cfg.regulariser) if regularise else torch.zeros(())  # Eq. (4)
     if reg.requires_grad:
         (cfg.reg_weight * reg).backward()  # Eq. (3)
@@ -298,7 +286,7 @@ def fit(run: "Run", model: AdaptedLM, stage: str, train: dict[str, list[Encoded]
     """The one loop. Keeps the adapter that is best on ``dev`` in best/ and resumes from checkpoint.pt if there is one.
 
     train, dev: encoded rows by task; task_ids: the id that a task's rows are given (NO_TASK: theta0 alone). Raises
-    Stopped after the step in which a signal arrived, RunFailed for numbers that are no longer finite.
+    SystemExit after the step in which a signal arrived, RunFailed for numbers that are no longer finite.
     """
     cfg, method, steps = run.cfg, run.method, getattr(run.cfg, f"{stage}_steps")
     learning = learning_tensors(model, method.learns[stage], list(task_ids.values()))
@@ -307,7 +295,7 @@ def fit(run: "Run", model: AdaptedLM, stage: str, train: dict[str, list[Encoded]
     for name in learning:
         if stage == "multitask" and method.fresh_gates and name.startswith("gate"):
             torch.nn.init.zeros_(model.get_parameter(name))  # zero-init attention warms up again (paper: open)
-    same_start(model)
+    checkpoint.broadcast(list(model.adapter_state().values()))
     run.log(describe_learning(model, learning, cfg))
     now = checkpoint.load_checkpoint(folder, model.adapter_state(), optimizer) or {
         "step": 0, "best": [-1.0, -math.inf], "seconds": 0.0, "tokens": 0, "history": [{"step": 0, **model.diagnose()}]}
@@ -317,10 +305,10 @@ def fit(run: "Run", model: AdaptedLM, stage: str, train: dict[str, list[Encoded]
         for step in range(now["step"], steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial"] * rate_factor(step, steps, cfg.warmup)
-            rows = batches[step]  # micro-batches; of each one this process reads its share
-            parts = [data.collate(part, [task_ids[row.task] for row in part]) for part in map(own_rows, rows) if part]
-            measured = train_step(model, optimizer, [part.to(model.device) for part in parts], cfg,
-                                  regularise=stage == "multitask" and method.regularised)
+            rows = batches[step]  # a list of micro-batches
+            parts = [data.collate(own, [task_ids[row.task] for row in own]).to(model.device)
+                     for part in rows if (own := part[checkpoint.RANK :: checkpoint.PROCESSES])]
+            measured = train_step(model, optimizer, parts, cfg, stage == "multitask" and method.regularised)
 
             done, better = step + 1, False
             now.update(step=done, tokens=now["tokens"] + sum(len(row) for part in rows for row in part),
@@ -336,31 +324,30 @@ def fit(run: "Run", model: AdaptedLM, stage: str, train: dict[str, list[Encoded]
                 if better:
                     now["best"] = [accuracy, -loss]
                     model.save(folder / "best")
-            stop = total(len(caught))  # all processes stop after the same step, or none
+            stop = checkpoint.total(len(caught))  # all processes stop after the same step, or none
             if done % cfg.save_every == 0 or better or done == steps or stop:
                 checkpoint.save_checkpoint(folder, model.adapter_state(), optimizer, now)
             if stop:
-                raise Stopped(caught[0] if caught else 15)
+                run.log("stopped; everything is saved: repeat the command to resume")
+                raise SystemExit(128 + (caught or [15])[0])
 
 
 def describe_learning(model: AdaptedLM, learning: dict[str, str], cfg: Config) -> str:
-    """A table of what learns (shape, parameters, learning rate); the tensors of a list share a line."""
+    """A table of what learns; the tensors of a list share a line."""
     lines = [f"{'learns':12} {'shape':>16} {'parameters':>12}  learning rate"]
     for kind in dict.fromkeys(name.partition(".")[0] for name in learning):
         names = [name for name in learning if name.partition(".")[0] == kind]
         shape, rate = "x".join(map(str, model.get_parameter(names[0]).shape)), learning[names[0]]
         lines.append(f"{kind:12} {f'{len(names)} x {shape}' if len(names) > 1 else shape:>16} "
                      f"{count(model, names):>12,}  {rate} {getattr(cfg, f'{rate}_rate'):.1e}")
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return "\n".join([*lines, f"{'in all':12} {count(model, learning):>29,}", f"{'frozen':12} {frozen:>29,}"])
+    return "\n".join([*lines, f"{'in all':12} {count(model, learning):>29,}"])
 
 
 def describe_progress(stage: str, steps: int, now: dict) -> str:
     row, done = now["history"][-1], now["step"]
-    gates = [f"|tanh g| {sum(map(abs, row['gates'])) / len(row['gates']):.3f}"] if "gates" in row else []
     left = int(now["seconds"] / done * (steps - done))
     return "  ".join([f"{stage:9} {done:>5}/{steps}  loss {row['loss']:.4f}  reg {row['reg']:.5f}",
-                      *(f"{name} {rate:.1e}" for name, rate in row["learning_rates"].items()), *gates,
+                      *(f"{name} {rate:.1e}" for name, rate in row["learning_rates"].items()),
                       f"{now['tokens'] / now['seconds']:,.0f} tok/s  ETA {left // 60}:{left % 60:02d}"])
 
 
@@ -465,61 +452,7 @@ def finish(run: Run, folder: Path, results: dict, ids: dict[str, int] | None = N
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-# ------------------------------------------------------- several GPUs: torchrun --nproc-per-node N -- train.py ...
-# Every process holds the whole model and reads its share of each step's rows; one exchange a step adds up the
-# gradients. DistributedDataParallel expects the same parameters to be used everywhere; here a process may have no row
-# of some task, and a task that no process has must keep a gradient of None, so that AdamW leaves it alone.
-
-def start_processes(cfg: Config) -> None:
-    """Join the processes that torchrun started. All but the first work on a copy of the run's folder and are silent."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        cuda = pick_device(cfg.device).startswith("cuda")
-        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
-        if cuda:
-            torch.cuda.set_device(cfg.device)
-        dist.init_process_group("nccl" if cuda else "gloo")
-        atexit.register(dist.destroy_process_group)
-        if dist.get_rank() > 0:
-            sys.stdout, own = open(os.devnull, "w"), tempfile.mkdtemp()
-            atexit.register(shutil.rmtree, own)
-            if os.path.isdir(cfg.run):
-                shutil.copytree(cfg.run, own, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".lock"))
-            cfg.run = own
-        dist.barrier()
-
-
-def own_rows(rows: list) -> list:
-    return rows[dist.get_rank()::dist.get_world_size()] if dist.is_initialized() else rows
-
-
-def same_start(model: AdaptedLM) -> None:
-    for tensor in model.adapter_state().values() if dist.is_initialized() else ():
-        dist.broadcast(tensor, 0)
-
-
-def total(number: int) -> int:
-    numbers = [number]
-    if dist.is_initialized():
-        dist.all_gather_object(numbers := [0] * dist.get_world_size(), number)
-    return sum(numbers)
-
-
-def sum_gradients(learning: list[torch.nn.Parameter], loss: torch.Tensor) -> None:
-    """Replace loss and gradients by their sums over all processes; a gradient that no process has stays None."""
-    if dist.is_initialized():
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in learning]
-        has = loss.new_tensor([p.grad is not None for p in learning])
-        dist.all_reduce(summed := torch.cat([loss.reshape(1), has, *(g.flatten() for g in grads)]))
-        loss_, users, *grads = summed.split([1, len(has), *(p.numel() for p in learning)])
-        loss.copy_(loss_[0])
-        for p, used, grad in zip(learning, users.tolist(), grads):
-            p.grad = grad.view_as(p) if used else None
-
-
 # ----------------------------------------------------------------------------------------------------- the program
-
-STAGES = {"base": train_base, "multitask": train_multitask, "target": train_target}
-
 
 def plan(cfg: Config, method: Method) -> list[tuple[str, str, int]]:
     """The stages that --stage asks for, after those they build on: (stage, task, shots)."""
@@ -530,17 +463,19 @@ def plan(cfg: Config, method: Method) -> list[tuple[str, str, int]]:
     return [job for stage in stages[: stages.index(last) + 1] for job in jobs[stage]]
 
 
-def options_of(cfg: Config, stage: str) -> dict:
+def options_of(cfg: Config, method: Method, stage: str) -> dict:
     """The options that decide what comes out of a stage: those of its own group and of the groups before it."""
-    groups = (DATA, METHOD, EVERY, BASE, MULTITASK, TARGET)[: 4 + list(STAGES).index(stage)]
-    return {f.name: list(value) if isinstance(value := getattr(cfg, f.name), tuple) else value
-            for f in dataclasses.fields(cfg) if f.metadata["group"] in groups and f.name not in ("targets", "shots")}
+    groups = GROUPS[1 : GROUPS.index(f"{stage} stage") + 1]
+    options = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.metadata["group"] in groups}
+    return {"method": method.name, **options, "sources": list(cfg.sources), "targets": None, "shots": None}
 
 
 def load(run: Run, jobs: list[tuple[str, str, int]]) -> None:
     """Load the backbone and all rows that the jobs need, as tokens: whatever cannot be used shows now."""
     cfg = run.cfg
-    run.backbone, run.tokenizer = load_backbone(cfg.backbone, cfg.dtype, pick_device(cfg.device))
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    run.backbone, run.tokenizer = load_backbone(cfg.backbone, cfg.dtype, checkpoint.pick_device(cfg.device))
     run.method.model.check(run.backbone)
     if cfg.checkpointing:
         run.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -584,38 +519,32 @@ def encode_task(task: str, run: Run) -> tuple[dict[str, list[Encoded]], list[str
     return rows, notes + splits.report["notes"]
 
 
-def made_of(run: Run, job: tuple[str, str, int]) -> dict:
-    """Everything that decides what comes out of a stage, as its stage.json holds it."""
-    stage, task, _ = job
-    rows = {f"rows of {name}": data.rows_hash([row for split in run.rows[name].values() for row in split])
-            for name in ([task] if task else run.cfg.sources)}
-    return {"method": run.method.name, **options_of(run.cfg, stage), "backbone": describe(run.backbone)["hash"], **rows}
-
-
 def main(argv: list[str], method: Method = TALORA, command: str = "python train.py") -> None:
     """Run whatever of the stages asked for is not finished; everything is checked before anything is written."""
     cfg = parse(argv, method)
     check(cfg, method)
-    start_processes(cfg)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    run, jobs, folder = Run(cfg, method, f"{command} {shlex.join(argv)}"), plan(cfg, method), Path(cfg.run)
+    cfg.device, cfg.run = checkpoint.join_processes(cfg.device, cfg.run)
+    run, jobs, made_of = Run(cfg, method, f"{command} {shlex.join(argv)}"), plan(cfg, method), {}
     for job in jobs:
-        checkpoint.same_run(run.folder(*job), {"method": method.name, **options_of(cfg, job[0])})
+        made_of[job] = options_of(cfg, method, job[0])
+        checkpoint.same_run(run.folder(*job), made_of[job])
     todo = [job for job in jobs if not (run.folder(*job) / "results.json").exists()]
     load(run, todo)
-    made = {job: made_of(run, job) for job in todo}
     for job in todo:
-        checkpoint.same_run(run.folder(*job), made[job])
-    with checkpoint.lock(folder):
-        run.log = checkpoint.open_log(folder)
-        checkpoint.write_json(folder / "options.json", {**dataclasses.asdict(cfg), "method": method.name})
+        made_of[job] |= {"backbone": describe(run.backbone)["hash"], **{
+            f"rows of {task}": data.rows_hash([row for split in run.rows[task].values() for row in split])
+            for task in ([job[1]] if job[1] else cfg.sources)}}
+        checkpoint.same_run(run.folder(*job), made_of[job])
+    with checkpoint.lock(Path(cfg.run)):
+        run.log = checkpoint.open_log(Path(cfg.run))
+        checkpoint.write_json(Path(cfg.run) / "options.json", {**dataclasses.asdict(cfg), "method": method.name})
         for job in todo:
-            run.log(f"\n== {' '.join(map(str, filter(None, job)))}: results go to {run.folder(*job)}/")
-            run.folder(*job).mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(run.folder(*job) / "stage.json", made[job])
-            STAGES[job[0]](run, run.folder(*job), *job[1:])
-        evaluate.report(folder, run.log)
+            folder = run.folder(*job)
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(folder / "stage.json", made_of[job])
+            run.log(f"\n== {job[0]} {job[1]}: results go to {folder}/")
+            {"base": train_base, "multitask": train_multitask, "target": train_target}[job[0]](run, folder, *job[1:])
+        evaluate.report(Path(cfg.run), run.log)
 
 
 if __name__ == "__main__":
