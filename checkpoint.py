@@ -58,6 +58,8 @@ class Parser(argparse.ArgumentParser):
 
 def run_program(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a program's main and return its exit code; errors become one line on stderr, with --debug a traceback."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         main([word for word in argv if word != "--debug"])
         return 0

@@ -272,8 +272,8 @@ class AdaptedLM(nn.Module):
                 raise ValueError(f"it is an adapter of method '{about['method']}', not '{cls.method}'")
             for key, value in describe(backbone).items():
                 if about["backbone"].get(key) != value:
-                    raise ValueError(f"it was trained on a backbone with {key} = {about['backbone'].get(key)}, but this "
-                                     f"one has {value}")
+                    raise ValueError(f"it was trained on a backbone with {key} = {about['backbone'].get(key)}, but "
+                                     f"this one has {value}")
             model = cls(backbone, about["tasks"], TALoRAConfig(**about["config"]))
             own, found = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.adapter_state(), state))
             if own != found:
@@ -431,8 +431,8 @@ def load_backbone(path: str | Path = "", dtype: str = "float32",
                   device: torch.device | str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The backbone ``path`` (a folder, a hub name, or "" for the micro-world's own) and its tokenizer.
 
-    dtype: "float32" or "bfloat16". Only data is read (safetensors, never code), into host memory first. Raises UserError
-    for what is not a causal language model of one of FAMILIES with all its weights and a tokenizer that belongs to it.
+    dtype: "float32" or "bfloat16". Only data is read (safetensors, never code), into host memory first. UserError for
+    what is not a causal language model of one of FAMILIES with all its weights and a tokenizer that belongs to it.
     """
     path = path or Path(__file__).parent / "tasks" / "micro_backbone"
     try:

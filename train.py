@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 
 import checkpoint
 import data
@@ -191,8 +190,8 @@ def check(cfg: Config, method: Method = TALORA) -> None:
          f"--rank is {cfg.rank}, above --prompt-length {cfg.prompt_length}: B has only that many rows; lower it"),
         (cfg.data_root and not os.path.isdir(cfg.data_root),
          f"--data-root {data_root} is not a folder; it should hold <task>/train.jsonl and test.jsonl"),
-        (cfg.data_root and not cfg.backbone, "--data-root needs --backbone: the micro-world's own knows 184 words; name "
-         "a folder or a model on the hub, such as Qwen/Qwen2.5-0.5B"),
+        (cfg.data_root and not cfg.backbone, "--data-root needs --backbone: the micro-world's own knows 184 words; "
+         "name a folder or a model on the hub, such as Qwen/Qwen2.5-0.5B"),
         (cfg.stage not in ("all", *method.learns),
          f"method {method.name} has no stage '{cfg.stage}'; its stages are {', '.join(method.learns)}"),
         (not cfg.sources, f"no known source is in {data_root}; name the tasks that are there with --sources"),
@@ -262,7 +261,8 @@ def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list
     Raises RunFailed, before any weight has changed, if the loss or the gradient is not finite.
     """
     learning = [p for group in optimizer.param_groups for p in group["params"]]
-    examples, task_loss = checkpoint.total(sum(len(batch.task_ids) for batch in batches)), torch.zeros((), device=model.device)
+    examples = checkpoint.total(sum(len(batch.task_ids) for batch in batches))  # over all processes
+    task_loss = torch.zeros((), device=model.device)
     optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW then leaves the factors of absent tasks alone
     for batch in batches:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.autocast):
@@ -276,7 +276,7 @@ def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list
         (cfg.reg_weight * reg).backward()  # Eq. (3)
     norm = torch.nn.utils.clip_grad_norm_(learning, cfg.clip)
     if not torch.isfinite(task_loss + norm):
-        raise RunFailed(f"loss {task_loss:.3g}, gradient norm {norm:.3g}: no weight was changed; lower the learning rates")
+        raise RunFailed(f"loss {task_loss:.3g}, gradient norm {norm:.3g}: no weight was changed; lower the rates")
     optimizer.step()
     return {"loss": task_loss.item(), "reg": reg.item(), "grad_norm": norm.item()}
 
@@ -357,45 +357,50 @@ def count(model: AdaptedLM, names) -> int:
 
 # ------------------------------------------------------------------------------------------------------ the stages
 
-@dataclass
 class Run:
-    """What the stages share. A stage is (name, task, shots): a target task has a folder for each number of examples."""
+    """What the stages share: options, the backbone, and the rows of every task as tokens."""
 
-    cfg: Config
-    method: Method
-    command: str
-    log: Callable[[str], None] = print
-    backbone: transformers.PreTrainedModel | None = None
-    tokenizer: transformers.PreTrainedTokenizerBase | None = None
-    rows: dict[str, dict[str, list[Encoded]]] = field(default_factory=dict)  # task -> split -> rows
-    references: dict[str, dict] = field(default_factory=dict)  # task -> column -> scores
-
-    def folder(self, stage: str, task: str = "", shots: int = 0) -> Path:
-        name = f"{task}-{shots}-shot" if shots else f"{task}-full"
-        return Path(self.cfg.run) / stage / (name if stage == "target" else "")
+    def __init__(self, cfg: Config, method: Method, command: str, tasks: list[str]):
+        """Load all that ``tasks`` need, so that whatever cannot be used shows now and not after hours."""
+        self.cfg, self.method, self.command, self.log = cfg, method, command, print
+        self.backbone, self.tokenizer = load_backbone(cfg.backbone, cfg.dtype, checkpoint.pick_device(cfg.device))
+        method.model.check(self.backbone)
+        if cfg.checkpointing:
+            self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.rows = {task: encode_task(task, self.tokenizer, cfg) for task in tasks}  # task -> split -> rows
+        self.references = {}  # task -> column -> scores
 
     def new_model(self, tasks: list[str]) -> AdaptedLM:
-        return self.method.model(self.backbone, tasks, TALoRAConfig(
-            self.cfg.prompt_length, self.cfg.rank, self.cfg.scale, self.cfg.gate_per_head))
+        cfg = self.cfg
+        sizes = TALoRAConfig(cfg.prompt_length, cfg.rank, cfg.scale, cfg.gate_per_head)
+        return self.method.model(self.backbone, tasks, sizes)
 
     def load(self, folder: Path) -> AdaptedLM:
         return self.method.model.load(folder / "best", self.backbone)
 
 
+def folder_of(cfg: Config, stage: str, task: str = "", shots: int = 0) -> Path:
+    """Of a stage; a target task has one for each number of examples."""
+    name = f"{task}-{shots}-shot" if shots else f"{task}-full"
+    return Path(cfg.run) / stage / (name if stage == "target" else "")
+
+
 def train_base(run: Run, folder: Path, task: str, shots: int) -> None:
     """theta0 and the gates of a new adapter, on one source task."""
     torch.manual_seed(10 * run.cfg.seed + 1)
-    fit(run, run.new_model(list(run.cfg.sources)), "base", {task: run.rows[task]["train"]},
-        {task: run.rows[task]["dev"]}, {task: NO_TASK}, folder)
-    finish(run, folder, {"stage": "base", "tasks": [task]})
+    model, rows = run.new_model(list(run.cfg.sources)), run.rows[task]
+    fit(run, model, "base", {task: rows["train"]}, {task: rows["dev"]}, {task: NO_TASK}, folder)
+    finish(run, folder, {"stage": "base", "task": task}, {})
 
 
 def train_multitask(run: Run, folder: Path, task: str, shots: int) -> None:
     """All source tasks at once, from what the base stage left; then each one on its test rows."""
     method, sources = run.method, list(run.cfg.sources)
     torch.manual_seed(10 * run.cfg.seed + 2)
-    model = (run.load(run.folder("base")) if "base" in method.learns else
-             run.new_model(sources if method.per_task else [ALL_TASKS]))
+    if "base" in method.learns:
+        model = run.load(folder_of(run.cfg, "base"))
+    else:
+        model = run.new_model(sources if method.per_task else [ALL_TASKS])
     ids = {task: i if method.per_task else 0 for i, task in enumerate(sources)}
     train, dev = ({task: run.rows[task][split] for task in sources} for split in ("train", "dev"))
     fit(run, model, "multitask", train, dev, ids, folder)
@@ -404,21 +409,20 @@ def train_multitask(run: Run, folder: Path, task: str, shots: int) -> None:
 
 def train_target(run: Run, folder: Path, task: str, shots: int) -> None:
     """One target task, from k examples or all of them; everything that tasks share is frozen."""
-    cfg, method, train, dev = run.cfg, run.method, run.rows[task]["train"], run.rows[task]["dev"]
-    torch.manual_seed(cfg.seed)
+    cfg, method, rows, task_id, start, columns = run.cfg, run.method, run.rows[task], 0, "", {}
     if shots:
         pool = data.load_task(task, "train", cfg.data_root or None)
         few, held = data.k_shot(pool, shots, cfg.seed)
-        train, dev = (encode_all(rows, run, keep) for rows, keep in ((few, True), (held, False)))
+        rows = {"train": encode_all(few, run.tokenizer, cfg, True), "dev": encode_all(held, run.tokenizer, cfg, False)}
         checkpoint.write_json(folder / "shots.json", data.shots_record(pool, shots, cfg.seed))
-    model = run.load(run.folder("multitask")) if "multitask" in method.learns else run.new_model([task])
-    task_id, start, columns = 0, "", {}
+    torch.manual_seed(cfg.seed)
+    model = run.load(folder_of(cfg, "multitask")) if "multitask" in method.learns else run.new_model([task])
     if isinstance(model, TALoRA):
         columns["theta0 (k = 0)"] = evaluate.score_rows(model, run.tokenizer, task, NO_TASK, cfg)
     if method.per_task:
-        task_id, start = nearest_start(model, task, train, cfg)
+        task_id, start = nearest_start(model, task, rows["train"], cfg)
         run.log(f"starts from {start} (of the sources the one with the lowest loss on its examples)")
-    fit(run, model, "target", {task: train}, {task: dev}, {task: task_id}, folder)
+    fit(run, model, "target", {task: rows["train"]}, {task: rows["dev"]}, {task: task_id}, folder)
     finish(run, folder, {"stage": "target", "task": task, "shots": shots, "start": start}, {task: task_id}, columns)
 
 
@@ -433,17 +437,15 @@ def nearest_start(model: AdaptedLM, task: str, rows: list[Encoded], cfg: Config)
     return new, model.tasks[nearest]
 
 
-def finish(run: Run, folder: Path, results: dict, ids: dict[str, int] | None = None,
-           columns: dict | None = None) -> None:
+def finish(run: Run, folder: Path, results: dict, ids: dict[str, int], columns: dict | None = None) -> None:
     """Answer the test rows of the tasks in ``ids``, draw the stage and write results.json: the stage is finished."""
-    cfg, method, stage, scores = run.cfg, run.method, results["stage"], {}
-    model = run.load(folder)
-    for task, task_id in (ids or {}).items():
+    cfg, method, model, scores = run.cfg, run.method, run.load(folder), {}
+    for task, task_id in ids.items():
         if task not in run.references:
             run.references[task] = evaluate.references(run.backbone, run.tokenizer, task, cfg)
         own = evaluate.score_rows(model, run.tokenizer, task, task_id, cfg)
         scores[task] = run.references[task] | (columns or {}) | {method.name: own}
-    learning = learning_tensors(model, method.learns[stage], list((ids or {}).values()))
+    learning = learning_tensors(model, method.learns[results["stage"]], list(ids.values()))
     if cfg.pictures:
         evaluate.draw_run(folder)
     checkpoint.write_json(folder / "results.json", {
@@ -470,53 +472,38 @@ def options_of(cfg: Config, method: Method, stage: str) -> dict:
     return {"method": method.name, **options, "sources": list(cfg.sources), "targets": None, "shots": None}
 
 
-def load(run: Run, jobs: list[tuple[str, str, int]]) -> None:
-    """Load the backbone and all rows that the jobs need, as tokens: whatever cannot be used shows now."""
-    cfg = run.cfg
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    run.backbone, run.tokenizer = load_backbone(cfg.backbone, cfg.dtype, checkpoint.pick_device(cfg.device))
-    run.method.model.check(run.backbone)
-    if cfg.checkpointing:
-        run.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    tasks = {name for stage, task, _ in jobs for name in ([task] if task else cfg.sources)}
-    for task in (name for name in (*cfg.sources, *cfg.targets) if name in tasks):
-        run.rows[task], notes = encode_task(task, run)
-        if notes:
-            print(f"{task}: {'; '.join(notes)}")
-
-
-def encode_all(examples: list[data.Example], run: Run, keep_answer: bool) -> list[Encoded]:
+def encode_all(examples: list[data.Example], tokenizer, cfg: Config, keep_answer: bool) -> list[Encoded]:
     """Tokens of examples; keep_answer=False shortens a long passage as a test does, without knowing the answer."""
     rows = evaluate.progress(examples, "tokenising")
-    return [data.encode(row, run.tokenizer, run.cfg.max_length, keep_answer) for row in rows]
+    return [data.encode(row, tokenizer, cfg.max_length, keep_answer) for row in rows]
 
 
-def encode_task(task: str, run: Run) -> tuple[dict[str, list[Encoded]], list[str]]:
-    """All rows of a task as tokens, and what to say of them before training.
+def encode_task(task: str, tokenizer, cfg: Config) -> dict[str, list[Encoded]]:
+    """All rows of a task as tokens: train, dev, test, rewritten. Prints what was dropped.
 
     Raises UserError for a row that does not fit, for too few rows for --shots, for train rows that all have the same
     answer, and for test answers that are all longer than --max-new-tokens.
     """
-    cfg, splits = run.cfg, data.load_splits(task, run.cfg.data_root or None)
+    splits, tests = data.load_splits(task, cfg.data_root or None), evaluate.test_rows(task, cfg)
     notes = [f"{n} {split} rows: {why}" for split, by in splits.report["dropped"].items() for why, n in by.items()]
     if splits.train[0].choices and len({row.answer for row in splits.train}) == 1:
-        raise UserError(f"all {len(splits.train)} train rows of {task} have the answer '{splits.train[0].answer}': there "
-                        "is nothing to tell apart; add rows with another answer, or leave the task out")
+        raise UserError(f"all {len(splits.train)} train rows of {task} have the answer '{splits.train[0].answer}': "
+                        "there is nothing to tell apart; add rows with another answer, or leave the task out")
     for shots in cfg.shots if task in cfg.targets else ():
         data.k_shot(splits.train, shots, cfg.seed)
-    tests = evaluate.test_rows(task, cfg)
-    rows = {"train": encode_all(splits.train, run, True), "dev": encode_all(splits.dev[: cfg.dev_rows], run, False),
-            "test": encode_all(tests["plain"], run, False)}
-    encode_all(tests["rewritten"], run, False)
-    too_long = [all(len(data.answer_ids(run.tokenizer, text)) - 1 > cfg.max_new_tokens
+    too_long = [all(len(data.answer_ids(tokenizer, text)) - 1 > cfg.max_new_tokens
                     for text in row.references or (row.answer,)) for row in tests["plain"] if not row.choices]
     if any(too_long):
         notes.append(f"{sum(too_long)} of {len(tests['plain'])} test answers are longer than --max-new-tokens "
                      f"{cfg.max_new_tokens} and can never be given in full; raise it")
         if all(too_long):
             raise UserError(f"{task}: {notes[-1]}")
-    return rows, notes + splits.report["notes"]
+    if notes + splits.report["notes"]:
+        print(f"{task}: {'; '.join(notes + splits.report['notes'])}")
+    return {"train": encode_all(splits.train, tokenizer, cfg, True),
+            "dev": encode_all(splits.dev[: cfg.dev_rows], tokenizer, cfg, False),
+            "test": encode_all(tests["plain"], tokenizer, cfg, False),
+            "rewritten": encode_all(tests["rewritten"], tokenizer, cfg, False)}
 
 
 def main(argv: list[str], method: Method = TALORA, command: str = "python train.py") -> None:
@@ -524,27 +511,27 @@ def main(argv: list[str], method: Method = TALORA, command: str = "python train.
     cfg = parse(argv, method)
     check(cfg, method)
     cfg.device, cfg.run = checkpoint.join_processes(cfg.device, cfg.run)
-    run, jobs, made_of = Run(cfg, method, f"{command} {shlex.join(argv)}"), plan(cfg, method), {}
-    for job in jobs:
-        made_of[job] = options_of(cfg, method, job[0])
-        checkpoint.same_run(run.folder(*job), made_of[job])
-    todo = [job for job in jobs if not (run.folder(*job) / "results.json").exists()]
-    load(run, todo)
+    made_of = {job: options_of(cfg, method, job[0]) for job in plan(cfg, method)}  # (stage, task, shots) -> stage.json
+    for job in made_of:
+        checkpoint.same_run(folder_of(cfg, *job), made_of[job])
+    todo = [job for job in made_of if not (folder_of(cfg, *job) / "results.json").exists()]
+    needed = dict.fromkeys(name for _, task, _ in todo for name in ([task] if task else cfg.sources))
+    run = Run(cfg, method, f"{command} {shlex.join(argv)}", list(needed)) if todo else None
     for job in todo:
-        made_of[job] |= {"backbone": describe(run.backbone)["hash"], **{
-            f"rows of {task}": data.rows_hash([row for split in run.rows[task].values() for row in split])
-            for task in ([job[1]] if job[1] else cfg.sources)}}
-        checkpoint.same_run(run.folder(*job), made_of[job])
+        made_of[job] |= {"backbone": describe(run.backbone)["hash"]} | {
+            f"rows of {name}": data.rows_hash([row for split in run.rows[name].values() for row in split])
+            for name in ([job[1]] if job[1] else cfg.sources)}
+        checkpoint.same_run(folder_of(cfg, *job), made_of[job])
     with checkpoint.lock(Path(cfg.run)):
-        run.log = checkpoint.open_log(Path(cfg.run))
+        log = checkpoint.open_log(Path(cfg.run))
         checkpoint.write_json(Path(cfg.run) / "options.json", {**dataclasses.asdict(cfg), "method": method.name})
         for job in todo:
-            folder = run.folder(*job)
+            run.log, folder = log, folder_of(cfg, *job)
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(folder / "stage.json", made_of[job])
-            run.log(f"\n== {job[0]} {job[1]}: results go to {folder}/")
+            log(f"\n== {job[0]} {job[1]}: results go to {folder}/")
             {"base": train_base, "multitask": train_multitask, "target": train_target}[job[0]](run, folder, *job[1:])
-        evaluate.report(Path(cfg.run), run.log)
+        evaluate.report(Path(cfg.run), log)
 
 
 if __name__ == "__main__":
