@@ -42,15 +42,17 @@ from tasks import chinese, micro
 # --------------------------------------------------------------------------------------------------------- options
 
 RUN, DATA, METHOD, EVERY, BASE, MULTITASK, TARGET = GROUPS = (
-    "the run (changes no result)", "data and backbone", "the method", "every stage", "base stage", "multitask stage",
+    "the run", "data and backbone", "the method", "every stage", "base stage", "multitask stage",
     "target stage")
 
 
 def option(default, group: str, help: str, **how):
     """A field of Config and option of the command line; ``how`` goes to argparse."""
-    how = how or ({"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {"type": type(default)})
-    help += f" (default: {default})" if default not in ("", ()) else ""
-    return field(default=default, metadata={"group": group, "how": {"help": help, "metavar": None, **how}})
+    metavar = {int: "N", float: "X", str: "NAME"}.get(type(default))
+    if not how:
+        how = {"type": type(default), "metavar": metavar} if metavar else {"action": argparse.BooleanOptionalAction}
+    help += f" (default: {default})" if default not in ("", (), (0,)) else ""
+    return field(default=default, metadata={"group": group, "how": {"help": help, **how}})
 
 
 @dataclass
@@ -84,7 +86,7 @@ class Config:
     gate_per_head: bool = option(False, METHOD, "one gate per head instead of one per layer [paper: per layer]")
 
     tokens_per_batch: int = option(0, EVERY, "padded tokens of a pass at most; a step adds up several (0: no limit)")
-    warmup: int = option(20, EVERY, "steps over which learning rates rise from 0; then they fall linearly to 0")
+    warmup: int = option(20, EVERY, "steps in which learning rates rise from 0; then they fall to 0")
     weight_decay: float = option(0.0, EVERY, "AdamW's weight decay; never applied to gates")
     clip: float = option(1.0, EVERY, "gradient norm at most")
     eval_every: int = option(100, EVERY, "steps between two evaluations on development rows")
@@ -103,7 +105,8 @@ class Config:
     mixing: str = option("uniform", MULTITASK, "of tasks in a step [paper: open]", choices=("uniform", "proportional"))
 
     targets: tuple[str, ...] = option((), TARGET, "target tasks [paper: 8]", nargs="+", metavar="TASK")
-    shots: tuple[int, ...] = option((0,), TARGET, "examples of a target, 0: all; or several", nargs="+", type=int)
+    shots: tuple[int, ...] = option((0,), TARGET, "examples of a target; several: one after another (default: 0 = all)",
+                                    nargs="+", type=int, metavar="K")
     target_rate: float = option(0.08, TARGET, "learning rate of u, v [paper: open]")
     target_steps: int = option(120, TARGET, "steps for each target task [paper: open]")
     target_batch: int = option(8, TARGET, "examples of a step")
@@ -154,7 +157,7 @@ def parse(argv: list[str], method: Method = TALORA) -> Config:
     parser = checkpoint.Parser(
         prog="python train.py", usage="python train.py [--stage STAGE] [OPTION ...]", allow_abbrev=False,
         description=__doc__.partition("\n\nIn every")[0],
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=27, width=120))
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120))
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     for f in dataclasses.fields(Config):
         groups[f.metadata["group"]].add_argument(flag(f.name), default=None, **f.metadata["how"])
@@ -346,7 +349,9 @@ def describe_learning(model: AdaptedLM, learning: dict[str, str], cfg: Config) -
 def describe_progress(stage: str, steps: int, now: dict) -> str:
     row, done = now["history"][-1], now["step"]
     left = int(now["seconds"] / done * (steps - done))
-    return "  ".join([f"{stage:9} {done:>5}/{steps}  loss {row['loss']:.4f}  reg {row['reg']:.5f}",
+    return "  ".join([f"{stage:9} {done:>5}/{steps}  loss {row['loss']:.4f}",
+                      *([f"reg {row['reg']:.5f}"] if row["reg"] else []),
+                      *([f"|tanh g| {sum(map(abs, row['gates'])) / len(row['gates']):.3f}"] if "gates" in row else []),
                       *(f"{name} {rate:.1e}" for name, rate in row["learning_rates"].items()),
                       f"{now['tokens'] / now['seconds']:,.0f} tok/s  ETA {left // 60}:{left % 60:02d}"])
 
