@@ -1,292 +1,244 @@
-"""Predictions, development scores, tables and pictures (the metrics themselves: test_metrics.py)."""
+"""Predictions, development scores, references, tables, pictures, and a finished run (the metrics: test_metrics.py)."""
 
-import dataclasses
 import json
 import math
 import re
-import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import data
 import evaluate
-import figures
-import toy
-from config import parse
+from checkpoint import UserError
 from data import Example
-from model import NO_TASK, TALoRA, TALoRAConfig
+from model import NO_TASK, TALoRA, TALoRAConfig, load_backbone
+from tasks import micro
 
-TOKENIZER = toy.tokenizer()
+TOKENIZER = micro.tokenizer()
+CFG = SimpleNamespace(max_length=64, max_new_tokens=5, eval_tokens=8192, data_root="", seed=0, references=True)
+TASKS = ("toy-amazon", "toy-cote_mfw", "toy-c3")
 
 
 @pytest.fixture
 def model(tiny_backbone, open_adapter):
-    backbone = tiny_backbone(vocab_size=len(TOKENIZER), eos_token_id=TOKENIZER.eos_token_id,
-                             pad_token_id=TOKENIZER.pad_token_id)
-    return open_adapter(backbone)
+    return open_adapter(tiny_backbone(vocab_size=len(TOKENIZER), eos_token_id=TOKENIZER.eos_token_id))
 
 
 def test_closed_sets_are_answered_by_the_most_probable_whole_choice(model):
     examples = data.load_task("toy-thucnews", "test")[:12]
-    answers = evaluate.predict(model, TOKENIZER, examples, 1, 64, 8)
+    answers = evaluate.predict(model, TOKENIZER, examples, 1, CFG)
+    assert answers == evaluate.predict(model, TOKENIZER, examples[::-1], 1, CFG)[::-1], "the order of rows is nothing"
     for example, answer in zip(examples, answers):
-        row = data.encode(example, TOKENIZER, 64)
-        log_p = []
+        row, log_p = data.encode(example, TOKENIZER, 64), []
         for choice in row.choice_ids:  # one plain forward for every choice
             ids = torch.tensor([[*row.prompt_ids, *choice]])
             logits = model(ids, torch.ones_like(ids), torch.tensor([1])).logits[0].log_softmax(-1)
             start = len(row.prompt_ids) - 1
             log_p.append(sum(logits[start + t, token].item() for t, token in enumerate(choice)))
-        assert answer == example.choices[max(range(len(log_p)), key=log_p.__getitem__)]
-        assert row.choice_ids[0][-1] == TOKENIZER.eos_token_id
+        assert answer == example.choices[log_p.index(max(log_p))] and choice[-1] == TOKENIZER.eos_token_id
     assert len(set(answers)) > 1, "the check needs answers that differ"
 
 
-def test_spans_are_generated_up_to_the_end_token(model):
-    examples = data.load_task("toy-cmrc2018", "test")[:6]
-    answers = evaluate.predict(model, TOKENIZER, examples, 2, 64, 5)
-    for example, answer in zip(examples, answers):
-        ids = torch.tensor([[*data.encode(example, TOKENIZER, 64).prompt_ids]])
-        new = []
-        while len(new) < 5:  # greedy, step by step, without a cache
-            tokens = torch.cat([ids, torch.tensor([new], dtype=torch.long)], 1)
-            logits = model(tokens, torch.ones_like(tokens), torch.tensor([2])).logits
-            new.append(int(logits[0, -1].argmax()))
-            if new[-1] == TOKENIZER.eos_token_id:
-                break
-        assert answer == TOKENIZER.decode(new, skip_special_tokens=True).strip()
-
-
-def test_the_order_of_rows_changes_no_prediction(model):
-    examples = data.load_task("toy-cmnli", "test")[:20]
-    assert evaluate.predict(model, TOKENIZER, examples, 0, 64, 4)[::-1] == evaluate.predict(
-        model, TOKENIZER, examples[::-1], 0, 64, 4)
+@pytest.mark.parametrize("ends", [[], [11], [12, 11]])
+def test_a_generated_answer_is_cut_at_the_first_of_several_end_tokens(model, monkeypatch, ends):
+    new = [10, 11, 10, TOKENIZER.eos_token_id, 10]  # without end tokens of the model, the tokenizer's counts
+    monkeypatch.setattr(type(model), "end_tokens", ends)
+    monkeypatch.setattr(model, "generate", lambda ids, *_: torch.tensor([[*ids[0].tolist(), *new]]))
+    answer, = evaluate.predict(model, TOKENIZER, data.load_task("toy-cmrc2018", "test")[:1], 0, CFG)
+    assert answer == TOKENIZER.decode(new[:1] if ends else new[:3])
 
 
 def test_a_test_row_is_shortened_without_looking_at_its_answer(model, monkeypatch):
     """A passage that is too long keeps its beginning: a window around the answer would give the answer away."""
-    words = " ".join(["soup"] * 40)
-    passage = f"{words} oslo"
+    passage, seen = " ".join(["soup"] * 80) + " oslo", []
     fields = (("text", 0, len(passage)),)
     example = Example("own", f"{passage} ; who was it", "oslo", protected=("oslo",), fields=fields)
-    seen = []
-    monkeypatch.setattr(model, "generate", lambda ids, *_: (seen.append(ids), torch.ones(len(ids), 4).long())[1])
-    evaluate.predict(model, TOKENIZER, [example], 0, 24, 4)
-    assert "oslo" not in TOKENIZER.decode(seen[0][0]) and seen[0].shape[1] <= 24
+    monkeypatch.setattr(model, "generate", lambda ids, *_: (seen.append(ids), ids)[1])
+    evaluate.predict(model, TOKENIZER, [example], 0, CFG)
+    assert "soup" in TOKENIZER.decode(seen[0][0]) and "oslo" not in TOKENIZER.decode(seen[0][0])
 
 
 def test_length_batches_hold_every_row_once_within_the_budget():
     rows = [data.Encoded([1] * n, [2], [], "t") for n in (7, 3000, 5, 6000, 4, 9000, 1)]
-    batches = evaluate.length_batches(rows)
-    assert sorted(i for part in batches for i in part) == list(range(7))
+    batches = evaluate.length_batches(rows, 8192)
+    assert sorted(i for part in batches for i in part) == list(range(7)) and len(batches) < 7
     for part in batches:
-        longest = max(len(rows[i].prompt_ids) for i in part)
-        assert len(part) == 1 or longest * len(part) <= evaluate.EVAL_TOKENS
-    assert len(batches) < 7
+        assert len(part) == 1 or len(part) * max(len(rows[i].prompt_ids) for i in part) <= 8192
 
 
 def test_dev_score_is_exact_answers_and_mean_loss_over_tasks(model):
     rows = {t: [data.encode(e, TOKENIZER, 64) for e in data.load_task(t, "dev")[:n]]
             for t, n in (("toy-amazon", 5), ("toy-cmrc2018", 3))}
     model.train()
-    right, loss = evaluate.dev_score(model, rows, {"toy-amazon": 0, "toy-cmrc2018": NO_TASK})
+    right, loss = evaluate.dev_score(model, rows, {"toy-amazon": 0, "toy-cmrc2018": NO_TASK}, tokens=64)
     assert model.training, "evaluation gives the mode back"
-    losses = []
-    for (_, encoded), task_id in zip(rows.items(), (0, NO_TASK)):
-        each = []
-        for row in encoded:
-            batch = data.collate([row], [task_id], 0)
-            each.append(model(batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels).loss.item())
-        losses.append(sum(each) / len(each))
-    assert loss == pytest.approx(sum(losses) / 2, rel=1e-4) and 0 <= right <= 1
+    means = []
+    for encoded, task_id in zip(rows.values(), (0, NO_TASK)):
+        batches = [vars(data.collate([row], [task_id])) for row in encoded]
+        means.append(sum(model(**batch).loss.item() for batch in batches) / len(batches))
+    assert loss == pytest.approx(sum(means) / 2, rel=1e-4) and 0 <= right <= 1
 
 
-def test_majority_gives_the_most_frequent_training_answer():
-    train = [Example("t", "p", a, choices=("a", "b")) for a in ("a", "b", "b")]
-    tests = [Example("t", "p", a, choices=("a", "b")) for a in ("a", "b", "b", "b")]
-    assert evaluate.majority_scores("t", train, tests)["score"] == 0.75
+def test_references_are_the_majority_the_frozen_backbone_and_the_instruction_in_words(monkeypatch):
+    backbone, tokenizer = load_backbone()
+    few = {split: data.load_task("toy-amazon", split)[:20] for split in ("train", "test")}
+    monkeypatch.setattr(data, "load_task", lambda task, split, root: few[split])
+    columns = evaluate.references(backbone, tokenizer, "toy-amazon", CFG)
+    assert list(columns) == ["majority", "frozen backbone", "hard instruction"]
+    usual = evaluate.majority([row.answer for row in few["train"]])
+    always = sum(row.answer == usual for row in few["test"]) / 20
+    for rows in ("plain", "rewritten"):
+        usual, frozen, told = (column[rows]["score"] for column in columns.values())
+        assert usual == always and frozen < 0.9 < told
+    monkeypatch.setattr(CFG, "references", False)
+    assert list(evaluate.references(backbone, tokenizer, "toy-amazon", CFG)) == ["majority"]
 
 
-def test_table_and_macro_average():
-    columns = {"majority": {"x": {"score": 0.5}, "y": {"score": 0.25}},
-               "talora": {"x": {"score": 1.0}, "y": {"score": 0.9}}}
-    assert evaluate.macro(columns["talora"]) == pytest.approx(0.95)
-    lines = evaluate.table(columns, {"x": "accuracy", "y": "char_f1"}).splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0] == ["task", "metric", "majority", "talora"]
-    assert cells[2:] == [["x", "accuracy", "50.0", "100.0"], ["y", "char_f1", "25.0", "90.0"],
-                         ["macro average", "", "37.5", "95.0"]]
+def test_a_table_has_a_line_for_every_task_and_their_mean_and_blanks_for_what_is_missing():
+    score = {"plain": {"score": 0.5}, "rewritten": {"score": 0.25}}
+    scores = {"x": {"majority": score, "talora": {"plain": {"score": 1.0}}}, "y": {"majority": score}}
+    assert evaluate.macro(scores, "majority", "rewritten") == 0.25 and math.isnan(evaluate.macro(scores, "talora"))
+    assert evaluate.table(scores, {"x": "accuracy", "y": "char_f1"}) == (
+        "| task          | metric   | majority | talora |\n"
+        "| ------------- | -------- | -------: | -----: |\n"
+        "| x             | accuracy |     50.0 |  100.0 |\n"
+        "| y             | char_f1  |     50.0 |        |\n"
+        "| macro average |          |     50.0 |        |\n")
+    assert "talora" not in evaluate.table(scores, {"x": "accuracy", "y": "char_f1"}, "rewritten")
+    assert evaluate.markdown(["a", "b"], [["long", "1"]]) == "| a | b |\n| --- | ---: |\n| long | 1 |\n"
 
 
-def test_pictures_are_drawn_from_the_metrics_file_alone(tmp_path):
-    rows = [{"step": 0, "gates": [0, 0], "tasks": ["a", "b"], "cosines": [[1, 0.3], [0.3, 1]]},
-            {"step": 5, "loss": 2.0, "rates": {"fast": 0.1}, "gates": [0.1, 0.2], "tasks": ["a", "b"],
-             "cosines": [[1, 0.1], [0.1, 1]]},
-            {"step": 5, "dev_accuracy": 0.5, "dev_loss": 1.5, "gates": [0.1, 0.2]}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    figures.draw_run(tmp_path)
-    for name in ("loss", "gates", "cosines"):
-        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+def write_metrics(folder, *rows):
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-# ------------------------------------------------------------------------------------------------- one finished run
+def test_pictures_are_drawn_from_the_metrics_file_alone_and_none_of_nothing(tmp_path):
+    gates = {"gates": [0.1, -0.2], "tasks": ["a", "b"], "cosines": [[1, 0.1], [0.1, 1]]}
+    write_metrics(tmp_path, {"step": 0, **gates}, {"step": 5, "loss": 2.0, **gates},
+                  {"step": 5, "dev_accuracy": 0.5, "dev_loss": 1.5, **gates})
+    write_metrics(tmp_path / "empty", {"step": 0})
+    for folder in (tmp_path, tmp_path / "empty"):
+        evaluate.draw_run(folder)
+    evaluate.draw_targets(tmp_path, [tmp_path])
+    evaluate.draw_targets(tmp_path / "empty", [tmp_path / "empty"])
+    assert {path.name for path in tmp_path.rglob("*.png")} == {"loss.png", "gates.png", "cosines.png", "targets.png"}
+    assert not list((tmp_path / "empty").glob("*.png"))
+
+
+def test_the_picture_of_the_gates_shows_their_signs():
+    rows = [{"step": 0, "gates": [0.0, 0.0]}, {"step": 5, "gates": [0.1, -0.4]}]
+    image = evaluate.gates_over_steps(evaluate.new_figure()[1], rows)
+    assert image.get_clim() == (-0.4, 0.4) and image.get_array().tolist() == [[0, 0.1], [0, -0.4]]
+    shut, subtracts, adds = (image.to_rgba(value) for value in (0.0, -0.4, 0.4))
+    assert min(shut[:3]) > 0.9 and subtracts[0] > subtracts[2] and adds[2] > adds[0], "white, red, blue"
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run on the shipped backbone, its adapter made by hand: the gates are open, nothing is zero."""
-    folder = tmp_path_factory.mktemp("runs") / "toy" / "multitask"
-    cfg = parse(["--prompt-length", "3", "--rank", "2", "--sources", ",".join(TASKS)])[0]
-    backbone, _ = toy.load_backbone()
-    torch.manual_seed(0)
-    model = TALoRA(backbone, list(TASKS), TALoRAConfig(3, 2))
-    torch.nn.init.constant_(model.gate, 0.3)
-    model.save(folder / "best")
-    for place in (folder, folder.parent):
-        (place / "options.json").write_text(json.dumps(dataclasses.asdict(cfg)))
-    (folder / "results.json").write_text(json.dumps({"columns": {"majority": {task: {} for task in TASKS}}}))
-    (folder / "table.md").write_text("")
-    return folder.parent
+    """A finished run on the shipped backbone, its adapters made by hand: the gates are open, nothing is zero."""
+    folder, (backbone, _) = tmp_path_factory.mktemp("runs") / "toy", load_backbone()
+    for stage, tasks, shots in (("multitask", TASKS, {}), ("target/toy-finre-8-shot", ["toy-finre"], {"shots": 8})):
+        torch.manual_seed(0)
+        model = TALoRA(backbone, dict.fromkeys([*TASKS, *tasks]), TALoRAConfig(3, 2))
+        torch.nn.init.constant_(model.gate, -0.3)
+        model.save(folder / stage / "best")
+        column = {"talora": {"plain": {"score": 0.5}, "rewritten": {"score": 0.25}}}
+        results = {"method": "talora", "scores": dict.fromkeys(tasks, column), **shots}
+        (folder / stage / "results.json").write_text(json.dumps(results))
+        write_metrics(folder / stage, {"step": 1, "dev_accuracy": 0.5, "dev_loss": 1.5})
+    options = {**vars(CFG), "backbone": "", "dtype": "float32", "device": "cpu", "pictures": True}
+    (folder / "options.json").write_text(json.dumps(options))
+    return folder
 
 
-TASKS = ("toy-amazon", "toy-cote_mfw", "toy-c3")
+def test_a_report_has_a_table_for_the_sources_and_for_every_number_of_examples(run):
+    said = []
+    evaluate.report(run, said.append)
+    assert len(said) == 2 and "| toy-finre     | accuracy |   25.0 |" in said[1] and "(100% could be)" in said[1]
+    assert (run / "multitask" / "table.md").read_text() in said[0]
+    assert (run / "target" / "table-8-shot.md").read_text() in said[1] and (run / "target" / "targets.png").exists()
 
 
 def test_a_run_answers_its_test_rows_again(run, capsys, monkeypatch):
-    rows = {task: data.load_task(task, "test")[:12] for task in TASKS}
-    monkeypatch.setattr(evaluate.data, "load_task", lambda task, split, root=None: rows[task])
+    rows = {task: data.load_task(task, "test")[:12] for task in (*TASKS, "toy-finre")}
+    monkeypatch.setattr(data, "load_task", lambda task, split, root: rows[task])
     evaluate.main(["--run", str(run)])
     out = capsys.readouterr().out
     found = [json.loads(line) for line in (run / "multitask" / "predictions.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in found] == [example.prompt for task in TASKS for example in rows[task]]
-    for task, line in zip(TASKS, out.splitlines()[2:]):
-        right = [row["right"] for row in found if row["task"] == task]
-        if task == "toy-amazon":
-            assert f"{100 * sum(right) / len(right):.1f}" in line
-            assert all(row["right"] == (row["prediction"] == row["answer"]) for row in found if row["task"] == task)
+    amazon = [row for row in found if row["task"] == "toy-amazon"]
+    assert all(row["right"] == (row["prediction"] == row["answer"]) for row in amazon)
+    assert f"| toy-amazon    | accuracy | {100 * sum(row['right'] for row in amazon) / 12:6.1f} |" in out
+    assert len((run / "target" / "toy-finre-8-shot" / "predictions.jsonl").read_text().splitlines()) == 12
 
 
-def test_ask_answers_one_text_with_probabilities(run, capsys):
-    stage, = evaluate.open_run(run)
-    text = "ann found the soup very awful at the oslo cafe"
+def test_a_question_is_answered_with_probabilities(run, capsys):
+    stage, = evaluate.open_run(run, task="toy-amazon")
+    assert stage.task_ids == dict(zip(TASKS, range(3)))
+    text = "zzz found the soup very awful at the oslo cafe"
     evaluate.main(["--run", str(run), "--task", "toy-amazon", "--ask", text])
-    lines = capsys.readouterr().out.partition(" answers: ")[2].splitlines()
-    shares = {line.split()[0]: float(line.split()[1].rstrip("%")) for line in lines[2:]}
-    assert list(shares) == ["one", "two", "three", "four", "five", "another"]
-    assert sum(shares.values()) == pytest.approx(100, abs=0.5)
-    assert shares[lines[0]] == max(list(shares.values())[:5])
-    assert next(line for line in lines if "<-" in line).startswith(f"{lines[0]} ")
-    model, task_id = stage.adapter("toy-amazon")
-    ids = stage.tokenizer(text + " =>", return_tensors="pt")
-    logits = model(ids.input_ids, ids.attention_mask, torch.tensor([task_id])).logits[0, -1].softmax(-1)
-    first = logits[stage.tokenizer.convert_tokens_to_ids("two")].item()
-    assert shares["two"] <= 100 * first + 0.06, "a whole answer is never likelier than its first word"
-    evaluate.main(["--run", str(run), "--task", "toy-cote_mfw", "--ask", text])
+    answer, _, *lines, note = capsys.readouterr().out.partition(" answers: ")[2].splitlines()
+    shares = {line.split(maxsplit=1)[1]: float(line.split("%")[0]) for line in lines}
+    assert list(shares) == ["one", "two", "three", "four", "five", "another answer"]
+    assert sum(shares.values()) == pytest.approx(100, abs=0.5) and shares[answer] == max([*shares.values()][:5])
+    assert note == "1 of 11 words are not in the backbone's vocabulary"  # the eleventh is =>
+    ids = stage.tokenizer(f"{text} =>", return_tensors="pt")
+    p = stage.model(ids.input_ids, ids.attention_mask, torch.tensor([0])).logits[0, -1].softmax(-1)
+    first = p[stage.tokenizer.convert_tokens_to_ids(answer)].item()
+    assert shares[answer] <= 100 * first + 0.06, "a whole answer is never more probable than its first word"
+
+
+def test_a_question_may_bring_its_own_choices_or_have_none(run, capsys):
+    evaluate.main(["--run", str(run), "--task", "toy-cote_mfw", "--ask", "ann found the oslo cafe"])
     assert len(capsys.readouterr().out.splitlines()) == 1  # generated
-    text += " ; food or tech"
-    evaluate.main(["--run", str(run), "--task", "toy-c3", "--ask", text, "--choices", "tech", "food"])
-    lines = capsys.readouterr().out.partition(" answers: ")[2].splitlines()
-    assert [line.split()[0] for line in lines[2:]] == ["tech", "food", "another"] and lines[0] in ("tech", "food")
+    evaluate.main(["--run", str(run), "--task", "toy-c3", "--ask", "the soup ; food or", "--choices", "tech", "food"])
+    shares = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split("%  ")[1] for line in shares] == ["tech", "food", "another answer"]
 
 
-def test_diagnose_closes_the_gates(run, capsys):
-    evaluate.main(["--diagnose", str(run)])
+def test_the_fields_of_a_template_are_asked_for_by_name(run, monkeypatch):
+    stage, = evaluate.open_run(run, task="toy-amazon")
+    stage.task_ids["afqmc"] = 0
+    monkeypatch.setattr(data, "load_task", lambda *_: [Example("afqmc", "p", "不同", ("不同", "相同"))])
+    assert evaluate.ask(stage, "afqmc", ["甲", "乙"]).splitlines()[0] in ("不同", "相同")
+    with pytest.raises(UserError, match=r"afqmc reads 2 texts \(sentence1, sentence2\), but --ask has 1"):
+        evaluate.ask(stage, "afqmc", ["甲"])
+
+
+def test_diagnose_closes_one_layer_after_the_other(run, capsys):
+    evaluate.main(["--diagnose", str(run), "--task", "toy-amazon"])
     out = capsys.readouterr().out
-    stage, = evaluate.open_run(run)
-    rows = {t: [data.encode(e, stage.tokenizer, 128, False) for e in data.load_task(t, "dev")[:16]] for t in TASKS}
-    plain = TALoRA(stage.backbone, ["a"], TALoRAConfig(3, 2))  # its gates are zero
-    off = [evaluate.dev_score(plain, {t: rows[t]}, {t: 0})[1] for t in TASKS]
-    assert f"(loss {sum(off) / len(off):.3f})" in out.splitlines()[0]
+    stage, = evaluate.open_run(run, task="toy-amazon")
+    rows = {t: [data.encode(e, stage.tokenizer, 64, False) for e in data.load_task(t, "dev")[:16]] for t in TASKS}
+    torch.nn.init.zeros_(stage.model.gate)
+    assert f"(loss {evaluate.dev_score(stage.model, rows, stage.task_ids)[1]:.3f})" in out.splitlines()[0]
     layers = [line for line in out.splitlines() if re.match(r" +\d ", line)]
-    assert len(layers) == 4 and all(f"{math.tanh(0.3):.3f}" in line for line in layers)
+    assert len(layers) == 4 and all(f" {math.tanh(-0.3):.3f} " in line for line in layers), "gates keep their sign"
     assert len({line.split("loss")[1] for line in layers}) == 4, "closing another layer costs another loss"
-    model, _ = stage.adapter(TASKS[0])
-    assert torch.equal(model.gate, torch.full((4,), 0.3)), "the gates are as they were"
 
 
-def test_diagnose_of_targets_is_a_mean_over_their_adapters(run, tmp_path, capsys):
-    stage, = evaluate.open_run(run)
-    folder = tmp_path / "target"
-    for task, gate in (("toy-amazon", 0.3), ("toy-cote_mfw", 0.9)):
-        model = TALoRA(stage.backbone, [task], TALoRAConfig(3, 2))
-        torch.nn.init.constant_(model.gate, gate)
-        model.save(folder / task / "best")
-    (folder / "options.json").write_text((run / "options.json").read_text())
-    (folder / "results.json").write_text(json.dumps({"columns": {"majority": {"toy-amazon": {}, "toy-cote_mfw": {}}}}))
-    evaluate.main(["--diagnose", str(folder)])
-    out = capsys.readouterr().out
-    assert out.count(f"{(math.tanh(0.3) + math.tanh(0.9)) / 2:.3f}") == 4 and "cos" not in out
+def test_closed_gates_open_again_whatever_happens(model):
+    before = model.gate.detach().clone()
+    with pytest.raises(RuntimeError), evaluate.close_gates(model, 1):
+        assert model.gate[1] == 0 and torch.equal(model.gate[::2], before[::2])
+        raise RuntimeError
+    assert torch.equal(model.gate, before)
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--run", "nowhere"], ["nowhere", "no finished stage"]),
-    (["--run", "RUN", "--task", "toy-bq", "--ask", "x"], ["toy-bq", "toy-amazon, toy-cote_mfw"]),
+    (["--run", "nowhere"], ["nowhere", "no finished multitask or target stage", "train.py"]),
+    (["--run", "RUN", "--task", "toy-bq", "--ask", "x"], ["toy-bq", "toy-amazon, toy-cote_mfw, toy-c3, toy-finre"]),
     (["--run", "RUN", "--ask", "x"], ["--task"]),
+    (["--run", "RUN", "--task", "toy-amazon", "--ask", " =>"], ["--ask TEXT"]),
+    (["--run", "RUN", "--task", "toy-amazon", "--ask", "soup " * 500], ["the text of --ask", "tokens"]),
     (["--run", "RUN", "--task", "toy-c3", "--ask", "x"], ["toy-c3", "choices of its own", "--choices "]),
     (["--run", "RUN", "--choices", "x"], ["--choices", "--ask"]),
     (["--ask", "x", "--task", "toy-bq"], ["--run"]),
-    ([], ["--run", "--suite"]),
-    (["--jobs", "many"], ["--jobs", "many", "evaluate.py --help"]),
-    (["--suite", "quick", "--jobs", "0"], ["--jobs", "0"]),
+    ([], ["--run", "--diagnose", "evaluate.py --help"]),
 ])
 def test_what_cannot_be_answered_is_refused(run, arguments, words):
-    with pytest.raises(data.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         evaluate.main([str(run) if a == "RUN" else a for a in arguments])
     assert all(word in str(caught.value) for word in words)
-
-
-@pytest.fixture
-def copied(run, tmp_path):
-    """A copy of the stage, to be damaged."""
-    shutil.copytree(run / "multitask", tmp_path / "multitask")
-    return tmp_path / "multitask"
-
-
-@pytest.mark.parametrize("results, words", [
-    ("[" * 100_000, ["RecursionError"]),
-    ('{"columns": ', ["JSONDecodeError"]),
-    ("[1]", ["AttributeError"]),
-    ('{"columns": {}}', ["StopIteration"]),
-    ('{"columns": {"a": [1, 2]}}', ["no scores by task"]),
-    ('{"columns": {"a": {}}}', ["no scores by task"]),
-    ('{"columns": {"a": {"../../b": {}}}}', ["no scores by task"]),
-    ('{"stage": "base", "task": "toy-amazon"}', ["its stage, base, has no test rows"]),
-])
-def test_results_of_another_form_are_refused_and_no_answer_is_lost(results, words, copied):
-    (copied / "predictions.jsonl").write_text("kept")
-    (copied / "results.json").write_text(results)
-    with pytest.raises(data.UserError) as caught:
-        evaluate.main(["--run", str(copied)])
-    assert all(word in str(caught.value) for word in [f"'{copied}' is no finished stage", "runs/toy", *words])
-    assert (copied / "predictions.jsonl").read_text() == "kept"
-
-
-def test_a_task_that_the_adapter_does_not_know_is_refused(copied):
-    about = json.loads((copied / "best" / "adapter.json").read_text())
-    (copied / "best" / "adapter.json").write_text(json.dumps(about | {"tasks": ["a", "toy-amazon", "b"]}))
-    with pytest.raises(data.UserError, match="best' is for a, toy-amazon, b, not for toy-c3; put back"):
-        evaluate.main(["--run", str(copied), "--task", "toy-c3", "--ask", "x", "--choices", "x", "y"])
-    (copied / "best" / "adapter.json").write_text(json.dumps(about | {"method": "lora"}))
-    with pytest.raises(data.UserError, match="method 'lora' and tasks .* should be 'talora' and a list"):
-        evaluate.main(["--run", str(copied)])
-    shutil.rmtree(copied / "best")
-    with pytest.raises(data.UserError, match=f"no adapter can be read from '{copied}/best'"):
-        evaluate.main(["--run", str(copied)])
-
-
-@pytest.mark.parametrize("text, words", [
-    ("", ["--ask has an empty text"]), ("   ", ["--ask has an empty text"]), (" =>", ["--ask has an empty text"]),
-    ("soup " * 500, ["the text of --ask is too long", "128 tokens", "shorten it"]),
-])
-def test_a_text_that_cannot_be_asked_about_is_refused(text, words, run):
-    for task in ("toy-amazon", "toy-cote_mfw"):
-        with pytest.raises(data.UserError) as caught:
-            evaluate.main(["--run", str(run), "--task", task, "--ask", text])
-        assert all(word in str(caught.value) for word in words) and "--max-length" not in str(caught.value)
-
-
-def test_words_that_the_vocabulary_lacks_are_counted(run, capsys):
-    for task in ("toy-amazon", "toy-cote_mfw"):
-        evaluate.main(["--run", str(run), "--task", task, "--ask", "zzz found the soup qqq"])
-        last = capsys.readouterr().out.splitlines()[-1]
-        assert last == "2 of 6 words are not in the backbone's vocabulary"  # the sixth is =>
