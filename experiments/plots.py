@@ -108,7 +108,7 @@ def draw_mechanism(path: Path, logged: dict[str, list[dict]]) -> None:
     for axis, (what, title) in zip(axes, panels.items()):
         figure.colorbar(layer_heat_map(axis, mean_by_layer(logged, what)), ax=axis)
         axis.set_title(title)
-    mean_and_largest(axes[3], [alignment([row["cosines"] for row in rows]) for rows in logged.values()])
+    mean_and_largest(axes[3], [alignment(rows) for rows in logged.values()])
     axes[3].set(title="|cos| of two tasks", xlabel="mean (dot) to largest")
     save_figure(figure, path)
 
@@ -121,7 +121,7 @@ def mean_by_layer(logged: dict[str, list[dict]], what: str) -> dict[str, list[fl
             for name, rows in found.items()}
 
 
-def alignment(cosines: Sequence[Sequence[Sequence[float]]]) -> Interval:
-    """Mean and largest |cos| of every two tasks, means over the seeds' matrices; nan without any."""
-    pairs = [[c for i, line in enumerate(matrix) for c in line[i + 1:]] for matrix in cosines]
+def alignment(rows: Sequence[dict]) -> Interval:
+    """Mean and largest |cos| of every two tasks, means over the seeds' rows of metrics.jsonl; nan without any."""
+    pairs = [[c for i, line in enumerate(row["cosines"]) for c in line[i + 1:]] for row in rows if "cosines" in row]
     return tuple(statistics.mean(map(of, pairs)) if pairs else math.nan for of in (statistics.mean, max))

@@ -323,7 +323,7 @@ def write_report(folder: Path) -> None:
         found = {where: differences(records, setting) for where, setting in settings_in(records, "variant").items()}
         plots.draw_variants(folder / "variants.png", found)
     logged = {name: select(records, name, "multitask") for name in ("talora", *variants)}
-    if logged["talora"] and "last" in logged["talora"][0]:
+    if logged["talora"] and "cosines" in logged["talora"][0].get("last", ()):
         rows = {name: [r["last"] for r in runs if "last" in r] for name, runs in logged.items()}
         plots.draw_mechanism(folder / "mechanism.png", rows)
         draw_cosines(folder / "cosines.png", logged["talora"][0]["first"], logged["talora"][0]["last"])

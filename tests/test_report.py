@@ -1,0 +1,194 @@
+"""What is made of results: intervals, tables and claims of hand-made records, and the committed tables themselves."""
+
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+import train
+from checkpoint import UserError
+from experiments import bench, report
+from experiments.compare import METHODS, VARIANTS
+from experiments.report import REWRITTEN, SOURCES, by_seed, interval, paired, target, verdict
+from experiments.suite import SUITES
+from model import TALoRAConfig, load_backbone
+
+FOLDER = Path(report.__file__).parent
+README = (FOLDER / "README.md").read_text(encoding="utf-8")
+
+
+def record(column, seed, score, stage="multitask", shots=None, kind="method", rewritten=None, numbers=544, **more):
+    """A line of results.jsonl; column as in the file: "talora", "talora reg-off"."""
+    scores = {column: {"x": score / 100, "y": score / 100},
+              f"{column}, rewritten": {"x": (score if rewritten is None else rewritten) / 100, "y": score / 100}}
+    return {"cell": f"{column} seed {seed}", "kind": kind, "method": column.split()[0], "seed": seed, "rates": {},
+            "stage": stage, "shots": shots, "numbers": numbers, "scores": scores, "seconds": 60, "command": "c",
+            "commit": "abc", "torch": "2", "started": "2026-01-01 00:00:00", "dev": [0.5, -1.0], **more}
+
+
+def seeds(column, scores, *rest, **more):
+    return [record(column, seed, score, *rest, **more) for seed, score in enumerate(scores)]
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(records) -> the same, written to a file and read again."""
+    def through_file(records):
+        (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+        return report.read_results(tmp_path)
+
+    return through_file
+
+
+# ------------------------------------------------------------------------------------------------------- statistics
+
+def test_intervals_are_students():
+    stats = pytest.importorskip("scipy.stats", reason="scipy, which brings Student's t, is not installed")
+    for df, t in enumerate(report.T_975, start=1):
+        assert t == pytest.approx(stats.t.ppf(0.975, df), abs=1e-3)
+    mean, half = interval([3.0, 5.0, 4.0, 8.0])
+    assert mean == 5.0 and half == pytest.approx(3.182 * statistics.stdev([3, 5, 4, 8]) / 2)
+    assert interval([7.0])[0] == 7.0 and math.isnan(interval([7.0])[1])
+    expected = stats.t.ppf(0.975, 39) * statistics.stdev(range(40)) / math.sqrt(40)
+    assert interval(range(40))[1] == pytest.approx(expected, rel=0.01), "beyond the table"
+
+
+def test_differences_are_paired_by_seed_and_judged_by_their_interval():
+    talora = {0: 80.0, 1: 60.0, 2: 70.0, 7: 10.0}
+    mean, half, n = paired({0: 82.0, 1: 62.5, 2: 71.5, 9: 99.0}, talora)
+    assert (mean, n) == (2.0, 3) and half == pytest.approx(4.303 * 0.5 / math.sqrt(3))
+    assert verdict((mean, half, n)) == "higher" and verdict((-mean, half, n)) == "lower"
+    assert verdict((1.0, half, n)) == "no effect seen"
+    assert verdict(paired({0: 81.0}, talora)) == "too few seeds" and paired({5: 1.0}, talora) is None
+
+
+def test_names_in_the_file_become_columns_and_rows(read):
+    plain, variant = read([record("talora", 0, 90, rewritten=70), record("talora reg-off", 0, 60, kind="variant")])
+    assert plain["scores"]["talora"] == {"plain": {"x": 0.9, "y": 0.9}, "rewritten": {"x": 0.7, "y": 0.9}}
+    assert set(variant["scores"]) == {"reg-off"} and set(variant["scores"]["reg-off"]) == {"plain", "rewritten"}
+    with pytest.raises(UserError, match="there is no 'nowhere/results.jsonl'"):
+        report.read_results(Path("nowhere"))
+
+
+def test_scores_are_macro_averages_by_seed_of_one_setting(read):
+    records = read([record("talora", 0, 90, rewritten=70), record("talora", 0, 50, "target", 8),
+                    record("talora", 1, 40, "target", 8), record("talora", 3, 99, "target", 8, kind="sweep-target")])
+    assert by_seed(records, "talora", SOURCES) == {0: 90} and by_seed(records, "talora", REWRITTEN) == {0: 80}
+    assert by_seed(records, "talora", target(8)) == {0: 50, 1: 40}, "a sweep is not a result"
+    assert by_seed(records, "talora", target(32)) == {}
+
+
+def test_learning_rates_are_chosen_on_development_rows():
+    tried = [record("lora", 100, score, kind="sweep-source", rates={"prompt_rate": rate}, dev=dev)
+             for rate, dev, score in ((0.1, [0.8, -0.5], 99), (0.2, [0.9, -0.7], 10), (0.3, [0.9, -0.6], 10))]
+    assert report.choose_rates(tried, "lora", "sweep-source") == {"prompt_rate": 0.3}, "accuracy, then loss"
+    assert report.choose_rates(tried, "pt", "sweep-source") == {}
+    targets = [record("lora", 100, 9, kind="sweep-target", rates={"prompt_rate": s, "target_rate": t}, dev=[acc, -1])
+               for s, t, acc in ((0.1, 1, 0.99), (0.3, 2, 0.7), (0.3, 3, 0.6))]
+    chosen = report.choose_rates(targets, "lora", "sweep-target", {"prompt_rate": 0.3})
+    assert chosen == {"prompt_rate": 0.3, "target_rate": 2}
+
+
+# ------------------------------------------------------------------------------------------------ tables and claims
+
+BEFORE = {"step": 0, "tasks": ["a", "b"], "cosines": [[1, 0.1], [0.1, 1]]}
+AFTER = {"step": 9, "gates": [-0.1, 0.2], "theta0_norms": [3, 4], "step_norms": [1, 2],
+         "tasks": ["a", "b"], "cosines": [[1, 0.2], [0.2, 1]]}
+RECORDS = [*seeds("talora", (90, 91, 92), rewritten=80, first=BEFORE, last=AFTER),
+           *seeds("lora", (95, 96, 98), numbers=14336, last={"step": 9}),
+           *seeds("talora", (60, 62, 61), "target", 8), *seeds("lora", (50, 51, 53), "target", 8, numbers=14336),
+           *seeds("pt", (60, 61, 63), "target", 8, numbers=512), *seeds("talora", (70, 71, 72), "target", 32),
+           *seeds("talora", (72, 73, 73.5), "target", 0),
+           *seeds("talora open-gate", (85, 86, 86.5), kind="variant", last={**AFTER, "gates": [1, 1]}),
+           *seeds("talora open-gate", (60, 62, 61), "target", 8, kind="variant"),
+           record("lora", 100, 9, kind="sweep-source", rates={"prompt_rate": 0.1}, dev=[0.5, -1])]
+
+
+def row_of(table, name):
+    return next([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()
+                if line.startswith((f"| {name} |", f"| **{name}** |")))
+
+
+def test_tables_hold_means_intervals_and_counts(read):
+    records = read(RECORDS)
+    table = report.main_table(records)
+    assert row_of(table, "talora")[1:4] == ["544", "91.0 ± 2.5 (3)", "85.5 ± 1.2 (3)"]
+    assert row_of(table, "pt") == ["pt", "512", "", "", "61.3 ± 3.8 (3)", "", ""] and "lora †" in table
+    variants = row_of(report.variant_table(records), "open-gate")
+    assert variants[1] == VARIANTS["open-gate"].says and variants[2] == "-5.2 ± 0.7 (3): hurts"
+    assert variants[4] == "+0.0 ± 0.0 (3): no effect seen"
+    assert row_of(report.task_table(records, target(8)), "x") == ["x", "61.0", "61.3", "51.3"]
+
+
+def test_claims_are_answered_by_the_numbers(read):
+    def answers(records):
+        return {row[1]: row[2:4] for row in ([cell.strip() for cell in line.split("|")] for line in
+                                             report.claims(read(records)).splitlines()[2:])}
+
+    found = answers(RECORDS)
+    assert not any("unseen data" in claim for claim in found), "lora is not told the task: no comparison on sources"
+    answer, numbers = found["better than every baseline on unseen tasks, k = 8"]
+    assert answer == "unclear" and numbers.startswith("*above* lora +9.7 ± ") and "*no difference seen* pt" in numbers
+    assert found["32 examples come within 5 points of full data (same steps)"][0] == "yes"
+    assert found["fewest trainable parameters stored for a target"] == ["no", "544; pt 512"]
+    assert found["zero-initialised attention is needed"][0] == "in part", "the sources say so, k = 8 does not"
+    told = answers([*RECORDS, *seeds("deep-mpt", (95, 96, 98), rewritten=85, numbers=576)])
+    answer, numbers = next(found for claim, found in told.items() if "unseen data" in claim)
+    assert answer == "no" and numbers.startswith("*below* deep-mpt -")
+
+
+def test_the_report_is_made_from_the_result_file_alone(tmp_path, read):
+    tables = report.build_tables(read(RECORDS))
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- tables: Methods -->\nold\n<!-- end of tables -->\nafter\n")
+    report.main([str(tmp_path), "--page", str(page)])
+    assert all(table in (tmp_path / "tables.md").read_text() for table in tables.values())
+    assert page.read_text() == report.fill_tables(page.read_text(), tables) and "old" not in page.read_text()
+    for name in ("fewshot", "size", "variants", "mechanism", "cosines"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# -------------------------------------------------------------------------------------- the committed results, README
+
+def test_the_committed_tables_are_made_from_the_committed_results(tmp_path, monkeypatch):
+    """If they differ: python -m experiments.report experiments/results/full --page experiments/README.md"""
+    committed = FOLDER / "results" / "full"
+    monkeypatch.setattr(report, "plots", type("NoPictures", (), {"__getattr__": lambda *_: lambda *_: None})())
+    monkeypatch.setattr(report, "draw_cosines", lambda *_: None)
+    (tmp_path / "results.jsonl").write_bytes((committed / "results.jsonl").read_bytes())
+    report.write_report(tmp_path)
+    assert (tmp_path / "tables.md").read_text("utf-8") == (committed / "tables.md").read_text("utf-8")
+    assert report.fill_tables(README, report.build_tables(report.read_results(committed))) == README
+    for name, section in (("toy", "methods"), ("toy", "tasks"), ("qwen2.5-0.5b", "methods")):
+        measured = json.loads((FOLDER / "results" / "bench" / f"{name}-cpu.json").read_text("utf-8"))
+        assert bench.show(measured["tables"][section]) in README
+
+
+def test_the_defaults_of_every_method_are_what_the_search_found_best():
+    records = report.read_results(FOLDER / "results" / "full")
+    for name in SUITES["full"].shots:
+        sources = report.choose_rates(records, name, "sweep-source")
+        best = sources | report.choose_rates(records, name, "sweep-target", sources)
+        cfg = train.parse([], METHODS[name])
+        assert best and {rate: getattr(cfg, rate) for rate in best} == best, name
+
+
+def test_what_a_method_stores_is_what_the_readme_says():
+    rows = re.findall(r"^\| `([\w-]+)` \| .* \| ([\d,]+) \| ([\d,]+) \|$", README, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(METHODS)
+    with torch.device("meta"):
+        large = AutoModelForCausalLM.from_config(Qwen2Config(**bench.SHAPES["qwen2.5-7b"]))
+    for name, *said in rows:
+        for backbone, preset, parameters in zip((load_backbone()[0], large), ("toy", "qwen2.5-7b"), said):
+            method = METHODS[name]
+            cfg = train.parse(["--preset", preset], method)
+            with backbone.device:
+                model = method.model(backbone, ["source"], TALoRAConfig(cfg.prompt_length, cfg.rank))
+                new = model.add_task("target") if method.per_task else 0
+            learning = train.learning_tensors(model, method.learns["target"], [new])
+            assert f"{train.count(model, learning):,}" == parameters, (name, preset)
