@@ -271,7 +271,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def draw_run(folder: Path) -> None:
-    """Draw a stage from its metrics.jsonl: loss.png; gates.png of a gated method; cosines.png of several tasks."""
+    """Draw a stage from its metrics.jsonl: loss.png, and gates.png and cosines.png if the stage changed them."""
     rows = read_metrics(folder)
     steps, dev = [row for row in rows if "loss" in row], [row for row in rows if "dev_loss" in row]
     if steps:
@@ -282,12 +282,12 @@ def draw_run(folder: Path) -> None:
         axis.legend()
         save_figure(figure, folder / "loss.png")
     gates = [row for row in rows if "gates" in row]
-    if gates:
+    if gates and gates[0]["gates"] != gates[-1]["gates"]:
         figure, axis = new_figure()
         figure.colorbar(gates_over_steps(axis, gates), label="tanh g")
         save_figure(figure, folder / "gates.png")
     cosines = [row for row in rows if "cosines" in row]
-    if cosines:
+    if cosines and cosines[0]["cosines"] != cosines[-1]["cosines"]:
         draw_cosines(folder / "cosines.png", cosines[0], cosines[-1])
 
 
@@ -344,7 +344,8 @@ def find_results(run: Path) -> dict[str, dict[Path, dict]]:
         results = read_json(path)
         k = results.get("shots")
         name = "multitask/table.md" if k is None else f"target/table-{k}-shot.md" if k else "target/table-full.md"
-        found.setdefault(name, {})[path.parent] = results
+        if "scores" in results:  # not so in a run of the first release
+            found.setdefault(name, {})[path.parent] = results
     return found
 
 

@@ -115,10 +115,10 @@ def write_metrics(folder, *rows):
 
 
 def test_pictures_are_drawn_from_the_metrics_file_alone_and_none_of_nothing(tmp_path):
-    gates = {"gates": [0.1, -0.2], "tasks": ["a", "b"], "cosines": [[1, 0.1], [0.1, 1]]}
-    write_metrics(tmp_path, {"step": 0, **gates}, {"step": 5, "loss": 2.0, **gates},
-                  {"step": 5, "dev_accuracy": 0.5, "dev_loss": 1.5, **gates})
-    write_metrics(tmp_path / "empty", {"step": 0})
+    before, after = ({"gates": [g, -g], "tasks": ["a", "b"], "cosines": [[1, g], [g, 1]]} for g in (0.1, 0.2))
+    write_metrics(tmp_path, {"step": 0, **before}, {"step": 5, "loss": 2.0, **after},
+                  {"step": 5, "dev_accuracy": 0.5, "dev_loss": 1.5, **after})
+    write_metrics(tmp_path / "empty", {"step": 0, **before})
     for folder in (tmp_path, tmp_path / "empty"):
         evaluate.draw_run(folder)
     evaluate.draw_targets(tmp_path, [tmp_path])
