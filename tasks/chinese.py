@@ -403,8 +403,10 @@ def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Rows:
             yield place, dict(zip(columns, parts)) if len(parts) == len(columns) else None
         return
     try:
-        rows = _flatten(json.loads(text), where)
-    except ValueError:
+        document, rows = json.loads(text), lines
+        if isinstance(document, list) or "data" in document:
+            rows = _flatten(document, where)
+    except ValueError:  # several lines, or a mistake in one
         rows = lines
     for place, row in rows:
         if isinstance(row, str):
@@ -417,10 +419,9 @@ def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Rows:
         yield place, row
 
 
-def _flatten(document: object, where: str) -> Iterator[tuple[str, object]]:
+def _flatten(document: list | dict, where: str) -> Iterator[tuple[str, object]]:
     """Rows of one JSON document: a list, or the nested forms of SQuAD and C3."""
-    rows = document["data"] if isinstance(document, dict) and "data" in document else document
-    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+    for number, row in enumerate(document if isinstance(document, list) else document["data"], 1):
         place = f"{where}, entry {number}"
         if isinstance(row, dict) and "paragraphs" in row:  # SQuAD: article > paragraphs > questions
             for paragraph in row["paragraphs"]:

@@ -1,0 +1,336 @@
+"""tasks/chinese.py and rewrite.py: the table, every published form of a row, downloads, rewritten inputs.
+
+Rows are made up, in the forms in which the sixteen sets are published."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+import data
+from checkpoint import UserError
+from tasks import chinese
+from tasks.chinese import TASKS
+
+# Task -> (a published row, a part of its prompt, its answer); rows of one task differ in the number i.
+PUBLISHED = {
+    "afqmc": (lambda i: {"sentence1": f"花呗{i}", "sentence2": f"借呗{i}", "label": 1}, "提问二：借呗0\n", "相同"),
+    "amazon": (lambda i: {"id": f"zh_{i}", "text": f"好看{i}", "label": 4}, "评价：好看0\n", "五星"),
+    "thucnews": (lambda i: {"text": f"标题{i}", "label": 2}, "标题：标题0\n", "股票"),
+    "bq": (lambda i: {"sentence1": f"额度{i}", "sentence2": f"利息{i}", "score": 0.0}, "提问一：额度0\n", "不同"),
+    "cmnli": (lambda i: {"sentence1": f"前{i}", "sentence2": f"后{i}", "label": 1}, "假设：后0\n", "蕴含"),
+    "cmrc2018": (lambda i: {"context": f"他在第{i}年出生。", "question": "哪一年？",
+                            "answers": {"text": ["不在文中", f"第{i}年"], "answer_start": [-1, 99]}},
+                 "文章：他在第0年出生。\n问题：哪一年？\n", "第0年"),
+    "sanwen": (lambda i: {"head": "我", "tail": "河", "relation": "Near", "text": f"我走到河边{i}"},
+               "甲：我\n乙：河\n", "邻近"),
+    "cote_mfw": (lambda i: {"s": f" 西湖真美{i} ", "ot": " 西湖"}, "点评：西湖真美0\n", "西湖"),
+    "chnsenticorp": (lambda i: {"text": f"房间干净{i}", "label": 1}, "点评：房间干净0\n", "正面"),
+    "tnews": (lambda i: {"sentence": f"楼市{i}", "label": 5, "idx": i}, "标题：楼市0\n", "房产"),
+    "ocnli": (lambda i: {"sentence1": f"前{i}", "sentence2": f"后{i}", "label": 2, "idx": i}, "前提：前0\n", "矛盾"),
+    "lcqmc": (lambda i: {"sentence1": f"怎么去{i}", "sentence2": f"如何{i}", "score": 1}, "问句二：如何0\n", "相同"),
+    "drcd": (lambda i: {"context": f"他生於{i}年。", "question": "何年?",
+                        "answers": {"text": [f"{i}年"] * 2, "answer_start": [3, 3]}}, "問題：何年?\n", "0年"),
+    "c3": (lambda i: {"context": [f"男：走吧{i}。", "女：好。"], "question": "去吗？",
+                      "choice": ["去", "不去", "不知道"], "answer": "不去"},
+           "材料：男：走吧0。\n女：好。\n问题：去吗？\nA. ", ""),
+    "cote_bd": (lambda i: {"s": f"长城雄伟{i}", "ot": "长城"}, "评论：长城雄伟0\n", "长城"),
+    "finre": (lambda i: {"head": "甲公司", "tail": "乙公司", "relation": "被收购", "text": f"甲公司与乙公司<N>{i}"},
+              "乙：乙公司\n", "被收购"),
+}
+
+
+def published(name, i=0, **change):
+    return PUBLISHED[name][0](i) | change
+
+
+def example_of(name, **change):
+    return data.to_example(name, chinese.to_prompt(TASKS[name], published(name, **change), "f:3"), "f:3")
+
+
+def write_rows(folder, name, train, test, suffix="jsonl"):
+    """Write rows (dicts) or a whole file (text) as folder/name/{train,test}.jsonl; -> folder."""
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for split, rows in (("train", train), ("test", test)):
+        text = rows if isinstance(rows, str) else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / name / f"{split}.{suffix}").write_bytes(text.encode())
+    return folder
+
+
+def both(name, n=12):
+    """Train rows 0 .. n-1 and test rows n .. n+3."""
+    return [published(name, i) for i in range(n)], [published(name, i) for i in range(n, n + 4)]
+
+
+
+def test_the_table_has_the_sixteen_tasks_and_is_consistent():
+    assert chinese.SOURCES == ("afqmc", "amazon", "thucnews", "bq", "cmnli", "cmrc2018", "sanwen", "cote_mfw")
+    assert chinese.TARGETS == ("chnsenticorp", "tnews", "ocnli", "lcqmc", "drcd", "c3", "cote_bd", "finre")
+    sizes = {"amazon": 5, "thucnews": 10, "cmnli": 3, "ocnli": 3, "sanwen": 10, "tnews": 15, "finre": 44}
+    for task in chinese.TABLE:
+        assert task.template.rstrip()[-1] == "：" and task.passage in task.fields and task.sources
+        assert (task.kind == "closed") == bool(task.answers) == ("options" in task.fields)
+        assert not task.labels or len(task.labels) == len(task.answers) == len(set(task.answers))
+        assert set(task.group) <= set(task.fields) and task.positive in ("", *task.answers)
+        assert task.kind != "closed" or len(task.answers) == sizes.get(task.name, 2)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_task_reads_its_published_form(tmp_path, name):
+    _, part, answer = PUBLISHED[name]
+    splits = data.load_splits(name, str(write_rows(tmp_path, name, *both(name))))
+    assert (len(splits.train), len(splits.dev), len(splits.test)) == (11, 1, 4)
+    example = next(e for e in splits.train + splits.dev if e.row.endswith("train.jsonl:1"))
+    assert part in example.prompt and example.prompt.endswith("：") and "{" not in example.prompt
+    assert all(example.prompt[a:b] in part + example.prompt for _, a, b in example.fields)
+    if name == "c3":  # the letter in front of the right option
+        assert f"{example.answer}. 不去\n" in example.prompt and example.choices == ("A", "B", "C")
+        return
+    assert example.answer == answer and example.choices == TASKS[name].answers
+    assert "、".join(example.choices) in example.prompt
+    if TASKS[name].kind == "span":
+        assert example.references == (answer,) and answer in example.prompt  # "不在文中" is not a reference
+
+
+@pytest.mark.parametrize("name, label, answer", [
+    ("cmnli", 0, "中立"), ("cmnli", "entailment", "蕴含"), ("ocnli", "contradiction", "矛盾"), ("ocnli", "0", "中立"),
+    ("tnews", 14, "游戏"), ("tnews", "116", "游戏"), ("tnews", "106", "房产"), ("tnews", 104, "财经"),
+    ("tnews", "112", "旅游"), ("tnews", 10, "旅游"), ("thucnews", 0, "财经"), ("thucnews", "9", "娱乐"),
+    ("amazon", 0, "一星"), ("bq", 1.0, "相同"), ("afqmc", "1", "相同"), ("chnsenticorp", 0, "负面"),
+    ("sanwen", "unknown", "无关"), ("finre", "unknown", "无关"), ("finre", "拟收购", "拟收购")])
+def test_labels_follow_the_published_order(name, label, answer):
+    field = next(key for key in ("label", "score", "relation") if key in published(name))
+    assert example_of(name, **{field: label}).answer == answer
+
+
+def test_tab_separated_files_may_hold_quotes_blank_lines_and_a_broken_line(tmp_path):
+    lines = [f'我\t"河\tNear\t我走到"河边{i}' for i in range(12)]
+    train = "\ufeff" + "\r\n".join(lines[:6]) + "\r\n\r\n \r\n" + "\r\n".join(lines[6:]) + "\r\nonly\ttwo\r\n"
+    write_rows(tmp_path, "sanwen", train, "我\t河\tunknown\t我在河边\n", suffix="txt")
+    splits = data.load_splits("sanwen", str(tmp_path))
+    rows = splits.train + splits.dev
+    assert len(rows) == 12 and splits.report["dropped"]["train"] == {"wrong number of columns": 1}
+    assert all('乙："河\n' in e.prompt and "\r" not in e.prompt and "\ufeff" not in e.prompt for e in rows)
+    assert splits.test[0].answer == "无关"
+
+
+def test_json_lines_may_hold_a_byte_order_mark_blank_lines_and_line_separators(tmp_path):
+    rows = [published("cote_bd", i) for i in range(3)] + [{"s": "长城\u2028雄伟<N>", "ot": "长城"}]
+    train = "\ufeff" + "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n"
+    splits = data.load_splits("cote_bd", str(write_rows(tmp_path, "cote_bd", train, [published("cote_bd", 9)])))
+    assert len(splits.train + splits.dev) == 4
+    assert any("长城\u2028雄伟<N>" in e.prompt for e in splits.train + splits.dev)
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_nested_documents_of_squad_and_c3_are_flattened(indent):
+    questions = [{"question": "何年?", "answers": [{"text": "1年", "answer_start": 3}, {"text": "沒有"}]}]
+    squad = {"data": [{"paragraphs": [{"context": "他生於1年。", "qas": questions}]}]}
+    c3 = [[["男：走。"], [{"question": "去吗？", "choice": ["去", "不"], "answer": "去"}], "7-1"]]
+    for name, document in (("drcd", squad), ("c3", c3)):
+        ((place, row),) = chinese.parse_rows(json.dumps(document, indent=indent), where="f")
+        example = data.to_example(name, chinese.to_prompt(TASKS[name], row, place), place)
+        assert example.row == "f, entry 1"
+        assert example.references == ("1年",) if name == "drcd" else f"{example.answer}. 去" in example.prompt
+
+
+@pytest.mark.parametrize("name, changes, reasons", [
+    ("ocnli", [{"label": -1}, {"label": "-"}, {"label": None}, {"sentence2": " "}],
+     {"no label": 3, "empty sentence2": 1}),
+    ("cmrc2018", [{"answers": {"text": ["火星"]}}, {"answers": {"text": []}}, {"question": ""}],
+     {"answer not in the text": 1, "no answer": 1, "empty question": 1}),
+    ("c3", [{"answer": ""}, {"answer": "都不是"}, {"choice": ["不去", "不去"]}],
+     {"no answer": 1, "answer not among the choices": 1, "fewer than two choices": 1})])
+def test_unusable_rows_are_left_out_and_counted_by_reason(tmp_path, name, changes, reasons):
+    train, test = both(name)
+    train += [published(name, 20 + i, **change) for i, change in enumerate(changes)]
+    splits = data.load_splits(name, str(write_rows(tmp_path, name, train, test)))
+    assert splits.report["dropped"] == {"train": reasons, "test": {}} and len(splits.train + splits.dev) == 12
+
+
+def test_c3_shuffles_its_choices_the_same_way_every_time_and_drops_doubles():
+    example = example_of("c3", choice=["去", "不去", "去", "不去了"])
+    assert example == example_of("c3", choice=["去", "不去", "去", "不去了"]) and example.choices == ("A", "B", "C")
+    answers = [example_of("c3", i=i).answer for i in range(60)]
+    assert min(answers.count(letter) for letter in "ABC") > 8  # as published, they all are the second
+
+
+def test_pairs_in_either_order_and_swapped_relations_are_one_group():
+    for name, first, second in (("lcqmc", "sentence1", "sentence2"), ("finre", "head", "tail")):
+        row = published(name)
+        a, b = example_of(name), example_of(name, **{first: row[second], second: row[first]})
+        assert a.group == b.group and a.prompt != b.prompt
+    assert example_of("ocnli").group == example_of("ocnli", sentence2="别的").group  # one premise
+
+
+@pytest.mark.parametrize("train, parts", [
+    ([published("sanwen", i, relation="Nahe" if i == 4 else "Near") for i in range(9)],
+     ["train.jsonl:5", "'Nahe'", "'sanwen'", "Part-Whole"]),
+    ([published("sanwen"), {"head": "我", "tail": "河", "relation": "Near"}],
+     ["train.jsonl:2", "'text'", "head, tail, relation"]),
+    ([published("sanwen"), {"head": "我", "tail": "河", "text": "我在河边"}], ["train.jsonl:2", "'relation'"]),
+    ('{"head": "我", "tail"\n', ["train.jsonl:1", "JSON"]),
+    ("[1, 2]\n[3]\n", ["train.jsonl:1", "list"]),
+    ("", ["'sanwen'", "no usable train row"]),
+    ([published("sanwen", text="")], ["no usable train row", "1 empty text"]),
+    ([published("sanwen")], ["'sanwen'", "dev"])])
+def test_what_is_wrong_with_the_rows_is_said_in_one_sentence(tmp_path, train, parts):
+    write_rows(tmp_path, "sanwen", train, [published("sanwen", 99)])
+    with pytest.raises(UserError) as error:
+        data.load_task("sanwen", "train", tmp_path)
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
+
+
+class Hub:
+    """Stands for datasets.load_dataset: answers from `rows`, fails for what is not there, remembers the calls."""
+
+    def __init__(self):
+        self.rows, self.calls = {}, []
+
+    def __call__(self, path, name=None, *, split=None, revision=None, data_files=None):
+        where = data_files[split][0] if data_files else split
+        self.calls.append((path, name, revision, where))
+        if (path, where) not in self.rows:
+            raise ConnectionError(f"Couldn't reach {path}\nfor some reason")
+        return self.rows[path, where]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    data.load_splits.cache_clear()
+    datasets, fake = pytest.importorskip("datasets"), Hub()
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    return fake
+
+
+def test_the_first_source_is_read_at_its_revision_with_validation_as_test(hub):
+    train, test = both("tnews")
+    hub.rows = {("clue/clue", "train"): train, ("clue/clue", "validation"): test}
+    splits = data.load_splits("tnews")
+    revision = "28178267a609dd08bdc703dd6c931dfc2c2f4431"
+    assert hub.calls == [("clue/clue", "tnews", revision, split) for split in ("train", "validation")]
+    assert len(splits.test) == 4 and splits.report["notes"] == [] and "clue/clue:tnews" in splits.report["source"]
+
+
+@pytest.mark.parametrize("first", [None, {"a": 1}, published("lcqmc", score=7)])
+def test_a_source_that_is_away_or_has_other_columns_or_labels_falls_back_and_says_so(hub, first):
+    train, test = both("lcqmc")
+    hub.rows = {("mteb/LCQMC", "train"): train, ("mteb/LCQMC", "test"): test}
+    if first:
+        hub.rows |= {("C-MTEB/LCQMC", "train"): [first], ("C-MTEB/LCQMC", "test"): [first]}
+    splits = data.load_splits("lcqmc")
+    assert len(splits.test) == 4 and "mteb/LCQMC" in splits.report["source"]
+    assert "C-MTEB/LCQMC" in splits.report["notes"][0] and "using mteb/LCQMC" in splits.report["notes"][0]
+
+
+def test_nothing_reachable_is_one_sentence_with_task_tries_and_remedy(hub):
+    with pytest.raises(UserError) as error:
+        data.load_task("afqmc", "train")
+    for part in ("'afqmc'", "clue/clue:afqmc", "C-MTEB/AFQMC", "Couldn't reach", "--data-root", "network"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_are_downloaded_once_from_the_commit_or_its_mirror(hub, monkeypatch):
+    commit, asked = "thunlp/Chinese_NRE@2cd47e6dc1b95e8ca3e93b5b8567666c37c5d654", []
+    mirror = f"https://cdn.jsdelivr.net/gh/{commit}/data/FinRE/"
+    texts = {mirror + "train.txt": "\n\n".join(f"甲\t乙\t合作\t甲乙{i}" for i in range(12)),
+             mirror + "test.txt": "甲\t乙\tunknown\t甲与乙\r\n"}
+
+    def retrieve(url, path, hook):
+        asked.append(url)
+        if url not in texts:
+            raise OSError("no route")
+        path.write_text(texts[url], encoding="utf-8", newline="")
+
+    monkeypatch.setattr(chinese, "urlretrieve", retrieve)
+    splits = data.load_splits("finre")
+    assert asked == [f"https://raw.githubusercontent.com/{commit.replace('@', '/')}/data/FinRE/train.txt", *texts]
+    assert len(splits.train + splits.dev) == 12 and splits.test[0].answer == "无关"
+    data.load_splits.cache_clear()
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    assert data.load_splits("finre").test == splits.test and len(asked) == 3  # from the cache
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
+        chinese._download("https://example.org/other.txt")
+
+
+def test_half_a_download_is_an_error_and_is_not_kept(hub, monkeypatch, tmp_path):
+    class Half(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"half")
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with HTTPServer(("127.0.0.1", 0), Half) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(OSError, match="4 out of 1000"):
+            chinese._download(f"http://127.0.0.1:{server.server_port}/train.txt")
+    assert not list(tmp_path.rglob("*train.txt"))
+
+
+def test_files_of_the_hub_are_read_by_their_builder(hub):
+    train, test = both("amazon")
+    files = "hf://datasets/mteb/amazon_reviews_multi/zh/{}.jsonl"
+    hub.rows = {("json", files.format("train")): train, ("json", files.format("test")): test}
+    assert len(data.load_task("amazon", "test")) == 4 and hub.calls[0][0] == "SetFit/amazon_reviews_multi_zh"
+
+
+@pytest.mark.parametrize("name, change, operation, old, new", [
+    ("afqmc", {}, "swap", "提问一：花呗0\n提问二：借呗0\n", "提问一：借呗0\n提问二：花呗0\n"),
+    ("amazon", {"text": "质量好。价格低！"}, "sentence_order", "质量好。价格低！", "价格低。质量好！"),
+    ("amazon", {"text": "质量好，价格低。"}, "clause_order", "质量好，价格低。", "价格低，质量好。"),
+    ("thucnews", {"text": "词汇是关键 考研全指南"}, "title_order", "词汇是关键 考研全指南", "考研全指南 词汇是关键"),
+    ("cmnli", {"sentence1": "他昨天去了北京"}, "time_order", "前提：他昨天去了北京", "前提：昨天他去了北京"),
+    ("cmnli", {"sentence1": "昨天，他去了北京"}, "time_order", "前提：昨天，他去了北京", "前提：他昨天去了北京"),
+    ("cmnli", {"sentence1": "在会议之后，主席离开了大楼。"}, "adverbial_last", "在会议之后，主席离开了大楼。",
+     "主席离开了大楼，在会议之后。"),
+    ("cmnli", {"sentence1": "猫在睡觉"}, "frame", "前提：猫在睡觉", "前提：情况是这样的：猫在睡觉"),
+    ("cmrc2018", {"question": "这部书的作者是谁？"}, "question_form", "这部书的作者是谁？", "谁是这部书的作者？"),
+    ("cmrc2018", {"question": "他的著作有哪些？"}, "question_form", "他的著作有哪些？", "有哪些，他的著作？"),
+    ("drcd", {"question": "花垣縣位於哪個省?"}, "question_form", "花垣縣位於哪個省?", "位於哪個省，花垣縣?")])
+def test_each_operation_changes_one_field_and_keeps_the_answer(name, change, operation, old, new):
+    example = example_of(name, **change)
+    for rewritten in {data.perturb(example, seed) for seed in range(8)}:
+        assert rewritten.operations == (operation,) and rewritten.prompt == example.prompt.replace(old, new)
+        for kept in ("answer", "choices", "references", "group"):
+            assert getattr(rewritten, kept) == getattr(example, kept)
+
+
+@pytest.mark.parametrize("name, change", [
+    ("amazon", {"text": "质量好，但是价格高。"}),  # the contrast decides
+    ("amazon", {"text": "因为质量好，所以买了。"}), ("amazon", {"text": "虽然质量好，我没买。"}),
+    ("amazon", {"text": "“质量好，价格低”"}),  # a comma inside quotation marks
+    ("amazon", {"text": "卖25,000元"}), ("amazon", {"text": "很好"}),
+    ("sanwen", {"head": "我", "tail": "河", "text": "我出门，河水上涨"}),  # would turn head and tail round
+    ("cmrc2018", {"question": "他被称为什么？"}),  # 为什么 is another question
+    ("cmrc2018", {"question": "他去了哪，是和谁？"}), ("cmrc2018", {"question": "这里还有什么？"}),
+    ("cmnli", {"sentence1": "你去吗？"}), ("thucnews", {"text": "词汇是关键"})])
+def test_what_is_not_safe_is_left_alone(name, change):
+    example = example_of(name, **change)
+    assert all(data.perturb(example, seed) is example for seed in range(8))
+
+
+@pytest.mark.parametrize("name, change", [
+    ("sanwen", {"text": "天黑了，我走到河边，月亮升起"}),
+    ("cote_mfw", {"s": "你好，李焕英，电影真好看，值得看", "ot": "你好，李焕英"})])  # an answer that spans clauses
+def test_the_answer_and_the_names_of_a_relation_are_never_torn(name, change):
+    example = example_of(name, **change)
+    changed = {data.perturb(example, seed) for seed in range(20)} - {example}
+    assert changed and all(sorted(e.prompt) == sorted(example.prompt) for e in changed)
+    assert all(e.prompt.count(text) == example.prompt.count(text) for e in changed for text in example.protected)
+
+
+def test_a_rewritten_text_stays_in_its_place():
+    example = example_of("cote_mfw", s="西湖真美，人也多，值得去")
+    changed = data.perturb(example, 0)
+    ((_, a, b),) = changed.fields
+    assert changed.prompt[:a] == example.prompt[:a] and changed.prompt[b:] == "\n对象：" and b == example.fields[0][2]
+    assert sorted(changed.prompt[a:b]) == sorted("西湖真美，人也多，值得去") and data.perturb(example, 0) == changed
