@@ -375,6 +375,7 @@ class Trained:
     table: str  # the run's table that it belongs to
     cfg: SimpleNamespace  # the run's options
     method: str
+    backbone: PreTrainedModel  # as it was before the adapter: model.backbone may be a copy with more modules
     model: AdaptedLM
     tokenizer: PreTrainedTokenizerBase
     task_ids: dict[str, int]  # of the tasks that have test rows
@@ -396,7 +397,7 @@ def open_run(run: Path, model_class: type[AdaptedLM] = TALoRA, task: str = "") -
             model = model_class.load(folder / "best", backbone).eval()
             # An adapter with the same weights for all tasks does not list them.
             ids = {task: model.tasks.index(task) if task in model.tasks else 0 for task in results["scores"]}
-            stages.append(Trained(folder, name, cfg, results["method"], model, tokenizer, ids))
+            stages.append(Trained(folder, name, cfg, results["method"], backbone, model, tokenizer, ids))
     return stages
 
 
@@ -473,7 +474,7 @@ def diagnose(stage: Trained) -> str:
     rows = {task: [data.encode(example, stage.tokenizer, cfg.max_length, keep_answer=False)
                    for example in data.load_task(task, "dev", cfg.data_root)[:16]] for task in ids}
     right, loss = dev_score(model, rows, ids, cfg.eval_tokens)
-    plain_right, plain_loss = dev_score(AdaptedLM(model.backbone), rows, dict.fromkeys(ids, NO_TASK), cfg.eval_tokens)
+    plain_right, plain_loss = dev_score(AdaptedLM(stage.backbone), rows, dict.fromkeys(ids, NO_TASK), cfg.eval_tokens)
     lines = [f"{stage.folder}: of {sum(map(len, rows.values()))} development rows {right:.1%} are right (loss "
              f"{loss:.3f}), without the adapter {plain_right:.1%} (loss {plain_loss:.3f})"]
     if loss > plain_loss - 0.01:

@@ -1,5 +1,6 @@
 """Predictions, development scores, references, tables, pictures, and a finished run (the metrics: test_metrics.py)."""
 
+import copy
 import json
 import math
 import re
@@ -217,6 +218,14 @@ def test_diagnose_closes_one_layer_after_the_other(run, capsys):
     layers = [line for line in out.splitlines() if re.match(r" +\d ", line)]
     assert len(layers) == 4 and all(f" {math.tanh(-0.3):.3f} " in line for line in layers), "gates keep their sign"
     assert len({line.split("loss")[1] for line in layers}) == 4, "closing another layer costs another loss"
+
+
+def test_diagnose_compares_with_the_backbone_as_it_was_before_the_adapter(run):
+    stage, = evaluate.open_run(run, task="toy-amazon")
+    without = evaluate.diagnose(stage).splitlines()[0].partition("without the adapter")[2]
+    stage.model.backbone = copy.deepcopy(stage.backbone)  # as of a method that changes modules inside the backbone
+    torch.nn.init.zeros_(stage.model.backbone.lm_head.weight)
+    assert evaluate.diagnose(stage).splitlines()[0].endswith(without)
 
 
 def test_closed_gates_open_again_whatever_happens(model):
