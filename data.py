@@ -119,7 +119,8 @@ def load_splits(name: str, root: str | None = None) -> Splits:
     if name in micro.TASKS:
         source, read = "the micro-world", {}
         for split in ("train", "test"):
-            read[split] = [*chinese.number_rows(micro.rows(name, split), f"{name} {split}")], Counter()
+            rows = enumerate(micro.rows(name, split), 1)
+            read[split] = [(f"{name} {split}:{number}", row) for number, row in rows], Counter()
     elif root or name in TASKS:
         source, read = chinese.read_task(task, root, notes)
     else:
@@ -196,6 +197,8 @@ def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example
     k counts rows in total; below the number of answers, k of the answers have one row each. The same seed gives the
     same rows whatever the order of `examples`, and a smaller k a part of the rows of a larger one. Raises UserError if
     there are not 2 k such rows."""
+    if k < 0:
+        raise UserError(f"k = {k} examples are not possible; use 0 or more")
     name = examples[0].task if examples else ""
     closed = task_of(name, examples).kind == "closed"
     rng = random.Random(f"{seed} {name}")

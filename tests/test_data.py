@@ -175,6 +175,8 @@ def test_k_shot_keeps_groups_apart_and_says_when_k_is_too_large():
     assert len(train) == len(dev) == 20 and not {e.group for e in train} & {e.group for e in dev}
     with pytest.raises(UserError, match="k = 51"):
         data.k_shot(spans, 51, seed=0)
+    with pytest.raises(UserError, match="k = -1"):
+        data.k_shot(spans, -1, seed=0)
     with pytest.raises(UserError, match="k = 1 "):
         data.k_shot(made_up({"a": 1, "b": 1}, per_group=2), 1, seed=0)
 

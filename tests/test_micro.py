@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -91,6 +92,15 @@ def test_an_option_is_never_a_word_of_the_text():
         text, options = row["prompt"].removesuffix(" =>").split(" ; ")
         assert sorted(options.split(" or ")) == sorted(row["choices"])
         assert not set(row["choices"]) & set(text.split())
+
+
+def test_the_readme_shows_real_rows():
+    readme = (micro.FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(toy-\S+)` \| `(.+)` \| (\S+) \| (.+) \|$", readme, re.M)
+    assert [name for name, *_ in shown] == list(micro.TASKS)
+    for name, prompt, answer, answers in shown:
+        assert (prompt, answer) in [(row["prompt"], row["answer"]) for row in micro.rows(name, "train")]
+        assert micro.TASKS[name].words in ("", answers)
 
 
 def test_a_caller_may_change_the_rows_it_got():
