@@ -38,7 +38,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import data
-from checkpoint import Parser, UserError, read_json, run_program, write_whole
+from checkpoint import Parser, UserError, pick_device, read_json, run_program, write_whole
 from data import Encoded, Example, task_of
 from model import NO_TASK, AdaptedLM, TALoRA, evaluating, load_backbone
 from tasks.chinese import fill
@@ -337,23 +337,24 @@ def draw_targets(folder: Path, folders: Sequence[Path]) -> None:
 
 # ------------------------------------------------------------------------------------------------- a finished run
 
-def find_results(run: Path) -> dict[str, dict[Path, dict]]:
-    """The results.json of every finished stage with test rows, by the table it belongs to: {table: {folder: ...}}."""
-    found = {}
+def find_results(run: Path) -> list[tuple[str, Path, dict]]:
+    """Every finished stage with test rows: the table that it belongs to, its folder and its results.json."""
+    found = []
     for path in [*run.glob("multitask/results.json"), *sorted(run.glob("target/*/results.json"))]:
         results = read_json(path)
         k = results.get("shots")
         name = "multitask/table.md" if k is None else f"target/table-{k}-shot.md" if k else "target/table-full.md"
         if "scores" in results:  # not so in a run of the first release
-            found.setdefault(name, {})[path.parent] = results
+            found.append((name, path.parent, results))
     return found
 
 
 def report(run: Path, log: Callable[[str], None]) -> None:
     """Print and save the tables of a run's finished stages, plain and rewritten test rows, and draw its targets."""
     cfg, found = SimpleNamespace(**read_json(run / "options.json")), find_results(run)
-    for name, by_folder in found.items():
-        scores = {task: columns for results in by_folder.values() for task, columns in results["scores"].items()}
+    for name in dict.fromkeys(name for name, _, _ in found):
+        parts = [results["scores"] for other, _, results in found if other == name]
+        scores = {task: columns for part in parts for task, columns in part.items()}
         tests = {task: test_rows(task, cfg) for task in scores}
         metrics = {task: task_of(task, rows["plain"]).metric for task, rows in tests.items()}
         changed = [bool(example.operations) for rows in tests.values() for example in rows["rewritten"]]
@@ -363,8 +364,7 @@ def report(run: Path, log: Callable[[str], None]) -> None:
             file.write(text.encode())
         log(f"\n{text}\nsaved as {run / name}")
     if cfg.pictures:
-        targets = [folder for name, by_folder in found.items() if name.startswith("target") for folder in by_folder]
-        draw_targets(run / "target", targets)
+        draw_targets(run / "target", [folder for name, folder, _ in found if name.startswith("target")])
 
 
 @dataclass
@@ -383,15 +383,14 @@ class Trained:
 
 def open_run(run: Path, model_class: type[AdaptedLM] = TALoRA, task: str = "") -> list[Trained]:
     """The finished stages of a run that have test rows (with `task`: of this task). Raises UserError if none has."""
-    found = [(name, *item) for name, by_folder in find_results(run).items() for item in by_folder.items()]
+    found = find_results(run)
     tasks = dict.fromkeys(name for _, _, results in found for name in results["scores"])
     if not found:
         raise UserError(f"'{run}' holds no finished multitask or target stage; python train.py --run {run} trains one")
     if task and task not in tasks:
         raise UserError(f"the run '{run}' has no task '{task}'; it has {', '.join(tasks)}")
     cfg, stages = SimpleNamespace(**read_json(run / "options.json")), []
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    backbone, tokenizer = load_backbone(cfg.backbone, cfg.dtype, device)
+    backbone, tokenizer = load_backbone(cfg.backbone, cfg.dtype, pick_device(cfg.device))
     for name, folder, results in found:
         if not task or task in results["scores"]:
             model = model_class.load(folder / "best", backbone).eval()
