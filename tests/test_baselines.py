@@ -1,7 +1,6 @@
-"""Every method and every variant over tiny random backbones: the same questions to all of them, and one reference each.
+"""Every method and every ablation over tiny random backbones: the same questions for all of them, one reference for each.
 
-Nothing is at zero but where a start is tested: a zero gate or factor hides every bug behind it. Tasks "first" and
-"second" are sources, "third" is a target that was added later, as train.py does it.
+Nothing is at zero except where a start is tested: a zero gate or factor hides every bug behind it.
 """
 
 from functools import partial
@@ -14,27 +13,25 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train
-from baselines import METHODS, VARIANTS
-from config import parse
 from data import Batch
-from frozen import FAMILIES, NO_TASK, TALoRAConfig, positions
-from model import TALoRA
+from experiments.compare import METHODS, VARIANTS
+from model import FAMILIES, NO_TASK, TALoRAConfig, positions
 
 ALL = METHODS | VARIANTS
-CLASSES = {}  # the first name of every class: pt, spot and spot-nearest differ in what learns, not in what is computed
-for name, method in ALL.items():
-    CLASSES.setdefault(method.model, name)
+CLASSES = {ALL[name].model: name for name in reversed(ALL)}  # class -> its first method: pt, not spot
 EVERY = pytest.mark.parametrize("name", CLASSES.values())
 IN_FRONT, CHANGED = ("pt", "mpt", "attempt"), ("adapter", "lora", "bitfit", "ft")
+IN_EVERY_LAYER = [name for name in CLASSES.values() if name not in IN_FRONT + CHANGED]
 TASK_IDS = torch.tensor([0, 2, 1])
 
 
 @pytest.fixture
 def opened(tiny_backbone):
-    """opened(name, backbone=None, **config) -> the method with a target task, all tensors of its own far from 0."""
+    """opened(name, backbone=None, **config) -> the method with two sources and a target, all its tensors far from 0."""
 
+    @torch.no_grad()
     def make(name, backbone=None, rank=2, scale=1.0):
-        backbone = tiny_backbone() if backbone is None else backbone
+        backbone = backbone or tiny_backbone()
         torch.manual_seed(1)
         model = ALL[name].model(backbone, ["first", "second"], TALoRAConfig(5, rank, scale))
         model.add_task("third")
@@ -43,6 +40,8 @@ def opened(tiny_backbone):
                 p.add_(0.2 * torch.randn(p.shape))
             elif p.is_floating_point() and (name, own) != ("open-gate", "gate"):  # that one is fixed
                 p.copy_(torch.where(torch.rand(p.shape) < 0.5, -1.0, 1.0) * (0.3 + torch.rand(p.shape)))
+        if name == "attempt":  # tau is large: prompts of one size are mixed nearly equally, whatever the text
+            model.prompt[0][:, ::2] *= 40
         return model
 
     return make
@@ -52,16 +51,14 @@ def opened(tiny_backbone):
 def log_p(model, prompt, answer, task):
     """log-softmax of one unpadded row after its last prompt token and after every answer token, (1 + answer, V).
 
-    `forward` without labels would take the answer for text, which is the same but for attempt: it pools the text.
+    The prompt alone is text: attempt mixes its prompts by the text, and neither an answer in training, nor candidates,
+    nor what was generated may be part of that.
     """
     ids = torch.tensor([prompt + answer])
-    ones = torch.ones_like(ids)
-    text = torch.arange(ids.shape[1]).expand(1, -1) < len(prompt)
-    hidden = model.hidden(ids, ones, positions(ones), torch.tensor([task]), text)
-    logits = model.backbone.lm_head(hidden)[0]
-    if model.method != "attempt":
-        assert torch.equal(model(ids, ones, torch.tensor([task])).logits[0], logits)
-    return logits.log_softmax(-1)[len(prompt) - 1:]
+    ones, text = torch.ones_like(ids), torch.arange(ids.shape[1]).expand(1, -1) < len(prompt)
+    given = model.inputs(ids, ones, positions(ones), torch.tensor([task]), text)
+    states = model.read(given, use_cache=False)[0, model.in_front:]  # (T, d)
+    return model.backbone.lm_head(states).log_softmax(-1)[len(prompt) - 1:]
 
 
 # ------------------------------------------------------------------------------ every method answers the same questions
@@ -74,12 +71,12 @@ def test_neither_padding_nor_the_other_rows_change_a_row(name, opened):
     for left in (0, 4, 20):
         for rows in ([0], [1, 0], [0, 1, 2], [2, 1, 0, 1]):
             ids, mask = pad([PROMPTS[i] for i in rows], left)
-            ids[mask == 0] = 21  # what stands under the mask is of no matter
+            ids[mask == 0] = 21  # what stands under the mask does not matter
             together = model(ids, mask, TASK_IDS[rows]).logits[:, -1].log_softmax(-1)
             torch.testing.assert_close(together, torch.stack([alone[i] for i in rows]), **CLOSE)
     other = [log_p(model, PROMPTS[0], [], task)[0] for task in range(3)]
     heard = [(a - b).abs().max() > 0.05 for a, b in zip(other, other[1:])]
-    assert heard == [name not in CHANGED + ("side-by-side",)] * 2  # those have nothing of a task's own
+    assert heard == [name not in (*CHANGED, "side-by-side")] * 2  # those have nothing of a task's own
 
 
 @pytest.mark.parametrize("family, name", [(family, name) for family in FAMILIES for name in CLASSES.values()
@@ -108,10 +105,6 @@ def test_generate_is_greedy_decoding_step_by_step(name, opened):
     for row, prompt, task in zip(out[:, -6:].tolist(), PROMPTS, TASK_IDS.tolist()):
         assert log_p(model, prompt, row, task)[:-1].argmax(-1).tolist() == row  # the best word after each word so far
     assert model(**batch(answers=out[:, -6:].tolist(), tasks=TASK_IDS.tolist())).correct.all()
-    model.backbone.generation_config.eos_token_id = end = int(out[0, -3])  # a row that has ended is filled with padding
-    for row, free in zip(model.generate(ids, mask, TASK_IDS, 6)[:, -6:].tolist(), out[:, -6:].tolist()):
-        length = free.index(end) + 1 if end in free else 6
-        assert row == free[:length] + [0] * (6 - length)
 
 
 @EVERY
@@ -132,31 +125,20 @@ def test_checkpointing_changes_neither_loss_nor_gradients(name, tiny_backbone, o
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
 
 
-@EVERY
-def test_what_is_logged_of_an_adapter(name, opened, tiny_backbone):
-    """Layer by layer, from the definitions: |tanh g|, the norms of theta0 and of the steps, or of the prompts."""
+@pytest.mark.parametrize("name", IN_EVERY_LAYER)
+def test_gates_and_sizes_of_prompts_are_logged_layer_by_layer(name, opened):
     model = opened(name)
     logged = model.diagnose()
-    assert "step_norms" not in ALL[name].model(tiny_backbone(), [], TALoRAConfig(5, 2)).diagnose(), "no tasks"
-    if not hasattr(model, "gate"):
-        assert logged == {}
-        return
-    assert logged["tasks"] == ["first", "second", "third"]
-    if name != "one-softmax":
-        gates = [model.gate[layer].tanh().abs().mean().item() for layer in range(3)]
-        assert logged["gates"] == pytest.approx(gates, abs=1e-5)
     for layer in range(3):
+        if name != "one-softmax":
+            assert logged["gates"][layer] == pytest.approx(model.gate[layer].tanh().item(), abs=1e-5)  # with its sign
         prompts = [model.prompts([task])[layer, 0] for task in range(3)]  # 3 x (P, d)
-        if hasattr(model, "theta0"):
-            steps = sum((prompt - model.theta0[layer]).norm().item() for prompt in prompts) / 3
-            assert logged["step_norms"][layer] == pytest.approx(steps, rel=1e-4) and steps > 0.1
-            assert logged["theta0_norms"][layer] == pytest.approx(model.theta0[layer].norm().item(), rel=1e-4)
-        else:
-            size = sum(prompt.norm().item() for prompt in prompts) / 3
-            assert logged["prompt_norms"][layer] == pytest.approx(size, rel=1e-4)
+        start = model.theta0[layer] if hasattr(model, "theta0") else 0
+        size = sum((prompt - start).norm().item() for prompt in prompts) / 3
+        assert logged.get("step_norms", logged.get("prompt_norms"))[layer] == pytest.approx(size, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES.values() if name not in ("bitfit", "ft")])  # see config.py
+@pytest.mark.parametrize("name", [name for name in CLASSES.values() if name not in ("bitfit", "ft")])  # see compare.py
 def test_own_tensors_stay_fp32_over_a_bf16_backbone(name, tiny_backbone, opened):
     models = opened(name, tiny_backbone().to(torch.bfloat16)), opened(name)
     losses = [model(**batch(tasks=TASK_IDS.tolist())).loss for model in models]
@@ -178,22 +160,25 @@ def test_load_equals_save_and_other_methods_refuse_the_file(name, tiny_backbone,
     ids, mask = pad(PROMPTS)
     assert torch.equal(loaded(ids, mask, TASK_IDS).logits, model(ids, mask, TASK_IDS).logits)
     for other in set(CLASSES) - {ALL[name].model}:
-        found, wanted = model.method or "talora", other.method or "talora"
-        with pytest.raises(ValueError, match=f"method '{found}' .* should be '{wanted}' "):
+        with pytest.raises(ValueError, match=f"method '{model.method}', not '{other.method}'"):
             other.load(tmp_path, tiny_backbone)
 
 
-def test_what_cannot_work_is_refused(tiny_backbone, opened):
+def test_what_would_be_silently_wrong_is_refused(tiny_backbone, opened):
     for name in (*IN_FRONT, "deep-pt", "deep-mpt"):
         with pytest.raises(ValueError, match="no task"):
             opened(name)(*pad(PROMPTS), torch.tensor([0, NO_TASK, 1]))
+    with pytest.raises(ValueError, match="with and without a task"):
+        opened("side-by-side")(*pad(PROMPTS), torch.tensor([0, NO_TASK, 1]))
     for family in set(FAMILIES) - {"qwen2"}:
-        with pytest.raises(ValueError, match="bitfit: it has no biases"):
+        with pytest.raises(ValueError, match="bitfit trains the biases .* has none"):
             opened("bitfit", tiny_backbone(family))
     model = opened("pt", tiny_backbone("mistral", sliding_window=12))
     model.score(*pad([PROMPTS[0]]), TASK_IDS[:1], [[[4, 1]]])
-    with pytest.raises(ValueError, match="take 13 tokens.*sliding window"):  # the prompt takes five of them
-        model.score(*pad([PROMPTS[0]]), TASK_IDS[:1], [[[4, 1, 2]]])
+    for call in (lambda: model.score(*pad([PROMPTS[0]]), TASK_IDS[:1], [[[4, 1, 2]]]),  # 5 + 8 tokens
+                 lambda: model(*pad(PROMPTS), TASK_IDS)):
+        with pytest.raises(ValueError, match="take 13 tokens.*sliding window of the backbone is 12"):
+            call()
 
 
 # ---------------------------------------------------------------------------------------------- the start, and training
@@ -206,7 +191,7 @@ def test_what_is_computed_before_training(name, tiny_backbone):
     plain = backbone(ids, attention_mask=mask, position_ids=positions(mask)).logits
     model = ALL[name].model(backbone, ["a", "b", "c"], TALoRAConfig(5, 2))
     logits = model(ids, mask, TASK_IDS).logits
-    if name in ("open-gate", "one-softmax", *IN_FRONT):  # a prompt is heard from the first step
+    if name in ("open-gate", "one-softmax", *IN_FRONT):  # a prompt has an effect from the first step
         assert (logits - plain).abs().max() > 0.1
     else:
         assert torch.equal(logits, plain)
@@ -226,15 +211,15 @@ def test_in_every_stage_what_should_learn_does_by_the_third_step_and_nothing_els
     """The stages one after another as train.py runs them, with the method's own table, optimizer and step."""
     torch.manual_seed(0)
     method, backbone = ALL[name], tiny_backbone()
-    cfg = parse(["--method", name] if name in METHODS else ["--variant", name])[0]
+    cfg = train.parse([], method)
     sources = ["a", "b", "c"] if method.per_task else ["all"]
     model = method.model(backbone, sources, TALoRAConfig(5, cfg.rank, cfg.scale, cfg.gate_per_head))
-    for stage in method.stages:
+    for stage in method.learns:
         ids = [NO_TASK] if stage == "base" else list(range(len(sources)))
         if stage == "target" and method.per_task:
             ids = [model.add_task("target")]
             model.copy_task(1, ids[0])
-        learns = train.learning_tensors(model, method, stage, ids)
+        learns = train.learning_tensors(model, method.learns[stage], ids)
         assert {n.partition(".")[0] for n in learns} == set(method.learns[stage])
         optimizer = train.build_optimizer(model, learns, cfg)
         if stage == "multitask" and method.fresh_gates:
@@ -263,10 +248,11 @@ def test_a_changed_backbone_shares_what_it_does_not_change(name, tied, tiny_back
 # --------------------------------------------------------------------------------------------------- one reference each
 
 def slow_prompt(model, name, task, n):
-    """The prompt of a task in layer n, (P, d) (all tasks' under one another for side-by-side), term by term."""
-    if name.startswith("deep"):
-        return model.shared[n] * torch.outer(model.u[task][n], model.v[task][n]) if name == "deep-mpt" else \
-            model.prompt[task][n]
+    """The prompt of a task in layer n, (P, d) (all tasks' below each other for side-by-side), term by term."""
+    if name == "deep-pt":
+        return model.prompt[task][n]
+    if name == "deep-mpt":
+        return model.shared[n] * torch.outer(model.u[task][n], model.v[task][n])
     if name == "side-by-side":
         return torch.cat([slow_prompt(model, "talora", i, n) for i in range(3)])
     B = model.B[task][n] if name == "own-b" else model.B[n]
@@ -275,7 +261,7 @@ def slow_prompt(model, name, task, n):
     return model.theta0[n] + sum(model.config.scale * B @ torch.outer(u_t, v_t) for u_t, v_t in zip(u, v))
 
 
-@pytest.mark.parametrize("name", [name for model, name in CLASSES.items() if issubclass(model, TALoRA)])
+@pytest.mark.parametrize("name", IN_EVERY_LAYER)
 @torch.no_grad()
 def test_prompts_in_every_layer_equal_a_slow_reference(name, opened):
     model = opened(name, scale=0.7)
@@ -302,8 +288,6 @@ def test_prompts_in_every_layer_equal_a_slow_reference(name, opened):
 @torch.no_grad()
 def test_prompts_at_the_input_equal_a_slow_reference(name, opened):
     model = opened(name, rank=3)
-    if name == "attempt":
-        model.prompt[0][:, ::2] *= 40  # tau is large: prompts of one size are mixed nearly equally, whatever the text
     embed, d = model.backbone.get_input_embeddings(), 32
 
     def attempt(words):  # of the target; the equations of the class, number by number
@@ -329,44 +313,18 @@ def test_prompts_at_the_input_equal_a_slow_reference(name, opened):
         torch.testing.assert_close(logits[b][mask[b].bool()], slow, **CLOSE)
 
 
-def test_the_mixture_of_attempt_sees_the_text_alone(opened, monkeypatch):
-    """Neither an answer in training, nor candidates, nor what was generated, nor padding decides which prompts join."""
-    model, seen = opened("attempt"), []
-    model.prompt[0].data[:, ::2] *= 40
-    inputs = model.inputs
-    monkeypatch.setattr(model, "inputs", lambda *args: (seen.append(inputs(*args)), seen[-1].copy())[1])
-    tasks = torch.tensor([2, 2, 2])
-    for left in (0, 7):
-        ids, mask = pad(PROMPTS, left)
-        ids[mask == 0] = 33
-        model(ids, mask, tasks)
-        model.score(ids, mask, tasks, CHOICES)
-        model.generate(ids, mask, tasks, 3)
-    for answers in (ANSWERS, [[52] * 9, [30, 31], [1]]):
-        for side in ("left", "right"):
-            model(**batch(answers=answers, tasks=(2, 2, 2), side=side))
-    prompts = [given["inputs_embeds"][:, :5].detach() for given in seen]
-    assert len(prompts) == 10 and (prompts[0][0] - prompts[0][1]).abs().max() > 0.1  # each text has its own
-    for prompt in prompts[1:]:
-        torch.testing.assert_close(prompt, prompts[0])
-
-
-@pytest.mark.parametrize("name, places", [("lora", ("self_attn.q_proj", "self_attn.v_proj")),
-                                          ("adapter", ("self_attn.o_proj", "mlp.down_proj"))])
 @torch.no_grad()
-def test_changed_layers_equal_hooks_on_the_plain_backbone(name, places, tiny_backbone, opened):
-    model, plain = opened(name, rank=3, scale=0.7), tiny_backbone()
+def test_the_adapter_equals_hooks_on_the_plain_backbone(tiny_backbone, opened):
+    model, plain = opened("adapter", rank=3), tiny_backbone()
 
     def change(own, module, args, y):
-        if name == "lora":
-            return y + 0.7 * args[0] @ (own.B @ own.A).T
         z = y @ own.down.weight.T + own.down.bias
         z = 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))  # gelu
         return y + z @ own.up.weight.T + own.up.bias
 
     for layer, own in zip(plain.model.layers, model.backbone.model.layers):
-        for place in places:
-            layer.get_submodule(place).register_forward_hook(partial(change, own.get_submodule(place)))
+        layer.self_attn.o_proj.register_forward_hook(partial(change, own.self_attn.o_proj))
+        layer.mlp.down_proj.register_forward_hook(partial(change, own.mlp.down_proj))
     ids, mask = pad(PROMPTS, side="right")
     expected = plain(ids, attention_mask=mask).logits
     torch.testing.assert_close(model(ids, mask, TASK_IDS).logits[mask.bool()], expected[mask.bool()], **CLOSE)
@@ -384,23 +342,19 @@ def test_regulariser_and_cosines_of_sums_of_terms(tiny_backbone, opened):
 
 # --------------------------------------------------------------------------------------------------------------- counts
 
-def closed_forms(L, d, Hh, Kh, f, V, P, r):
-    """Numbers that learn on a target; Hh and Kh are the widths of all query and of all key heads, f the MLP's."""
-    return {
-        "ft": L * (d * Hh + Hh + 2 * (d * Kh + Kh) + Hh * d + 3 * d * f + 2 * d) + 2 * V * d + d,
-        "adapter": 2 * L * (2 * d * r + r + d), "lora": L * (r * (d + Hh) + r * (d + Kh)), "bitfit": L * (Hh + 2 * Kh),
-        "pt": P * d, "spot": P * d, "mpt": P * d + P + d, "attempt": P * d + 2 * r * d,
-        "deep-pt": L * P * d + L, "deep-mpt": L * (P + d),
-        "talora": L * (r + d), "own-b": L * (P * r + r + d), "2-terms": 2 * L * (r + d),
-    }
-
-
-AT_7B = {  # name: prompt length, rank, numbers
-    "ft": (12, 8, 7_615_616_512), "adapter": (12, 64, 25_894_400), "lora": (12, 8, 2_523_136),
-    "bitfit": (12, 8, 129_024), "pt": (100, 8, 358_400), "spot": (100, 8, 358_400), "mpt": (100, 8, 362_084),
-    "attempt": (100, 100, 1_075_200), "deep-pt": (12, 8, 1_204_252), "deep-mpt": (12, 8, 100_688),
-    "talora": (12, 8, 100_576), "own-b": (12, 8, 103_264), "2-terms": (12, 8, 201_152),
-}
+@pytest.mark.parametrize("name, P, r, count", [
+    ("ft", 12, 8, 7_615_616_512), ("adapter", 12, 64, 2 * 28 * (2 * 3584 * 64 + 64 + 3584)),
+    ("lora", 12, 8, 28 * 8 * (3584 + 3584 + 3584 + 512)), ("bitfit", 12, 8, 28 * (3584 + 512 + 512)),
+    ("pt", 100, 8, 100 * 3584), ("spot", 100, 8, 100 * 3584), ("mpt", 100, 8, 100 * 3584 + 100 + 3584),
+    ("attempt", 100, 100, 100 * 3584 + 2 * 100 * 3584), ("deep-pt", 12, 8, 28 * 12 * 3584 + 28),
+    ("deep-mpt", 12, 8, 28 * (12 + 3584)), ("talora", 12, 8, 28 * (8 + 3584)),
+    ("own-b", 12, 8, 28 * (12 * 8 + 8 + 3584)), ("2-terms", 12, 8, 2 * 28 * (8 + 3584)),
+])
+def test_trainable_parameters_on_a_target_at_7b(name, P, r, count, backbone_7b):
+    model = ALL[name].model(backbone_7b, ["source"], TALoRAConfig(P, r))
+    task = model.add_task("target") if ALL[name].per_task else 0
+    learning = train.learning_tensors(model, ALL[name].learns["target"], [task])
+    assert sum(model.get_parameter(own).numel() for own in learning) == count
 
 
 @pytest.fixture(scope="module")
@@ -409,16 +363,6 @@ def backbone_7b():
         return AutoModelForCausalLM.from_config(Qwen2Config(
             hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
             num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False))
-
-
-@pytest.mark.parametrize("name", AT_7B)
-def test_numbers_that_learn_on_a_target(name, tiny_backbone, backbone_7b):
-    assert closed_forms(28, 3584, 3584, 512, 18944, 152064, *AT_7B[name][:2])[name] == AT_7B[name][2]
-    tiny = closed_forms(3, 32, 32, 16, 48, 53, 5, 2)[name]
-    for backbone, P, r, count in ((tiny_backbone(), 5, 2, tiny), (backbone_7b, *AT_7B[name])):
-        model = ALL[name].model(backbone, ["source"], TALoRAConfig(P, r))
-        task = model.add_task("target") if ALL[name].per_task else 0
-        assert train.count(model, train.learning_tensors(model, ALL[name], "target", [task])) == count
 
 
 # --------------------------------------------------------------------------------------- a second opinion, if installed
@@ -452,15 +396,3 @@ def test_the_same_weights_in_peft_give_the_same_logits(name, tiny_backbone, open
         given = dict(task_ids=task) if name == "mpt" else {}
         expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), **given).logits[:, -len(row):]
         torch.testing.assert_close(model(ids, torch.ones_like(ids), task).logits, expected, **CLOSE)
-
-
-def test_what_would_be_silently_wrong_is_refused(tiny_backbone, opened):
-    model = opened("pt", tiny_backbone("mistral", sliding_window=12))
-    with pytest.raises(ValueError, match="sliding window is 12"):
-        model(*pad(PROMPTS), TASK_IDS)  # 5 + 8 tokens
-    with pytest.raises(ValueError, match="with and without a task"):
-        opened("side-by-side")(*pad(PROMPTS), torch.tensor([0, NO_TASK, 1]))
-    model = opened("own-b")
-    with pytest.raises(ValueError, match="third"):
-        model.add_task("third")
-    assert len(model.B) == len(model.u) == len(model.tasks) == 3

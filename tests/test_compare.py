@@ -1,0 +1,132 @@
+"""Baselines and ablations as programs: their options, what is refused, and a whole run of each over a tiny backbone."""
+
+import json
+
+import pytest
+from transformers import Qwen2ForCausalLM
+
+import train
+from checkpoint import UserError
+from evaluate import macro
+from experiments import compare, soak
+from experiments.compare import METHODS, VARIANTS, unused_options
+from train import TALORA, flag
+
+ALL = METHODS | VARIANTS
+CHANGED = {method.model: name for name, method in VARIANTS.items() if method.model is not TALORA.model}  # one a class
+SOURCES = ["toy-amazon", "toy-sanwen"]
+
+
+def which(name):
+    return ["--method" if name in METHODS else "--variant", name]
+
+
+def run(backbone, folder, name, *more):
+    sizes = {"prompt_length": "3", "rank": "2"}
+    used = [word for size, value in sizes.items() if size not in unused_options(ALL[name])
+            for word in (flag(size), value)]
+    compare.main([*which(name), *soak.command(backbone, folder), "--targets", "toy-finre", "--save-every", "100",
+                  *used, *more])
+
+
+@pytest.mark.parametrize("name", [*(name for name in METHODS if name != "talora"), *CHANGED.values(), "no-base"])
+def test_every_method_runs_in_its_stages(name, small_world, tmp_path):
+    method = ALL[name]
+    run(small_world, tmp_path, name, "--shots", "4", "2")
+    for shots in (4, 2):
+        results = json.loads((tmp_path / "target" / f"toy-finre-{shots}-shot" / "results.json").read_text())
+        columns = {"majority", method.name} | ({"theta0 (k = 0)"} if name in VARIANTS else set())
+        assert set(results["scores"]["toy-finre"]) == columns and results["trainable"] > 0
+        assert (results["start"] in (*SOURCES, "new weights")) == method.per_task
+        assert results["method"] == method.name and 0 <= macro(results["scores"], method.name) <= 1
+    for stage in ("base", "multitask"):
+        assert (tmp_path / stage / "results.json").exists() == (stage in method.learns), stage
+
+
+def test_one_set_of_weights_for_all_sources_or_one_for_each(small_world, tmp_path, capsys):
+    """deep-spot trains one prompt on all sources and starts every target from it; deep-spot-nearest one for each."""
+    backbone = Qwen2ForCausalLM.from_pretrained(small_world)
+    for name, owners in (("deep-spot", ["all tasks"]), ("deep-spot-nearest", SOURCES)):
+        run(small_world, tmp_path / name, name)
+        sources, target = (ALL[name].model.load(tmp_path / name / folder / "best", backbone)
+                           for folder in ("multitask", "target/toy-finre-8-shot"))
+        assert sources.tasks == owners and target.tasks == owners + (["toy-finre"] if ALL[name].per_task else [])
+        state = sources.adapter_state()
+        moved = {n for n, t in target.adapter_state().items() if not t.equal(state.get(n, t))}
+        assert moved == ({"gate"} if ALL[name].per_task else {"gate", "prompt.0"})
+    capsys.readouterr()
+    compare.main(["--method", "deep-spot", "--evaluate", str(tmp_path / "deep-spot")])
+    assert "deep-spot" in capsys.readouterr().out
+    assert list(tmp_path.glob("deep-spot/multitask/predictions.jsonl"))
+
+
+# -------------------------------------------------------------------------------------------------------------- options
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_every_method_can_be_run_with_the_defaults_of_every_preset(preset, tmp_path):
+    for method in ALL.values():
+        train.check(train.parse(["--preset", preset, "--stage", "all", "--run", str(tmp_path)], method), method)
+
+
+def test_stages_come_in_order_and_every_learning_rate_is_an_option():
+    for name, method in ALL.items():
+        assert list(method.learns) == [stage for stage in TALORA.learns if stage in method.learns], name
+        assert "target" in method.learns and all(method.learns.values()), name
+        assert all(hasattr(train.Config, f"{rate}_rate") for rates in method.learns.values() for rate in rates.values())
+    assert all("[paper" in method.says for method in VARIANTS.values())
+
+
+def test_defaults_of_a_method_yield_to_what_is_typed_and_an_ablation_does_not():
+    def parse(name, *typed):
+        return train.parse(list(typed), ALL[name])
+
+    assert parse("attempt", "--preset", "qwen2.5-7b").rank == 100 and parse("lora").prompt_rate == 0.01
+    assert parse("pt", "--preset", "qwen2.5-7b", "--prompt-length", "30").prompt_length == 30
+    assert parse("rank-1").rank == 1 and parse("gate-per-head").gate_per_head
+    swapped = parse("rates-swapped", "--slow-rate", "0.1", "--fast-rate", "0.4")
+    assert (swapped.slow_rate, swapped.fast_rate) == (0.4, 0.1)
+    assert parse("slow-eighth", "--fast-rate", "0.4").slow_rate == 0.05
+    assert [parse(name).run for name in ("talora", "pt", "reg-off")] == ["runs/toy", "runs/toy-pt", "runs/toy-reg-off"]
+
+
+@pytest.mark.parametrize("command, said", [
+    (["--stage", "all"], ["--method", "--variant"]),
+    (["--method", "magic"], ["magic", "talora", "lora"]),
+    (["--variant", "magic"], ["magic", "no-base"]),
+    (["--variant", "no-base", "--method", "lora"], ["--method", "not allowed with"]),
+    (["--method", "deep-pt"], ["deep-pt", "multitask", "target"]),
+    (["--variant", "no-base", "--stage", "base"], ["talora no-base", "'base'", "multitask, target"]),
+    (["--variant", "rank-1", "--rank", "2"], ["rank-1 sets --rank 1, the command 2; leave it out"]),
+    (["--variant", "2-terms", "--regulariser", "off"], ["2-terms sets --regulariser cosine, the command off"]),
+    (["--method", "ft", "--dtype", "bfloat16"], ["ft", "bfloat16", "--dtype float32 --autocast"]),
+    (["--method", "ft", "--reg-weight", "1", "--rank=4"], ["ft does not use --rank, --reg-weight; leave them out"]),
+    (["--method", "lora", "--slow-rate", "1"], ["lora does not use --slow-rate; leave it out"]),
+    (["--variant", "no-base", "--prompt-rate", "1"], ["no-base does not use --prompt-rate"]),
+    (["--method", "mpt", "--no-gate-per-head", "--scale", "2"], ["mpt does not use --scale, --gate-per-head"]),
+    (["--variant", "open-gate", "--gate-per-head"], ["open-gate does not use --gate-per-head"]),
+    (["--method", "pt", "--evaluate", "nowhere"], ["nowhere"]),
+])
+def test_what_cannot_work_is_one_sentence(command, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        compare.main(command)
+    assert all(word in str(caught.value) for word in said), caught.value
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_that_a_method_does_not_use():
+    unused = {name: unused_options(method) for name, method in METHODS.items()}
+    assert unused["talora"] == []
+    assert unused["ft"] == ["prompt_length", "rank", "scale", "gate_per_head", "slow_rate", "fast_rate", "regulariser",
+                            "reg_weight"]
+    assert "prompt_rate" in unused["pt"] and "prompt_rate" not in unused["spot"]
+    assert [name for name in METHODS if "scale" not in unused[name]] == ["talora", "lora"]
+
+
+def test_help_has_a_line_for_every_method(capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for name, method in ALL.items():
+        assert [line.split(maxsplit=1) for line in lines if line.split()[:1] == [name]] == [[name, method.says]]
+    assert len(lines) < 70 and "python train.py --help" in lines[-1]
