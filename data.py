@@ -107,12 +107,12 @@ def load_task(name: str, split: str, root: str | Path | None = None) -> list[Exa
     name or split, a missing or unreadable file, a row without a field or with an unknown label, an empty split."""
     if split not in ("train", "dev", "test"):
         raise UserError(f"no split {split!r}; there are train, dev and test")
-    return getattr(load_splits(name, str(root) if root and name not in micro.TASKS else None), split)
+    return getattr(load_splits(name, str(root) if root else None), split)
 
 
 @cache
 def load_splits(name: str, root: str | None = None) -> Splits:
-    """All splits of a task and a report of what was read and dropped; errors as in `load_task`."""
+    """All splits of a task and a report of what was left out; errors as in `load_task`."""
     task, notes = task_of(name), []
     if not name or name.startswith(".") or set(name) & set("/\\"):
         raise UserError(f"{name!r} cannot be a task: its name should be that of a folder, without / or a dot in front")
