@@ -1,16 +1,8 @@
-r"""Metrics, predictions, tables, pictures, and a look into a finished run.
+r"""Predictions, scores, tables, pictures, and a look into a finished run.
 
     python evaluate.py --run runs/toy                   answer all test rows again and keep every answer
     python evaluate.py --run runs/toy --task toy-amazon --ask "ann found the soup very awful at the oslo cafe"
     python evaluate.py --diagnose runs/toy              what the adapter does: gates, prompts, cosines
-
-Metrics are fractions in [0, 1]. With p the tokens of a prediction and r those of a reference:
-
-    exact match   1 if p = r for one of the references
-    character F1  as in the script of CMRC 2018: with m the length of the longest common *contiguous* token sequence,
-                  P = m / |p|,  R = m / |r|,  F1 = 2 P R / (P + R) = 2 m / (|p| + |r|),  the best over all references
-    relation F1   2 right / (predicted + true) of one name; micro: of the sums over all names, macro: the mean over
-                  names; both with and without the name for "no relation" (with it, micro F1 is accuracy)
 
 Results have one shape everywhere, scores[task][column][rows][metric]: a column is a method ("talora") or what it is
 compared with ("majority"); rows are "plain", the test rows as they are, or "rewritten", the same in other words.
@@ -20,15 +12,11 @@ B batch, T text tokens, C choices, L layers, n tasks, P prompt length, d model w
 
 import json
 import math
-import re
 import shlex
 import sys
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from difflib import SequenceMatcher
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,85 +30,9 @@ from checkpoint import Parser, UserError, pick_device, read_json, run_program, w
 from data import Encoded, Example, task_of
 from model import NO_TASK, AdaptedLM, TALoRA, evaluating, load_backbone
 from tasks.chinese import fill
+from tasks.metrics import accuracy, char_f1, exact_match, majority, relation_f1
 
-# -------------------------------------------------------------------------------------------------------- metrics
-
-DROPPED = set("-:_*^/\\~`+=,;!?()\"'<>[]{}|…。“”‘’《》〈〉·•、「」『』【】〔〕—–〜﹏")  # as they look after NFKC
-TOKEN = re.compile(r"[a-z0-9]+(?:\.[a-z0-9]+)*|\S")  # "3.5" is one token (the script splits Latin words with nltk)
-
-
-def normalize(text: str) -> list[str]:
-    """Tokens to compare, without case and punctuation: "《Harry Potter》第3.5章。" -> harry potter 第 3.5 章."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    kept = "".join(character for character in text if character not in DROPPED)
-    tokens = [token for token in TOKEN.findall(kept) if token != "."]
-    return tokens or text.split()  # an answer that is nothing but punctuation is compared as it stands
-
-
-def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the prediction equals one of the references after `normalize`, else 0.0."""
-    return float(any(normalize(prediction) == normalize(reference) for reference in references))
-
-
-def char_f1(prediction: str, references: Sequence[str]) -> float:
-    """The best character F1 of the prediction over the references."""
-    best, p = 0.0, normalize(prediction)
-    for r in map(normalize, references):
-        m = SequenceMatcher(None, p, r, autojunk=False).find_longest_match().size
-        best = max(best, 2 * m / (len(p) + len(r)) if m else 0.0)
-    return best
-
-
-def accuracy(predictions: Sequence[str], golds: Sequence[tuple[str, ...]]) -> float:
-    """The share of right predictions; golds: all right answers of each row."""
-    return sum(p in gold for p, gold in zip(predictions, golds, strict=True)) / len(golds)
-
-
-def relation_f1(predictions: Sequence[str], golds: Sequence[tuple[str, ...]],
-                ignore: Sequence[str] = ("无关",)) -> dict[str, float]:
-    """micro_f1, macro_f1 (all names that occur) and micro_f1_known, macro_f1_known (names in `ignore` left out).
-
-    Where a row has several right names, a prediction among them is counted as the row's gold, otherwise the first is.
-    """
-    right, predicted, true = Counter(), Counter(), Counter()
-    for prediction, gold in zip(predictions, golds, strict=True):
-        predicted[prediction] += 1
-        true[prediction if prediction in gold else gold[0]] += 1
-        right[prediction] += prediction in gold
-    scores, occurring = {}, predicted.keys() | true.keys()
-    for suffix, names in (("", occurring), ("_known", occurring - set(ignore))):
-        total = sum(predicted[name] + true[name] for name in names)
-        each = [2 * right[name] / (predicted[name] + true[name]) for name in sorted(names)]
-        scores[f"micro_f1{suffix}"] = 2 * sum(right[name] for name in names) / total if total else 0.0
-        scores[f"macro_f1{suffix}"] = sum(each) / len(each) if each else 0.0
-    return scores
-
-
-def majority(answers: Sequence[str]) -> str:
-    """The most frequent answer, the first in sorted order on a tie: the baseline that reads nothing."""
-    counts = Counter(answers)
-    return min(counts, key=lambda answer: (-counts[answer], answer))
-
-
-def score_task(task: str, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """All metrics of a task; "score" repeats the one that its entry in the table of tasks names as its metric."""
-    entry = task_of(task, examples)
-    golds = [example.references or (example.answer,) for example in examples]
-    if entry.kind == "span":
-        pairs = list(zip(predictions, golds, strict=True))
-        scores = {"exact_match": sum(exact_match(p, g) for p, g in pairs) / len(pairs),
-                  "char_f1": sum(char_f1(p, g) for p, g in pairs) / len(pairs)}
-    else:
-        scores = {"accuracy": accuracy(predictions, golds)}
-        if entry.metric == "micro_f1":
-            scores |= relation_f1(predictions, golds)
-        if entry.positive:  # the F1 of one of two answers
-            others = [answer for answer in entry.answers if answer != entry.positive]
-            scores["f1_positive"] = relation_f1(predictions, golds, ignore=others)["micro_f1_known"]
-    return {"score": scores[entry.metric]} | scores
-
-
-# ---------------------------------------------------------------------------------------------------- predictions
+# ---------------------------------------------------------------------------------------- predictions and scores
 
 def predict(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task_id: int,
             cfg) -> list[str]:
@@ -178,6 +90,24 @@ def dev_score(model: AdaptedLM, dev: dict[str, list[Encoded]], task_ids: dict[st
             right.append(torch.cat([output.correct for output in outputs]).float().mean().item())
             loss.append(torch.cat([output.losses for output in outputs]).mean().item())
     return sum(right) / len(right), sum(loss) / len(loss)
+
+
+def score_task(task: str, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """All metrics of a task; "score" repeats the one that its entry in the table of tasks names as its metric."""
+    entry = task_of(task, examples)
+    golds = [example.references or (example.answer,) for example in examples]
+    if entry.kind == "span":
+        pairs = list(zip(predictions, golds, strict=True))
+        scores = {"exact_match": sum(exact_match(p, g) for p, g in pairs) / len(pairs),
+                  "char_f1": sum(char_f1(p, g) for p, g in pairs) / len(pairs)}
+    else:
+        scores = {"accuracy": accuracy(predictions, golds)}
+        if entry.metric == "micro_f1":
+            scores |= relation_f1(predictions, golds)
+        if entry.positive:  # the F1 of one of two answers
+            others = [answer for answer in entry.answers if answer != entry.positive]
+            scores["f1_positive"] = relation_f1(predictions, golds, ignore=others)["micro_f1_known"]
+    return {"score": scores[entry.metric]} | scores
 
 
 # --------------------------------------------------------------------------------------------------------- tables

@@ -5,7 +5,8 @@ import random
 import pytest
 
 from data import Example
-from evaluate import accuracy, char_f1, exact_match, majority, normalize, relation_f1, score_task
+from evaluate import score_task
+from tasks.metrics import accuracy, char_f1, exact_match, majority, normalize, relation_f1
 
 
 @pytest.mark.parametrize("text, tokens", [
