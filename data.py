@@ -28,6 +28,7 @@ from pathlib import Path
 from textwrap import indent
 
 import torch
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from checkpoint import Parser, UserError, run_program
@@ -254,6 +255,12 @@ def perturb(example: Example, seed: int) -> Example:
     return replace(example, prompt=prompt + example.prompt[end:], fields=tuple(fields), operations=(operation,))
 
 
+def test_rows(name: str, cfg) -> dict[str, list[Example]]:
+    """The test rows of a task, "plain" and "rewritten" (as training never shows them, where that can be done)."""
+    plain = load_task(name, "test", cfg.data_root)
+    return {"plain": plain, "rewritten": [perturb(example, cfg.seed) for example in plain]}
+
+
 # Examples -> tokens --------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +332,40 @@ def rows_hash(rows: Iterable[Encoded]) -> str:
     for row in rows:
         digest.update(array("i", [*row.prompt_ids, -1, *row.answer_ids, -2]).tobytes())
     return digest.hexdigest()
+
+
+def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int,
+               keep_answer: bool = False) -> list[Encoded]:
+    """Tokens of many examples, with a progress bar where a person is watching."""
+    bar = tqdm(examples, "tokenising", leave=False, disable=None)
+    return [encode(example, tokenizer, max_length, keep_answer) for example in bar]
+
+
+def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> dict[str, list[Encoded]]:
+    """All rows of a task before training: train, dev, test, rewritten. Prints what was left out.
+
+    cfg: data_root, seed, targets, shots, dev_rows, max_length and max_new_tokens are read. Raises UserError for a row
+    that does not fit, too few rows for the shots, train rows that all have one answer, and test answers that are all
+    longer than max_new_tokens."""
+    splits, tests = load_splits(name, cfg.data_root), test_rows(name, cfg)
+    notes = [f"{split}: left out {_counts(dropped)}" for split, dropped in splits.report["dropped"].items() if dropped]
+    if splits.train[0].choices and len({row.answer for row in splits.train}) == 1:
+        raise UserError(f"all {len(splits.train)} train rows of {name} have the answer '{splits.train[0].answer}': "
+                        "there is nothing to tell apart; add rows with another answer, or leave the task out")
+    for shots in cfg.shots if name in cfg.targets else ():
+        k_shot(splits.train, shots, cfg.seed)
+    too_long = [all(len(answer_ids(tokenizer, text)) - 1 > cfg.max_new_tokens
+                    for text in row.references or (row.answer,)) for row in tests["plain"] if not row.choices]
+    if any(too_long):
+        notes.append(f"{sum(too_long)} of {len(tests['plain'])} test answers are longer than --max-new-tokens "
+                     f"{cfg.max_new_tokens} and can never be given in full; raise it")
+        if all(too_long):
+            raise UserError(f"{name}: {notes[-1]}")
+    if notes + splits.report["notes"]:
+        print(f"{name}: {'; '.join(notes + splits.report['notes'])}")
+    rows = {"dev": splits.dev[: cfg.dev_rows], "test": tests["plain"], "rewritten": tests["rewritten"]}
+    return {"train": encode_all(splits.train, tokenizer, cfg.max_length, keep_answer=True)} | {
+        split: encode_all(examples, tokenizer, cfg.max_length) for split, examples in rows.items()}
 
 
 # Tokens -> batches ---------------------------------------------------------------------------------------------------

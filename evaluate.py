@@ -141,17 +141,11 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = ""
 
 # ----------------------------------------------------------------------------- test rows, and what to compare with
 
-def test_rows(task: str, cfg) -> dict[str, list[Example]]:
-    """The test rows of a task, "plain" and "rewritten" (as training never shows them, where that can be done)."""
-    plain = data.load_task(task, "test", cfg.data_root)
-    return {"plain": plain, "rewritten": [data.perturb(example, cfg.seed) for example in plain]}
-
-
 def score_rows(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, task: str, task_id: int, cfg,
                tests: dict[str, list[Example]] | None = None) -> dict[str, dict[str, float]]:
     """The model's scores on the test rows of a task (or on `tests`), {rows: {metric: value}}."""
     return {rows: score_task(task, predict(model, tokenizer, examples, task_id, cfg), examples)
-            for rows, examples in (tests or test_rows(task, cfg)).items()}
+            for rows, examples in (tests or data.test_rows(task, cfg)).items()}
 
 
 def references(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str,
@@ -161,7 +155,7 @@ def references(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ta
     "majority" always gives the most frequent answer of the train rows. With cfg.references also "frozen backbone", with
     nothing learned, and, where rows have such a prompt, "hard instruction": the same, told in words what to do.
     """
-    tests = test_rows(task, cfg)
+    tests = data.test_rows(task, cfg)
     usual = majority([example.answer for example in data.load_task(task, "train", cfg.data_root)])
     columns = {"majority": {rows: score_task(task, [usual] * len(examples), examples)
                             for rows, examples in tests.items()}}
@@ -281,20 +275,19 @@ def find_results(run: Path) -> list[tuple[str, Path, dict]]:
 
 def report(run: Path, log: Callable[[str], None]) -> None:
     """Print and save the tables of a run's finished stages, plain and rewritten test rows, and draw its targets."""
-    cfg, found = SimpleNamespace(**read_json(run / "options.json")), find_results(run)
+    found = find_results(run)
     for name in dict.fromkeys(name for name, _, _ in found):
-        parts = [results["scores"] for other, _, results in found if other == name]
-        scores = {task: columns for part in parts for task, columns in part.items()}
-        tests = {task: test_rows(task, cfg) for task in scores}
-        metrics = {task: task_of(task, rows["plain"]).metric for task, rows in tests.items()}
-        changed = [bool(example.operations) for rows in tests.values() for example in rows["rewritten"]]
+        stages = [results for table_name, _, results in found if table_name == name]
+        scores, metrics, rewritten = ({task: value for results in stages for task, value in results[key].items()}
+                                      for key in ("scores", "metrics", "rewritten"))
         text = (f"test rows\n\n{table(scores, metrics)}\nthe same rows, rewritten in ways that training never shows "
-                f"({sum(changed) / len(changed):.0%} could be)\n\n{table(scores, metrics, 'rewritten')}")
+                f"({sum(rewritten.values()) / len(rewritten):.0%} could be)\n\n{table(scores, metrics, 'rewritten')}")
         with write_whole(run / name) as file:
             file.write(text.encode())
         log(f"\n{text}\nsaved as {run / name}")
-    if cfg.pictures:
-        draw_targets(run / "target", [folder for name, folder, _ in found if name.startswith("target")])
+    targets = [folder for name, folder, _ in found if name.startswith("target")]
+    if targets and read_json(run / "options.json")["pictures"]:
+        draw_targets(run / "target", targets)
 
 
 @dataclass

@@ -372,7 +372,7 @@ class Run:
         method.model.check(self.backbone)
         if cfg.checkpointing:
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.rows = {task: encode_task(task, self.tokenizer, cfg) for task in tasks}  # task -> split -> rows
+        self.rows = {task: data.encode_task(task, self.tokenizer, cfg) for task in tasks}  # task -> split -> rows
         self.references = {}  # task -> column -> scores
 
     def new_model(self, tasks: list[str]) -> AdaptedLM:
@@ -416,9 +416,10 @@ def train_target(run: Run, folder: Path, task: str, shots: int) -> None:
     """One target task, from k examples or all of them; everything that tasks share is frozen."""
     cfg, method, rows, task_id, start, columns = run.cfg, run.method, run.rows[task], 0, "", {}
     if shots:
-        pool = data.load_task(task, "train", cfg.data_root or None)
+        pool = data.load_task(task, "train", cfg.data_root)
         few, held = data.k_shot(pool, shots, cfg.seed)
-        rows = {"train": encode_all(few, run.tokenizer, cfg, True), "dev": encode_all(held, run.tokenizer, cfg, False)}
+        rows = {"train": data.encode_all(few, run.tokenizer, cfg.max_length, keep_answer=True),
+                "dev": data.encode_all(held, run.tokenizer, cfg.max_length)}
         checkpoint.write_json(folder / "shots.json", data.shots_record(pool, shots, cfg.seed))
     torch.manual_seed(cfg.seed)
     model = run.load(folder_of(cfg, "multitask")) if "multitask" in method.learns else run.new_model([task])
@@ -444,18 +445,21 @@ def nearest_start(model: AdaptedLM, task: str, rows: list[Encoded], cfg: Config)
 
 def finish(run: Run, folder: Path, results: dict, ids: dict[str, int], columns: dict | None = None) -> None:
     """Answer the test rows of the tasks in ``ids``, draw the stage and write results.json: the stage is finished."""
-    cfg, method, model, scores = run.cfg, run.method, run.load(folder), {}
+    cfg, method, model, scores, metrics, rewritten = run.cfg, run.method, run.load(folder), {}, {}, {}
     for task, task_id in ids.items():
         if task not in run.references:
             run.references[task] = evaluate.references(run.backbone, run.tokenizer, task, cfg)
         own = evaluate.score_rows(model, run.tokenizer, task, task_id, cfg)
         scores[task] = run.references[task] | (columns or {}) | {method.name: own}
+        tests = data.test_rows(task, cfg)
+        metrics[task] = data.task_of(task, tests["plain"]).metric
+        rewritten[task] = sum(bool(row.operations) for row in tests["rewritten"]) / len(tests["rewritten"])
     learning = learning_tensors(model, method.learns[results["stage"]], list(ids.values()))
     if cfg.pictures:
         evaluate.draw_run(folder)
     checkpoint.write_json(folder / "results.json", {
-        **results, "method": method.name, "seed": cfg.seed, "trainable": count(model, learning), "scores": scores,
-        **checkpoint.environment(run.command)})
+        **results, "method": method.name, "seed": cfg.seed, "trainable": count(model, learning),
+        "metrics": metrics, "rewritten": rewritten, "scores": scores, **checkpoint.environment(run.command)})
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -475,40 +479,6 @@ def options_of(cfg: Config, method: Method, stage: str) -> dict:
     groups = GROUPS[1 : GROUPS.index(f"{stage} stage") + 1]
     options = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.metadata["group"] in groups}
     return {"method": method.name, **options, "sources": list(cfg.sources), "targets": None, "shots": None}
-
-
-def encode_all(examples: list[data.Example], tokenizer, cfg: Config, keep_answer: bool) -> list[Encoded]:
-    """Tokens of examples; keep_answer=False shortens a long passage as a test does, without knowing the answer."""
-    rows = evaluate.progress(examples, "tokenising")
-    return [data.encode(row, tokenizer, cfg.max_length, keep_answer) for row in rows]
-
-
-def encode_task(task: str, tokenizer, cfg: Config) -> dict[str, list[Encoded]]:
-    """All rows of a task as tokens: train, dev, test, rewritten. Prints what was dropped.
-
-    Raises UserError for a row that does not fit, for too few rows for --shots, for train rows that all have the same
-    answer, and for test answers that are all longer than --max-new-tokens.
-    """
-    splits, tests = data.load_splits(task, cfg.data_root or None), evaluate.test_rows(task, cfg)
-    notes = [f"{n} {split} rows: {why}" for split, by in splits.report["dropped"].items() for why, n in by.items()]
-    if splits.train[0].choices and len({row.answer for row in splits.train}) == 1:
-        raise UserError(f"all {len(splits.train)} train rows of {task} have the answer '{splits.train[0].answer}': "
-                        "there is nothing to tell apart; add rows with another answer, or leave the task out")
-    for shots in cfg.shots if task in cfg.targets else ():
-        data.k_shot(splits.train, shots, cfg.seed)
-    too_long = [all(len(data.answer_ids(tokenizer, text)) - 1 > cfg.max_new_tokens
-                    for text in row.references or (row.answer,)) for row in tests["plain"] if not row.choices]
-    if any(too_long):
-        notes.append(f"{sum(too_long)} of {len(tests['plain'])} test answers are longer than --max-new-tokens "
-                     f"{cfg.max_new_tokens} and can never be given in full; raise it")
-        if all(too_long):
-            raise UserError(f"{task}: {notes[-1]}")
-    if notes + splits.report["notes"]:
-        print(f"{task}: {'; '.join(notes + splits.report['notes'])}")
-    return {"train": encode_all(splits.train, tokenizer, cfg, True),
-            "dev": encode_all(splits.dev[: cfg.dev_rows], tokenizer, cfg, False),
-            "test": encode_all(tests["plain"], tokenizer, cfg, False),
-            "rewritten": encode_all(tests["rewritten"], tokenizer, cfg, False)}
 
 
 def main(argv: list[str], method: Method = TALORA, command: str = "python train.py") -> None:
