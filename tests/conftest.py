@@ -1,46 +1,63 @@
-"""What the tests share: tiny random backbones of every family, made from a config, and adapters that hide nothing.
+"""What the tests share: a smaller micro-world, tiny random backbones of every family, and adapters that hide nothing.
 
-A zero gate hides every bug behind it, and so does a zero bias or a norm of ones: everything here has random values.
+A zero gate hides every bug behind it, and so do a zero bias and a norm of ones: everything here has random values.
 """
+
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network
 
 from contextlib import contextmanager
 
 import pytest
-import soak
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import data
-import toy
+from experiments import soak
 from model import TALoRA, TALoRAConfig
+from tasks import micro
 
-VOCABULARY = 53
-SHAPE = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+torch.set_num_threads(1)  # tiny tensors gain nothing from more threads, and other numbers of them round differently
+
+SHAPE = dict(vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=128, attention_dropout=0.0,
              bos_token_id=None, eos_token_id=None, pad_token_id=0)
 TASKS = ["first", "second", "third"]
 
 
+def resize_world(train_rows, test_rows):
+    micro.TRAIN_ROWS, micro.TEST_ROWS = train_rows, test_rows
+    micro._rows.cache_clear()
+    data.load_splits.cache_clear()
+
+
 @contextmanager
 def few_rows(train_rows, test_rows):
     """A smaller micro-world: what a run does is the same with few rows of a task, and much quicker."""
-    whole = toy.TRAIN_ROWS, toy.TEST_ROWS
-
-    def resize(*sizes):
-        toy.TRAIN_ROWS, toy.TEST_ROWS = sizes
-        toy._rows.cache_clear()
-        data.load_splits.cache_clear()
-
-    resize(train_rows, test_rows)
+    whole = micro.TRAIN_ROWS, micro.TEST_ROWS
+    resize_world(train_rows, test_rows)
     try:
         yield
     finally:
-        resize(*whole)
+        resize_world(*whole)
+
+
+def read_outcome(run):
+    """What a run found, by file: the bytes of its adapters, its log without speeds, its scores."""
+    found = {str(path): path.read_bytes() for path in run.glob("**/best/*")}
+    for path in run.glob("**/metrics.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found[str(path)] = [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]
+    for path in run.glob("**/results.json"):
+        found[str(path)] = json.loads(path.read_text())["scores"]
+    return {name.removeprefix(str(run)): value for name, value in found.items()}
 
 
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory):
-    """60 and 6 rows of a task, and the folder of a random backbone of one layer that reads them."""
+    """60 train and 6 test rows of a task, and the folder of a random backbone of one layer that reads them."""
     with few_rows(60, 6):
         yield soak.small_world(tmp_path_factory.mktemp("world"))
 
@@ -50,8 +67,7 @@ def tiny_backbone():
     """tiny_backbone(family, seed=0, **shape) -> a causal language model with random weights, biases and norms."""
 
     def make(family="qwen2", seed=0, **shape):
-        config = AutoConfig.for_model(family, **{**SHAPE, **shape})
-        backbone = AutoModelForCausalLM.from_config(config).eval()
+        backbone = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**SHAPE, **shape})).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, p in backbone.named_parameters():
@@ -71,10 +87,9 @@ def open_adapter():
         model = TALoRA(backbone, list(tasks), TALoRAConfig(**{"prompt_length": 5, "rank": 2, **config}))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for p in model.parameters():
-                if p.requires_grad:
-                    sign = torch.where(torch.rand(p.shape, generator=generator) < 0.5, -1.0, 1.0)
-                    p.copy_(sign * (0.3 + torch.rand(p.shape, generator=generator)))
+            for p in model.adapter_state().values():
+                sign = torch.where(torch.rand(p.shape, generator=generator) < 0.5, -1.0, 1.0)
+                p.copy_(sign * (0.3 + torch.rand(p.shape, generator=generator)))
         return model
 
     return make

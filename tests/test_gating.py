@@ -8,6 +8,7 @@ import torch
 from gating import gated_prefix_attention
 
 B, H, K, T, S, P, h = 2, 4, 2, 5, 5, 3, 8
+GATE = torch.tensor([0.7, -0.4, 1.5, 3.0], dtype=torch.float64)  # (H,)
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -21,106 +22,96 @@ def tensors(T=T, S=S, dtype=torch.float64):
             random(B, K, P, h, seed=4, dtype=dtype))
 
 
-def eager(q, k, v, prefix_k, prefix_v, gate, allowed=None, scale=None):
-    """Eq. (2) one head and one query at a time; gate (H,), allowed (B, H, T, S) bool."""
+def slow_attention(q, k, v, prefix_k, prefix_v, gate, allowed=None, scale=None):
+    """Eq. (2) one head and one query at a time; gate (H,), allowed broadcastable to (B, H, T, S), bool."""
     scale = 1 / math.sqrt(h) if scale is None else scale
-    out = torch.zeros_like(q)
-    for b in range(q.shape[0]):
+    out, T, S = torch.zeros_like(q), q.shape[2], k.shape[2]
+    allowed = torch.ones(B, H, T, S, dtype=torch.bool) if allowed is None else allowed.expand(B, H, T, S)
+    for b in range(B):
         for head in range(H):
             group = head // (H // K)
-            for t in range(q.shape[2]):
-                scores = k[b, group] @ q[b, head, t] * scale  # (S,)
-                if allowed is not None:
-                    scores = scores.masked_fill(~allowed[b, head, t], -torch.inf)
+            for t in range(T):
+                scores = (k[b, group] @ q[b, head, t] * scale).masked_fill(~allowed[b, head, t], -torch.inf)  # (S,)
                 prefix_scores = prefix_k[b, group] @ q[b, head, t] * scale  # (P,)
                 out[b, head, t] = scores.softmax(0) @ v[b, group]
                 out[b, head, t] += math.tanh(gate[head]) * (prefix_scores.softmax(0) @ prefix_v[b, group])
     return out
 
 
-GATE = torch.tensor([0.7, -0.4, 1.5, 3.0], dtype=torch.float64)
+def causal(T, S):
+    return torch.ones(T, S, dtype=torch.bool).tril(S - T)  # the last query sits at the last key
 
 
 def padded(T=T, S=S):
-    """Causal, and the first key of the second row is padding; the last query sits at the last key. (B, 1, T, S)"""
-    allowed = torch.ones(T, S, dtype=torch.bool).tril(S - T).repeat(B, 1, 1, 1)
+    """Causal, and the first key of the second row is padding; (B, 1, T, S)."""
+    allowed = causal(T, S).repeat(B, 1, 1, 1)
     allowed[1, :, :, 0] = False
     allowed[1, :, 0, 1 if T == S else 0] = True  # no query without a key
     return allowed
 
 
-def test_open_gates_equal_the_reference_without_a_mask():
-    torch.testing.assert_close(gated_prefix_attention(*tensors(), GATE), eager(*tensors(), GATE))
-
-
-def test_causal():
-    causal = torch.ones(T, S, dtype=torch.bool).tril().expand(B, H, T, S)
-    torch.testing.assert_close(gated_prefix_attention(*tensors(), GATE, is_causal=True),
-                               eager(*tensors(), GATE, causal))
+@pytest.mark.parametrize("scale", [None, 0.9])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_open_gates_equal_the_reference(is_causal, scale):
+    out = gated_prefix_attention(*tensors(), GATE, is_causal=is_causal, scale=scale)
+    torch.testing.assert_close(out, slow_attention(*tensors(), GATE, causal(T, S) if is_causal else None, scale))
 
 
 @pytest.mark.parametrize("queries", [T, 2, 1])  # fewer queries than keys: a cache
 @pytest.mark.parametrize("heads", [1, H])
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
-def test_masks(kind, heads, queries):
+def test_open_gates_equal_the_reference_under_a_mask(kind, heads, queries):
     allowed = padded(queries).expand(B, heads, queries, S)
     mask = allowed if kind == "boolean" else torch.zeros(allowed.shape).double().masked_fill(~allowed, -1e30)
-    torch.testing.assert_close(gated_prefix_attention(*tensors(queries), GATE, attention_mask=mask),
-                               eager(*tensors(queries), GATE, allowed.expand(B, H, queries, S)))
+    out = gated_prefix_attention(*tensors(queries), GATE, attention_mask=mask)
+    torch.testing.assert_close(out, slow_attention(*tensors(queries), GATE, allowed))
 
 
 def test_the_mask_does_not_touch_the_prompt():
-    q, k, v, prefix_k, prefix_v = tensors(P, P)  # as many keys as prompt rows: a mask applied to both would fit
-    diagonal = torch.eye(P, dtype=torch.bool).expand(B, 1, P, P)
-    out = gated_prefix_attention(q, k, v, prefix_k, prefix_v, GATE, attention_mask=diagonal)
-    torch.testing.assert_close(out, eager(q, k, v, prefix_k, prefix_v, GATE, diagonal.expand(B, H, P, P)))
-    out = gated_prefix_attention(q, k, v, prefix_k, prefix_v, GATE, is_causal=True)
-    causal = torch.ones(P, P, dtype=torch.bool).tril().expand(B, H, P, P)
-    torch.testing.assert_close(out, eager(q, k, v, prefix_k, prefix_v, GATE, causal))
+    few = tensors(P, P)  # as many keys as prompt rows: a mask applied to both would fit
+    diagonal = torch.eye(P, dtype=torch.bool)
+    out = gated_prefix_attention(*few, GATE, attention_mask=diagonal.expand(B, 1, P, P))
+    torch.testing.assert_close(out, slow_attention(*few, GATE, diagonal))
+    out = gated_prefix_attention(*few, GATE, is_causal=True)
+    torch.testing.assert_close(out, slow_attention(*few, GATE, causal(P, P)))
 
 
-def test_scale_is_that_of_both_softmaxes():
-    torch.testing.assert_close(gated_prefix_attention(*tensors(), GATE, scale=0.9), eager(*tensors(), GATE, scale=0.9))
-
-
-@pytest.mark.parametrize("shape", [(), (1,), (H,)])
-def test_gate_per_layer_and_per_head(shape):
-    gate = GATE if shape == (H,) else torch.full(shape, 0.6, dtype=torch.float64)
-    torch.testing.assert_close(gated_prefix_attention(*tensors(), gate), eager(*tensors(), gate.expand(H)))
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_one_gate_serves_all_heads(shape):
+    gate = torch.full(shape, -0.6, dtype=torch.float64)
+    torch.testing.assert_close(gated_prefix_attention(*tensors(), gate), slow_attention(*tensors(), gate.expand(H)))
 
 
 @pytest.mark.parametrize("mask", [None, padded()])
-def test_zero_gate_is_exactly_the_attention_to_the_text(mask):
+def test_a_zero_gate_is_exactly_the_attention_to_the_text(mask):
     q, k, v, prefix_k, prefix_v = tensors(dtype=torch.float32)
     out = gated_prefix_attention(q, k, v, prefix_k, prefix_v, torch.zeros(()), attention_mask=mask)
     groups = (x.repeat_interleave(H // K, 1) for x in (k, v))
-    text = torch.nn.functional.scaled_dot_product_attention(q, *groups, mask)
-    assert torch.equal(out, text)
+    assert torch.equal(out, torch.nn.functional.scaled_dot_product_attention(q, *groups, mask))
 
 
-def test_the_gate_goes_through_tanh():
-    zero, one, three, many = (gated_prefix_attention(*tensors(), torch.tensor(g).double()) for g in (0, 1, 3, 60))
+def test_the_gate_goes_through_tanh_and_keeps_its_sign():
+    zero, one, minus, many = (gated_prefix_attention(*tensors(), torch.tensor(g).double()) for g in (0, 1, -3, 60))
     prompt = many - zero  # tanh(60) = 1
-    torch.testing.assert_close(three - zero, math.tanh(3) * prompt)
     torch.testing.assert_close(one - zero, math.tanh(1) * prompt)
+    torch.testing.assert_close(minus - zero, -math.tanh(3) * prompt)
     assert prompt.abs().mean() > 0.1
 
 
 def test_bfloat16_in_bfloat16_out_with_a_gate_in_fp32():
-    out = gated_prefix_attention(*tensors(dtype=torch.bfloat16), GATE.float(), is_causal=True)
+    narrow = tensors(dtype=torch.bfloat16)
+    out = gated_prefix_attention(*narrow, GATE.float(), is_causal=True)
     assert out.dtype == torch.bfloat16
-    causal = torch.ones(T, S, dtype=torch.bool).tril().expand(B, H, T, S)
-    wide = eager(*(x.double() for x in tensors(dtype=torch.bfloat16)), GATE, causal)
+    wide = slow_attention(*(x.double() for x in narrow), GATE, causal(T, S))
     torch.testing.assert_close(out.double(), wide, atol=0.03, rtol=0.03)
 
 
-def test_at_gate_zero_the_gate_learns_and_the_prompt_does_not():
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_at_gate_zero_the_gate_learns_and_the_prompt_does_not(value):
     q, k, v, prefix_k, prefix_v = tensors()
-    prefix_k.requires_grad_(), prefix_v.requires_grad_()
-    for value in (0.0, 0.5):
-        gate = torch.full((H,), value, dtype=torch.float64, requires_grad=True)
-        out = gated_prefix_attention(q, k, v, prefix_k, prefix_v, gate)
-        of_gate, *of_prompt = torch.autograd.grad((out * random(*out.shape, seed=9)).sum(), (gate, prefix_k, prefix_v))
-        assert (of_gate != 0).all()
-        for gradient in of_prompt:
-            assert (gradient == 0).all() if value == 0 else (gradient != 0).all()
+    gate = torch.full((H,), value, dtype=torch.float64, requires_grad=True)
+    out = gated_prefix_attention(q, k, v, prefix_k.requires_grad_(), prefix_v.requires_grad_(), gate)
+    of_gate, *of_prompt = torch.autograd.grad((out * random(*out.shape, seed=9)).sum(), (gate, prefix_k, prefix_v))
+    assert (of_gate != 0).all()
+    for gradient in of_prompt:
+        assert (gradient == 0).all() if value == 0 else (gradient != 0).all()

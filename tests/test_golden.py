@@ -1,0 +1,80 @@
+"""The numbers of the first release: a rewrite may change everything but them.
+
+golden.json holds what commit 30fec9a logged, scored and answered in this run of 16 steps on a CPU (gates then were
+logged as |tanh g|). Another CPU rounds differently, by up to 1e-5; on one machine two runs are equal bit for bit.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import read_outcome
+
+import checkpoint
+import evaluate
+import train
+
+GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
+OPTIONS = ("--stage all --sources toy-amazon toy-sanwen toy-cote_mfw --targets toy-finre --shots 8 --base-steps 4 "
+           "--multitask-steps 8 --target-steps 4 --eval-every 4 --log-every 1 --save-every 3 --no-pictures").split()
+ROW = 1 / 200  # one test row of a task
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("golden") / "run"
+    train.main([*OPTIONS, "--run", str(run)])
+    return run
+
+
+@pytest.mark.parametrize("stage", GOLDEN["metrics"])
+def test_the_log_is_that_of_the_first_release(run, stage):
+    for new, old in zip(evaluate.read_metrics(run / stage), GOLDEN["metrics"][stage], strict=True):
+        assert old.keys() <= new.keys()
+        for name, value in old.items():
+            found = [abs(gate) for gate in new[name]] if name == "gates" else new[name]
+            lines = zip(found, value, strict=True) if name == "cosines" else [(found, value)]
+            for one, other in lines:
+                assert one == pytest.approx(other, rel=1e-4, abs=1e-4), (old["step"], name)
+
+
+def test_the_scores_are_those_of_the_first_release_but_for_a_row(run):
+    results = [json.loads(path.read_text()) for path in (run / "multitask/results.json",
+                                                         run / "target/toy-finre-8-shot/results.json")]
+    scores = results[0]["scores"] | results[1]["scores"]
+    for task, columns in GOLDEN["scores"].items():
+        for column, old in columns.items():
+            new = {rows: scores[task][column][rows]["score"] for rows in old}
+            assert new == pytest.approx(old, abs=1.01 * ROW), (task, column)
+    assert results[1]["start"] == "toy-sanwen" and [r["trainable"] for r in results] == [10_340, 544]
+
+
+def test_the_answers_are_those_of_the_first_release_but_for_a_row(run):
+    evaluate.main(["--run", str(run)])
+    answers = {}
+    for path in run.glob("**/predictions.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            answers.setdefault(row["task"], []).append(row["prediction"])
+    assert answers.keys() == GOLDEN["answers"].keys()
+    for task, old in GOLDEN["answers"].items():
+        assert sum(one != other for one, other in zip(answers[task], old.split("|"), strict=True)) <= 1, task
+
+
+def test_stopped_in_the_middle_and_resumed_the_run_ends_with_the_same_bytes(run, tmp_path, monkeypatch):
+    step, steps = train.train_step, []
+
+    def stop_at_step_10(*arguments):
+        steps.append(1)
+        if len(steps) == 10:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "train_step", stop_at_step_10)
+    with pytest.raises(SystemExit, match="130"):
+        train.main([*OPTIONS, "--run", str(tmp_path)])
+    assert (tmp_path / "multitask/checkpoint.pt").exists()
+    assert checkpoint.run_program(train.main, [*OPTIONS, "--run", str(tmp_path)]) == 0
+    assert len(steps) == 16 and read_outcome(tmp_path) == read_outcome(run)

@@ -1,0 +1,150 @@
+"""The mistakes that people make: each is one sentence with value, limit and remedy, before anything is written."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
+
+import checkpoint
+import train
+
+QUICK = "--base-steps", "1", "--multitask-steps", "1", "--no-references", "--no-pictures"  # if it is not refused
+
+
+@pytest.fixture
+def refused(small_world, tmp_path, capsys):
+    """refused(words, *options): the command ends with exit code 2 and one line with these words, and wrote nothing."""
+    def run(words, *options):
+        command = [*QUICK, "--backbone", str(small_world), "--run", str(tmp_path / "run"), *options]
+        assert checkpoint.run_program(train.main, command) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert [word for word in words if word not in error] == [], error
+        assert not (tmp_path / "run").exists(), "something was written for a command that was refused"
+    return run
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--stage train", ["'train'", "multitask"]),
+    ("--regulariser l1", ["'l1'", "cosine"]),
+    ("--no-such-option 1", ["--no-such-option", "--help"]),
+    ("--multitask-steps many", ["--multitask-steps", "'many'"]),
+    ("--multitask-batch 0 --fast-rate -1", ["--multitask-batch is 0, but must be above 0", "--fast-rate is -1.0"]),
+    ("--slow-rate nan --clip inf", ["--slow-rate is nan", "--clip is inf"]),
+    ("--rank 99", ["--rank is 99", "--prompt-length 16", "lower it"]),
+    ("--tokens-per-batch 64", ["--tokens-per-batch is 64", "--max-length 128", "raise it"]),
+    ("--max-length 4", ["toy-", "raise --max-length"]),
+    ("--sources toy-afqmc toy-nope", ["'toy-nope'", "known are", "toy-afqmc"]),
+    ("--sources toy-afqmc,toy-afqmc", ["toy-afqmc", "twice"]),
+    ("--stage all --targets toy-bq", ["toy-bq", "twice among sources and targets"]),
+    ("--base-task toy-finre", ["toy-finre", "among the sources", "toy-afqmc"]),
+    ("--stage target --shots 100000", ["k = 100000", "smaller k"]),
+    ("--stage target --shots 8 -3 --targets toy-finre", ["-3"]),
+    ("--device banana", ["--device 'banana'", "--device cpu"]),
+    ("--run {tmp}/file", ["file' is a file; name a folder"]),
+    ("--data-root {tmp}/nowhere", ["nowhere' is not a folder", "train.jsonl"]),
+    ("--data-root {tmp} --backbone=", ["--data-root needs --backbone", "Qwen/Qwen2.5-0.5B"]),
+    ("--data-root {tmp}", ["no known source", "--sources"]),
+    ("--backbone {tmp}/nothing", ["nothing' cannot be", "--backbone takes", "config.json"]),
+    ("--backbone nobody/nothing", ["'nobody/nothing' cannot be", "--backbone takes", "hub"]),
+])
+def test_a_mistake_in_an_option_is_refused_in_a_sentence(options, words, refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused(words, *options.format(tmp=tmp_path).split())
+
+
+OWN = [{"prompt": f"soup {i} =>", "answer": ("yes", "no")[i % 2], "choices": ["yes", "no"]} for i in range(20)]
+SPANS = [{"prompt": row["prompt"], "answer": "yes no yes"} for row in OWN]
+RELATION = {"head": "甲某", "tail": "乙某", "relation": "Family", "text": "甲某和乙某是一家人。"}
+
+
+def lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+@pytest.mark.parametrize("rows, words", [
+    (lines([{**RELATION, "relation": "Enemy"}]), ["train.jsonl:1", "Enemy", "Family"]),
+    (lines([{"head": "甲某", "relation": "Family", "text": "甲某"}]), ["train.jsonl:1", "tail"]),
+    (lines(OWN[:2]) + "{broken\n", ["train.jsonl:3"]),
+    (lines([{**OWN[0], "answer": "perhaps"}]), ["train.jsonl:1", "choices", "perhaps"]),
+    (lines([{**OWN[0], "choices": "yes"}]), ["train.jsonl:1", "choices", "list"]),
+    (lines([{**row, "answer": "yes"} for row in OWN]), ["sanwen", "'yes'", "another answer"]),
+    (lines(SPANS), ["sanwen", "with and without choices"]),
+    ("", ["sanwen", "train", "add rows"]),
+], ids=["unknown label", "no field", "not JSON", "not offered", "no list", "one answer", "mixed", "empty"])
+def test_a_row_that_cannot_be_used_is_named_by_file_and_line(rows, words, refused, tmp_path):
+    (tmp_path / "data/sanwen").mkdir(parents=True)
+    (tmp_path / "data/sanwen/train.jsonl").write_text(rows)
+    other = [{**row, "prompt": "cake " + row["prompt"]} for row in OWN[:4]]
+    (tmp_path / "data/sanwen/test.jsonl").write_text(lines(other))
+    refused(words, "--data-root", str(tmp_path / "data"))
+
+
+def test_a_missing_file_and_answers_that_can_never_be_given_in_full_are_refused(refused, tmp_path):
+    options = "--data-root", str(tmp_path / "data"), "--sources", "own", "--max-new-tokens", "2"
+    (tmp_path / "data/own").mkdir(parents=True)
+    (tmp_path / "data/own/train.jsonl").write_text(lines(SPANS[:15]))
+    refused(["own", "test.jsonl"], *options)
+    (tmp_path / "data/own/test.jsonl").write_text(lines(SPANS[15:]))
+    refused(["own", "5 of 5 test answers are longer than --max-new-tokens 2", "raise it"], *options)
+
+
+def change_weights(change):
+    def harm(folder):
+        state = load_file(folder / "model.safetensors")
+        change(state)
+        save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return harm
+
+
+def use_a_pickle(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def bring_code(folder):
+    about = json.loads((folder / "config.json").read_text())
+    code = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps(about | code))
+    (folder / "own.py").write_text(f"open({str(folder / 'was-run')!r}, 'w')\n")
+
+
+def use_gpt2(folder):
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=300)).save_pretrained(folder)
+
+
+def shrink_vocabulary(folder):
+    model = Qwen2ForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(7)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda folder: (folder / "config.json").write_text("{]"), ["JSON"]),
+    (lambda folder: (folder / "model.safetensors").write_bytes(b"cut short"), ["header"]),
+    (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer"]),
+    (change_weights(lambda state: state.pop("model.norm.weight")), ["model.norm.weight"]),
+    (change_weights(lambda state: state["model.norm.weight"].fill_(math.nan)), ["not finite", "model.norm.weight"]),
+    (use_a_pickle, ["safetensors"]), (bring_code, ["custom code"]), (shrink_vocabulary, [" 7"]),
+    (use_gpt2, ["GPT2LMHeadModel", "qwen2, qwen3, llama, mistral"]),
+], ids=["config", "cut short", "no tokenizer", "tensor missing", "nan", "pickle", "code", "vocabulary", "family"])
+def test_a_backbone_that_cannot_be_used_is_refused_and_nothing_of_it_runs(harm, words, refused, small_world, tmp_path,
+                                                                          monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # somebody who says yes to everything
+    folder = shutil.copytree(small_world, tmp_path / "backbone")
+    harm(folder)
+    refused(["backbone", *words], "--backbone", str(folder))
+    assert not (folder / "was-run").exists()
+
+
+def test_the_program_itself_ends_with_exit_code_2_and_no_traceback():
+    root = Path(train.__file__).parent
+    out = subprocess.run([sys.executable, "train.py", "--rank", "99"], cwd=root, capture_output=True, text=True)
+    assert out.returncode == 2 and out.stderr.startswith("error: --rank is 99") and out.stderr.count("\n") == 1
