@@ -146,7 +146,8 @@ def run(tmp_path_factory):
         torch.nn.init.constant_(model.gate, -0.3)
         model.save(folder / stage / "best")
         column = {"talora": {"plain": {"score": 0.5}, "rewritten": {"score": 0.25}}}
-        results = {"method": "talora", "scores": dict.fromkeys(tasks, column), **shots}
+        results = {"method": "talora", "scores": dict.fromkeys(tasks, column), **shots,
+                   "metrics": dict.fromkeys(tasks, "accuracy"), "rewritten": dict.fromkeys(tasks, 1.0)}
         (folder / stage / "results.json").write_text(json.dumps(results))
         write_metrics(folder / stage, {"step": 1, "dev_accuracy": 0.5, "dev_loss": 1.5})
     options = {**vars(CFG), "backbone": "", "dtype": "float32", "device": "cpu", "pictures": True}
