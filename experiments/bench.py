@@ -69,6 +69,7 @@ LENGTHS = {
 }
 LONGEST, ANSWER = 1024, 3  # tokens of a row at most; of an answer, its end included
 BATCHES, REPEATS = 6, 3  # different micro-batches, timed steps on each
+TASKS = (8, 64, 512)
 PEFT_PROMPT, PEFT_ROWS = "peft prompt tuning, 100 tokens", 100
 
 Step = Callable[[Batch], float]  # one optimizer step on a batch -> its loss
@@ -211,7 +212,7 @@ def measure_methods(bench: Bench) -> list[dict]:
 def measure_tasks(bench: Bench) -> list[dict]:
     """TA-LoRA by the number of tasks N, with the regulariser, which reaches every task in every step, and without."""
     return [row for regularise, words in ((True, ""), (False, ", no regulariser")) for row in measure(bench, {
-        f"N = {N}{words}": partial(bench.talora, N, regularise=regularise) for N in (8, 64, 512)})]
+        f"N = {N}{words}": partial(bench.talora, N, regularise=regularise) for N in TASKS})]
 
 
 def measure(bench: Bench, contenders: dict[str, Callable[[], Step]]) -> list[dict]:

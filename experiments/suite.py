@@ -1,6 +1,6 @@
 r"""The experiment: all methods and variants over seeds and numbers of examples, each one a run of experiments.compare.
 
-    python -m experiments.suite quick                   ten minutes on two cores: the way, not the evidence
+    python -m experiments.suite quick                   five to ten minutes on two cores: the way, not the evidence
     python -m experiments.suite full                    hours; stop it at any time and repeat the command to resume
     python -m experiments.suite full --out runs/mine -- --data-root DIR --backbone PATH           on other data
 
@@ -52,7 +52,7 @@ GRIDS = {
 
 @dataclass(frozen=True)
 class Suite:
-    shots: dict[str, tuple[int, ...]]  # method -> numbers of examples
+    methods: dict[str, tuple[int, ...]]  # method -> numbers of examples of a target
     variants: tuple[str, ...] = ()  # with 8 examples
     seeds: tuple[int, ...] = (0,)
     backbones: tuple[int, ...] = (0,)  # seeds of pretraining; 0 is the shipped one
@@ -96,7 +96,7 @@ def folder_of(name: str, out: Path) -> Path:
 
 def plan_source_sweep(suite: Suite, records: Sequence[dict], out: Path) -> list[Run]:
     runs = []
-    for method in suite.shots if suite.sweep else ():
+    for method in suite.methods if suite.sweep else ():
         for i, rate in enumerate(GRIDS[method][0]):
             rates = dict(zip(("slow_rate", "fast_rate"), rate)) if isinstance(rate, tuple) else {"prompt_rate": rate}
             options = ("--method", method, "--stage", "multitask", "--no-references", *suite.options)
@@ -107,7 +107,7 @@ def plan_source_sweep(suite: Suite, records: Sequence[dict], out: Path) -> list[
 def plan_target_sweep(suite: Suite, records: Sequence[dict], out: Path) -> list[Run]:
     """Each from the finished source stages of its method's best run."""
     runs = []
-    for method in suite.shots if suite.sweep else ():
+    for method in suite.methods if suite.sweep else ():
         best = choose_rates(records, method, "sweep-source")
         tried = [r for r in records if (r["kind"], r["method"]) == ("sweep-source", method)]
         start = next((r["cell"] for r in tried if r["rates"] == best), "")
@@ -123,7 +123,7 @@ def plan_backbones(suite: Suite, records: Sequence[dict], out: Path) -> list[Run
 
 def plan_methods(suite: Suite, records: Sequence[dict], out: Path) -> list[Run]:
     """Methods seed by seed, then variants one by one: whenever it is stopped, what there is can be compared."""
-    order = [("method", name, name, seed, shots) for seed in suite.seeds for name, shots in suite.shots.items()]
+    order = [("method", name, name, seed, shots) for seed in suite.seeds for name, shots in suite.methods.items()]
     order += [("variant", name, "talora", seed, (8,)) for name in suite.variants for seed in suite.seeds]
     runs = []
     for kind, name, method, seed, shots in order:
@@ -150,7 +150,9 @@ def run_suite(suite: Suite, out: Path, jobs: int) -> None:
             elif shlex.split(made[run.name])[1:] != run.command(out):
                 raise UserError(f"'{out}/results.jsonl' holds '{run.name}' made by another command ({made[run.name]}); "
                                 "choose another --out")
-        run_all(missing, out, jobs)
+        if missing:
+            print(f"{len(missing)} runs to do, {jobs} at a time; what they print goes to {out}/runs/", flush=True)
+            run_all(missing, out, jobs)
     write_report(out)
 
 
@@ -177,6 +179,8 @@ def run_all(runs: Sequence[Run], out: Path, jobs: int) -> None:
 
 def execute(run: Run, out: Path, caught: list[int]) -> list[dict]:
     """One run in a process of its own with one thread; its records. SystemExit once ``caught`` holds a signal."""
+    if caught:
+        raise SystemExit(128 + caught[0])
     folder, started = folder_of(run.name, out), time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     for stage in ("base", "multitask") if run.start else ():

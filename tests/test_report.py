@@ -38,14 +38,12 @@ def seeds(column, scores, *rest, **more):
 @pytest.fixture
 def read(tmp_path):
     """read(records) -> the same, written to a file and read again."""
-    def through_file(records):
+    def write_and_read(records):
         (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         return report.read_results(tmp_path)
 
-    return through_file
+    return write_and_read
 
-
-# ------------------------------------------------------------------------------------------------------- statistics
 
 def test_intervals_are_students():
     stats = pytest.importorskip("scipy.stats", reason="scipy, which brings Student's t, is not installed")
@@ -67,20 +65,16 @@ def test_differences_are_paired_by_seed_and_judged_by_their_interval():
     assert verdict(paired({0: 81.0}, talora)) == "too few seeds" and paired({5: 1.0}, talora) is None
 
 
-def test_names_in_the_file_become_columns_and_rows(read):
-    plain, variant = read([record("talora", 0, 90, rewritten=70), record("talora reg-off", 0, 60, kind="variant")])
-    assert plain["scores"]["talora"] == {"plain": {"x": 0.9, "y": 0.9}, "rewritten": {"x": 0.7, "y": 0.9}}
-    assert set(variant["scores"]) == {"reg-off"} and set(variant["scores"]["reg-off"]) == {"plain", "rewritten"}
+def test_names_in_the_file_become_columns_and_rows_and_scores_are_macro_averages(read):
+    records = read([record("talora", 0, 90, rewritten=70), record("talora reg-off", 0, 60, kind="variant"),
+                    record("talora", 0, 50, "target", 8), record("talora", 1, 40, "target", 8),
+                    record("talora", 3, 99, "target", 8, kind="sweep-target")])
+    assert records[0]["scores"]["talora"] == {"plain": {"x": 0.9, "y": 0.9}, "rewritten": {"x": 0.7, "y": 0.9}}
+    assert by_seed(records, "talora", SOURCES) == {0: 90} and by_seed(records, "talora", REWRITTEN) == {0: 80}
+    assert by_seed(records, "reg-off", SOURCES) == {0: 60} and by_seed(records, "talora", target(32)) == {}
+    assert by_seed(records, "talora", target(8)) == {0: 50, 1: 40}, "a sweep is not a result"
     with pytest.raises(UserError, match="there is no 'nowhere/results.jsonl'"):
         report.read_results(Path("nowhere"))
-
-
-def test_scores_are_macro_averages_by_seed_of_one_setting(read):
-    records = read([record("talora", 0, 90, rewritten=70), record("talora", 0, 50, "target", 8),
-                    record("talora", 1, 40, "target", 8), record("talora", 3, 99, "target", 8, kind="sweep-target")])
-    assert by_seed(records, "talora", SOURCES) == {0: 90} and by_seed(records, "talora", REWRITTEN) == {0: 80}
-    assert by_seed(records, "talora", target(8)) == {0: 50, 1: 40}, "a sweep is not a result"
-    assert by_seed(records, "talora", target(32)) == {}
 
 
 def test_learning_rates_are_chosen_on_development_rows():
@@ -93,8 +87,6 @@ def test_learning_rates_are_chosen_on_development_rows():
     chosen = report.choose_rates(targets, "lora", "sweep-target", {"prompt_rate": 0.3})
     assert chosen == {"prompt_rate": 0.3, "target_rate": 2}
 
-
-# ------------------------------------------------------------------------------------------------ tables and claims
 
 BEFORE = {"step": 0, "tasks": ["a", "b"], "cosines": [[1, 0.1], [0.1, 1]]}
 AFTER = {"step": 9, "gates": [-0.1, 0.2], "theta0_norms": [3, 4], "step_norms": [1, 2],
@@ -153,8 +145,6 @@ def test_the_report_is_made_from_the_result_file_alone(tmp_path, read):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
 
 
-# -------------------------------------------------------------------------------------- the committed results, README
-
 def test_the_committed_tables_are_made_from_the_committed_results(tmp_path, monkeypatch):
     """If they differ: python -m experiments.report experiments/results/full --page experiments/README.md"""
     committed = FOLDER / "results" / "full"
@@ -171,14 +161,16 @@ def test_the_committed_tables_are_made_from_the_committed_results(tmp_path, monk
 
 def test_the_defaults_of_every_method_are_what_the_search_found_best():
     records = report.read_results(FOLDER / "results" / "full")
-    for name in SUITES["full"].shots:
+    for name in SUITES["full"].methods:
         sources = report.choose_rates(records, name, "sweep-source")
         best = sources | report.choose_rates(records, name, "sweep-target", sources)
         cfg = train.parse([], METHODS[name])
         assert best and {rate: getattr(cfg, rate) for rate in best} == best, name
 
 
-def test_what_a_method_stores_is_what_the_readme_says():
+def test_the_readme_knows_every_file_and_what_every_method_stores():
+    files = re.findall(r"^\| \[([\w.]+)\]", README, re.MULTILINE)
+    assert sorted(files) == sorted(path.name for path in FOLDER.iterdir() if path.suffix in (".py", ".sh"))
     rows = re.findall(r"^\| `([\w-]+)` \| .* \| ([\d,]+) \| ([\d,]+) \|$", README, re.MULTILINE)
     assert [name for name, *_ in rows] == list(METHODS)
     with torch.device("meta"):
