@@ -239,7 +239,7 @@ def collect_stage(folders: Sequence[Path]) -> dict:
 
 def main(argv: list[str]) -> None:
     parser = checkpoint.Parser(prog="python -m experiments.suite", description=__doc__,
-                               usage="%(prog)s {quick,full} [--jobs N] [--out DIR] [-- OPTIONS of train.py for every run]",
+                               usage="%(prog)s {quick,full} [--jobs N] [--out DIR] [-- OPTIONS for every run]",
                                formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=SUITES)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
