@@ -6,18 +6,13 @@ import signal
 
 import pytest
 import torch
-from conftest import read_outcome
+from conftest import read_outcome, small_run
 from safetensors.torch import load_file
 
 import checkpoint
 import evaluate
 import train
 from checkpoint import RunFailed, UserError
-from experiments import soak
-
-
-def command(world, run, *more):
-    return soak.command(world, run, "--prompt-length", "3", "--rank", "2", *more)
 
 
 def exit_code(arguments):
@@ -32,7 +27,7 @@ def exit_code(arguments):
 def whole(small_world, tmp_path_factory):
     """What a run finds that was never interrupted."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    train.main(command(small_world, run))
+    train.main(small_run(small_world, run))
     return read_outcome(run)
 
 
@@ -56,7 +51,7 @@ def before_call(monkeypatch):
 def stopped(small_world, tmp_path, before_call, monkeypatch):
     """A run that was stopped in step 5 of its multitask stage."""
     before_call(train, "train_step", 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert exit_code(command(small_world, tmp_path / "run")) == 143
+    assert exit_code(small_run(small_world, tmp_path / "run")) == 143
     monkeypatch.undo()
     return tmp_path / "run"
 
@@ -87,12 +82,12 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_one_sentence(small_world, who
 
     run = tmp_path / "run"
     before_call(checkpoint.os, "fsync", 25, full)
-    assert exit_code(command(small_world, run)) == 1
+    assert exit_code(small_run(small_world, run)) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "No space left" in error and "repeat the command" in error
     assert saved_step(run / "multitask") > 0 and not list(run.rglob("*.part"))
     monkeypatch.undo()  # there is room again
-    assert exit_code(command(small_world, run)) == 0 and read_outcome(run) == whole
+    assert exit_code(small_run(small_world, run)) == 0 and read_outcome(run) == whole
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming
@@ -108,9 +103,9 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_bytes(small_wo
     child = os.fork()
     if not child:
         before_call(module, name, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        os._exit(exit_code(command(small_world, tmp_path / "run")))
+        os._exit(exit_code(small_run(small_world, tmp_path / "run")))
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert exit_code(command(small_world, tmp_path / "run")) == 0
+    assert exit_code(small_run(small_world, tmp_path / "run")) == 0
     assert read_outcome(tmp_path / "run") == whole
     assert not list((tmp_path / "run").rglob("*.part")) and not list((tmp_path / "run").rglob("checkpoint.pt"))
 
@@ -122,12 +117,12 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_resume(small_world, wh
                                                                  capsys, number, step, stage, done):
     run, handler = tmp_path / "run", signal.getsignal(number)
     before_call(train, "train_step", step, lambda: os.kill(os.getpid(), number))
-    assert exit_code(command(small_world, run, "--save-every", "1000")) == 128 + number  # only the signal makes it save
+    assert exit_code(small_run(small_world, run, "--save-every", "1000")) == 128 + number
     captured = capsys.readouterr()
     assert "repeat the command" in captured.out + captured.err and signal.getsignal(number) is handler
     assert saved_step(run / stage) == done
     monkeypatch.undo()
-    assert exit_code(command(small_world, run, "--save-every", "3")) == 0 and read_outcome(run) == whole
+    assert exit_code(small_run(small_world, run, "--save-every", "3")) == 0 and read_outcome(run) == whole
 
 
 def test_a_second_signal_does_not_wait():
@@ -149,7 +144,7 @@ def test_a_second_signal_does_not_wait():
 def test_a_broken_checkpoint_is_refused_by_name(small_world, stopped, capsys, tmp_path, monkeypatch, harm, words):
     monkeypatch.chdir(tmp_path)
     harm(stopped / "multitask/checkpoint.pt")
-    assert exit_code(command(small_world, stopped)) == 2
+    assert exit_code(small_run(small_world, stopped)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert f"'{stopped}/multitask/checkpoint.pt' cannot be read" in error and words in error
     assert not (tmp_path / "was-run").exists()
@@ -170,7 +165,7 @@ def test_a_stage_of_the_first_release_and_a_broken_stage_file_are_refused(small_
     for content, words in (("{half", "cannot be read"), (None, "earlier release")):
         path = stopped / "base/stage.json"
         path.write_text(content) if content else path.unlink()
-        assert exit_code(command(small_world, stopped)) == 2
+        assert exit_code(small_run(small_world, stopped)) == 2
         error = capsys.readouterr().err
         assert str(stopped / "base") in error and words in error and error.count("\n") == 1
 
@@ -184,7 +179,7 @@ def test_a_second_process_is_refused_until_the_first_is_gone(small_world, tmp_pa
             signal.pause()
     os.read(ready, 1)
     try:
-        assert exit_code(command(small_world, run)) == 2
+        assert exit_code(small_run(small_world, run)) == 2
         assert f"another process is working in '{run}'; wait for it" in capsys.readouterr().err
         assert [path.name for path in run.iterdir()] == [".lock"]
     finally:
@@ -208,7 +203,7 @@ def test_numbers_that_are_not_finite_are_never_saved(small_world, tmp_path, monk
         return measured
 
     monkeypatch.setattr(train, "train_step", poisoned)
-    assert exit_code(command(small_world, tmp_path / "run", "--save-every", "1000")) == 1
+    assert exit_code(small_run(small_world, tmp_path / "run", "--save-every", "1000")) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "lower the" in error and not (folder / "results.json").exists()
     assert saved_step(folder) == kept

@@ -94,11 +94,13 @@ def test_no_d_by_d_matrix_is_built(form):
     assert orthogonality(u, v, form).isfinite()
 
 
-def test_the_cosine_is_the_default_and_off_and_a_single_task_give_zero():
+def test_the_cosine_is_the_default_off_and_a_single_task_give_zero_and_other_forms_are_refused():
     u, v = factors()
     assert orthogonality(u, v) == orthogonality(u, v, "cosine") != orthogonality(u, v, "frobenius")
     assert orthogonality(u, v, "off") == 0
     assert all(orthogonality(u[:, :1], v[:, :1], form) == 0 for form in FORMS)
+    with pytest.raises(ValueError, match="literal.*cosine, frobenius, printed, off"):
+        orthogonality(u, v, "literal")
 
 
 @pytest.mark.parametrize("zero", ["u of one task", "v of one task", "all"])
@@ -111,11 +113,6 @@ def test_zero_factors_give_no_nan(form, zero):
         v[:, slice(None) if zero == "all" else 0] = 0
     value = orthogonality(u.requires_grad_(), v.requires_grad_(), form)
     assert all(number.isfinite().all() for number in (value, *torch.autograd.grad(value, (u, v))))
-
-
-def test_an_unknown_form_is_refused():
-    with pytest.raises(ValueError, match="literal.*cosine, frobenius, printed, off"):
-        orthogonality(*factors(), "literal")
 
 
 def test_the_cosine_does_not_change_when_factors_are_rescaled():

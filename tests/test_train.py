@@ -11,35 +11,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_outcome
+from conftest import read_outcome, small_run
 from safetensors.torch import load_file
 
 import data
 import train
 from checkpoint import RunFailed, UserError
-from experiments import soak
+from evaluate import read_metrics
 from lowrank import orthogonality
 from model import NO_TASK, TALoRA, TALoRAConfig, load_backbone
-from tasks import chinese
+from tasks import chinese, micro
 
 SOURCES = ["toy-amazon", "toy-sanwen"]
-SMALL = "--prompt-length", "3", "--rank", "2"
-
-
-def command(world, run, *more):
-    """A run of all stages that takes a third of a second."""
-    return soak.command(world, run, *SMALL, *more)
-
-
-def read_metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def finished(small_world, tmp_path_factory):
     """A finished run with two target tasks and two numbers of shots, with references and pictures."""
     run = tmp_path_factory.mktemp("finished") / "run"
-    train.main(command(small_world, run, "--shots", "8", "4", "--references", "--pictures"))
+    train.main(small_run(small_world, run, "--shots", "8", "4", "--references", "--pictures"))
     return run
 
 
@@ -50,7 +40,7 @@ def copied(finished, tmp_path):
 
 @pytest.fixture
 def cfg(small_world, tmp_path):
-    return train.parse(command(small_world, tmp_path / "run", "--clip", "1e9"))
+    return train.parse(small_run(small_world, tmp_path / "run", "--clip", "1e9"))
 
 
 @pytest.fixture
@@ -63,20 +53,14 @@ def model(small_world):
     return model
 
 
-@pytest.fixture
-def encoded(small_world):
-    """encoded(task, count) -> its first rows as tokens"""
-    tokenizer = load_backbone(small_world)[1]
-    return lambda task, count: [data.encode(row, tokenizer, 128) for row in data.load_task(task, "train")[:count]]
+def rows_of(task, count):
+    return [data.encode(row, micro.tokenizer(), 128) for row in data.load_task(task, "train")[:count]]
 
 
-@pytest.fixture
-def batch_of(encoded):
-    """batch_of((task, count), ...) -> Batch"""
-    def make(*pairs):
-        rows = [row for task, count in pairs for row in encoded(task, count)]
-        return data.collate(rows, [SOURCES.index(row.task) for row in rows])
-    return make
+def batch_of(*counts):
+    """A batch with so many rows of each source."""
+    rows = [row for task, count in zip(SOURCES, counts) for row in rows_of(task, count)]
+    return data.collate(rows, [SOURCES.index(row.task) for row in rows])
 
 
 def optimizer_of(model, cfg, still=False):
@@ -116,10 +100,10 @@ def test_learning_rates_rise_linearly_then_fall_to_zero():
 
 
 @pytest.mark.parametrize("form, weight", [("cosine", 3.0), ("printed", 0.5), ("frobenius", 0.0)])
-def test_a_step_minimises_equation_3_however_it_is_cut_into_micro_batches(model, cfg, batch_of, form, weight):
+def test_a_step_minimises_equation_3_however_it_is_cut_into_micro_batches(model, cfg, form, weight):
     """The loss written by hand: log-probabilities of answer tokens, averaged within an example, then over examples."""
     cfg.regulariser, cfg.reg_weight = form, weight
-    whole, parts = batch_of(*zip(SOURCES, (3, 4))), [batch_of((SOURCES[0], 3)), batch_of((SOURCES[1], 4))]
+    whole, parts = batch_of(3, 4), [batch_of(3), batch_of(0, 4)]
     log_p = model(whole.input_ids, whole.attention_mask, whole.task_ids).logits.log_softmax(-1)
     task_loss = 0
     for b in range(7):
@@ -139,28 +123,28 @@ def test_a_step_minimises_equation_3_however_it_is_cut_into_micro_batches(model,
 
 
 @pytest.mark.parametrize("regularise", [False, True])
-def test_an_absent_task_moves_only_if_the_regulariser_moves_it(model, cfg, batch_of, regularise):
+def test_an_absent_task_moves_only_if_the_regulariser_moves_it(model, cfg, regularise):
     """Neither momentum nor weight decay: a factor without a gradient is left alone."""
     cfg.weight_decay, optimizer = 0.1, optimizer_of(model, cfg)
-    train.train_step(model, optimizer, [batch_of(*((task, 2) for task in SOURCES))], cfg, regularise=False)
+    train.train_step(model, optimizer, [batch_of(2, 2)], cfg, regularise=False)
     before = {name: tensor.clone() for name, tensor in model.adapter_state().items()}
     for _ in range(2):
-        train.train_step(model, optimizer, [batch_of((SOURCES[0], 2))], cfg, regularise=regularise)
+        train.train_step(model, optimizer, [batch_of(2)], cfg, regularise=regularise)
     still = [name for name, tensor in model.adapter_state().items() if torch.equal(tensor, before[name])]
     assert still == ([] if regularise else ["u.1", "v.1"])
 
 
 @pytest.mark.parametrize("name", ["theta0", "v.1"])
-def test_a_loss_that_is_not_finite_stops_the_run_and_changes_nothing(model, cfg, batch_of, name):
+def test_a_loss_that_is_not_finite_stops_the_run_and_changes_nothing(model, cfg, name):
     model.adapter_state()[name].view(-1)[0] = math.inf
     before = {name: tensor.clone() for name, tensor in model.adapter_state().items()}
     with pytest.raises(RunFailed, match="loss nan.*lower the"):
-        train.train_step(model, optimizer_of(model, cfg), [batch_of(*zip(SOURCES, (2, 2)))], cfg, regularise=False)
+        train.train_step(model, optimizer_of(model, cfg), [batch_of(2, 2)], cfg, regularise=False)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.adapter_state().items())
 
 
-def test_a_target_starts_from_the_source_with_the_lowest_loss_on_its_examples(model, cfg, encoded):
-    rows, losses = encoded("toy-finre", 8), []
+def test_a_target_starts_from_the_source_with_the_lowest_loss_on_its_examples(model, cfg):
+    rows, losses = rows_of("toy-finre", 8), []
     for i in range(2):
         batch = data.collate(rows, [i] * 8)
         losses.append(model(batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels).loss.item())
@@ -224,7 +208,7 @@ def test_what_a_stage_freezes_stays_bit_for_bit(finished, small_world):
 
 def test_a_stage_builds_on_what_is_finished(copied, small_world, capsys):
     before = read_outcome(copied)
-    train.main(command(small_world, copied, "--stage", "target", "--shots", "4", "0", "--targets", "toy-drcd"))
+    train.main(small_run(small_world, copied, "--stage", "target", "--shots", "4", "0", "--targets", "toy-drcd"))
     out = capsys.readouterr().out
     assert "toy-drcd-full" in out and "== multitask" not in out and "toy-drcd-4-shot/" not in out
     after = read_outcome(copied)
@@ -241,7 +225,7 @@ def test_a_stage_builds_on_what_is_finished(copied, small_world, capsys):
 def test_a_run_is_not_continued_with_other_options(copied, small_world, more, words):
     before = read_outcome(copied)
     with pytest.raises(UserError) as refused:
-        train.main(command(small_world, copied, *more))
+        train.main(small_run(small_world, copied, *more))
     assert words in str(refused.value) and "choose another --run" in str(refused.value)
     assert read_outcome(copied) == before
 
@@ -255,7 +239,7 @@ def test_a_run_is_not_continued_on_another_backbone(copied, small_world, tmp_pat
     torch.nn.init.normal_(backbone.model.layers[0].self_attn.k_proj.weight)
     backbone.save_pretrained(other)
     with pytest.raises(UserError, match="backbone"):
-        train.main(command(other, copied, "--shots", shots))
+        train.main(small_run(other, copied, "--shots", shots))
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == files, "nothing was written"
 
 
@@ -264,12 +248,12 @@ def test_a_run_is_not_continued_on_other_rows(copied, small_world, monkeypatch):
     encode = data.encode
     monkeypatch.setattr(data, "encode", lambda row, *rest: encode(data.perturb(row, 0), *rest))
     with pytest.raises(UserError, match="rows of toy-amazon"):
-        train.main(command(small_world, copied))
+        train.main(small_run(small_world, copied))
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_one_others(finished, small_world, tmp_path):
     for seed in ("0", "1"):
-        train.main(command(small_world, tmp_path / seed, "--seed", seed))
+        train.main(small_run(small_world, tmp_path / seed, "--seed", seed))
     for stage in ("base", "multitask", "target/toy-drcd-8-shot"):
         same, other = ({name: value for name, value in read_outcome(tmp_path / seed).items()
                         if name.startswith(f"/{stage}") and "results" not in name and "json" in name} for seed in "01")
@@ -280,7 +264,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others(finished, s
     ("--autocast",), ("--dtype", "bfloat16"), ("--gate-per-head",), ("--tokens-per-batch", "128"),
     ("--mixing", "proportional"), ("--regulariser", "printed"), ("--checkpointing",)], ids=lambda more: more[0])
 def test_a_run_in_another_way_ends_with_fp32_adapters_and_finite_losses(finished, small_world, tmp_path, more):
-    train.main(command(small_world, tmp_path / "run", *more, "--stage", "multitask"))
+    train.main(small_run(small_world, tmp_path / "run", *more, "--stage", "multitask"))
     assert {t.dtype for t in load_file(tmp_path / "run/multitask/best/adapter.safetensors").values()} == {torch.float32}
     losses, usual = ([row["loss"] for row in read_metrics(run / "multitask") if "loss" in row]
                      for run in (tmp_path / "run", finished))
@@ -303,12 +287,12 @@ sys.exit(checkpoint.run_program(train.main, sys.argv[1:]))
 def test_two_processes_give_the_losses_of_one_and_the_second_leaves_no_files(small_world, tmp_path):
     """Steps of one row: the second process has none, and a task is in no process, which must leave it alone."""
     more = "--multitask-batch", "1", "--regulariser", "off"
-    train.main(command(small_world, tmp_path / "one", *more))
+    train.main(small_run(small_world, tmp_path / "one", *more))
     (tmp_path / "driver.py").write_text(DRIVER.format(root=str(Path(train.__file__).parent)))
     (tmp_path / "scratch").mkdir()
     run = subprocess.run([
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--",
-        str(tmp_path / "driver.py"), *command(small_world, tmp_path / "two", *more)], capture_output=True, text=True,
+        str(tmp_path / "driver.py"), *small_run(small_world, tmp_path / "two", *more)], capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path / "scratch")})
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("== multitask") == 1, "one process prints"
@@ -344,12 +328,8 @@ def test_what_is_typed_wins_over_the_preset_and_the_preset_over_the_defaults():
     assert (cfg.rank, cfg.shots, cfg.checkpointing, cfg.sources) == (2, (8, 32), True, chinese.SOURCES)
     assert not train.parse(["--preset", "qwen2.5-7b", "--no-checkpointing"]).checkpointing
     assert train.parse(["--sources", "a,b", "c", "--base-task", "b"]).sources == ("a", "b", "c")
+    train.check(train.parse([])), train.check(train.parse(["--preset", "qwen2.5-7b", "--stage", "all"]))
     assert [train.parse(words).run for words in ([], ["--seed", "1"])] == ["runs/toy", "runs/toy-seed1"]
-
-
-@pytest.mark.parametrize("preset", train.PRESETS)
-def test_the_defaults_of_every_preset_can_be_run(preset, tmp_path):
-    train.check(train.parse(["--preset", preset, "--stage", "all", "--run", str(tmp_path)]))
 
 
 def test_a_stage_runs_after_those_it_builds_on():
