@@ -210,7 +210,9 @@ def join_processes(device: str, folder: str) -> tuple[str, str]:
     if PROCESSES == 1:
         return device, folder
     device = f"cuda:{os.environ['LOCAL_RANK']}" if pick_device(device).startswith("cuda") else "cpu"
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", device_id=torch.device(device))
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
     atexit.register(dist.destroy_process_group)
     if RANK:
         sys.stdout, own = open(os.devnull, "w"), tempfile.mkdtemp()

@@ -492,10 +492,10 @@ def main(argv: list[str], method: Method = TALORA, command: str = "python train.
     todo = [job for job in made_of if not (folder_of(cfg, *job) / "results.json").exists()]
     needed = dict.fromkeys(name for _, task, _ in todo for name in ([task] if task else cfg.sources))
     run = Run(cfg, method, f"{command} {shlex.join(argv)}", list(needed)) if todo else None
-    for job in todo:
+    for job in made_of if todo else ():  # what is finished was built on the same backbone; its rows need not be read
+        names = ([job[1]] if job[1] else cfg.sources) if job in todo else ()
         made_of[job] |= {"backbone": describe(run.backbone)["hash"]} | {
-            f"rows of {name}": data.rows_hash([row for split in run.rows[name].values() for row in split])
-            for name in ([job[1]] if job[1] else cfg.sources)}
+            f"rows of {name}": data.rows_hash(sum(run.rows[name].values(), [])) for name in names}
         checkpoint.same_run(folder_of(cfg, *job), made_of[job])
     with checkpoint.lock(Path(cfg.run)):
         log = checkpoint.open_log(Path(cfg.run))
