@@ -64,8 +64,10 @@ def test_one_set_of_weights_for_all_sources_or_one_for_each(small_world, tmp_pat
 
 @pytest.mark.parametrize("preset", train.PRESETS)
 def test_every_method_can_be_run_with_the_defaults_of_every_preset(preset, tmp_path):
+    options = ["--preset", preset, "--stage", "all", "--run", str(tmp_path)]
     for method in ALL.values():
-        train.check(train.parse(["--preset", preset, "--stage", "all", "--run", str(tmp_path)], method), method)
+        compare.check_typed(options, method)
+        train.check(train.parse(options, method), method)
 
 
 def test_stages_come_in_order_and_every_learning_rate_is_an_option():
@@ -100,8 +102,7 @@ def test_defaults_of_a_method_yield_to_what_is_typed_and_an_ablation_does_not():
     (["--variant", "2-terms", "--regulariser", "off"], ["2-terms sets --regulariser cosine, the command off"]),
     (["--method", "ft", "--dtype", "bfloat16"], ["ft", "bfloat16", "--dtype float32 --autocast"]),
     (["--method", "ft", "--reg-weight", "1", "--rank=4"], ["ft does not use --rank, --reg-weight; leave them out"]),
-    (["--method", "lora", "--slow-rate", "1"], ["lora does not use --slow-rate; leave it out"]),
-    (["--variant", "no-base", "--prompt-rate", "1"], ["no-base does not use --prompt-rate"]),
+    (["--variant", "no-base", "--prompt-rate", "1"], ["no-base does not use --prompt-rate; leave it out"]),
     (["--method", "mpt", "--no-gate-per-head", "--scale", "2"], ["mpt does not use --scale, --gate-per-head"]),
     (["--variant", "open-gate", "--gate-per-head"], ["open-gate does not use --gate-per-head"]),
     (["--method", "pt", "--evaluate", "nowhere"], ["nowhere"]),
