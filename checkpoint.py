@@ -154,10 +154,10 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], optimizer: t
                         f"lower the learning rates; the last good checkpoint is in {folder}")
     buffer = io.BytesIO()  # torch.save would hide a full disk behind an error of its own
     torch.save({"tensors": tensors, "optimizer": optimizer.state_dict(), "progress": progress}, buffer)
+    with write_whole(folder / "metrics.jsonl") as file:  # first: after the last checkpoint no step would write it again
+        file.writelines((json.dumps(row) + "\n").encode() for row in progress["history"])
     with write_whole(folder / "checkpoint.pt") as file:
         file.write(buffer.getbuffer())
-    with write_whole(folder / "metrics.jsonl") as file:
-        file.writelines((json.dumps(row) + "\n").encode() for row in progress["history"])
 
 
 def load_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict | None:
