@@ -246,7 +246,7 @@ def build_optimizer(model: AdaptedLM, learning: dict[str, str], cfg: Config) -> 
     for name, rate in learning.items():
         groups.setdefault((rate, name.startswith("gate")), []).append(model.get_parameter(name).requires_grad_())
     return torch.optim.AdamW([
-        {"name": rate, "params": tensors, "initial": getattr(cfg, f"{rate}_rate"),
+        {"name": rate, "params": tensors, "lr": getattr(cfg, f"{rate}_rate"), "initial": getattr(cfg, f"{rate}_rate"),
          "weight_decay": 0.0 if is_gate else cfg.weight_decay} for (rate, is_gate), tensors in groups.items()],
         betas=(0.9, 0.95))
 
@@ -504,7 +504,7 @@ def main(argv: list[str], method: Method = TALORA, command: str = "python train.
             run.log, folder = log, folder_of(cfg, *job)
             folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(folder / "stage.json", made_of[job])
-            log(f"\n== {job[0]} {job[1]}: results go to {folder}/")
+            log(f"\n== {' '.join(filter(None, job[:2]))}: results go to {folder}/")
             {"base": train_base, "multitask": train_multitask, "target": train_target}[job[0]](run, folder, *job[1:])
         evaluate.report(Path(cfg.run), log)
 
