@@ -32,7 +32,14 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from checkpoint import UserError, write_json, write_whole
 from gating import GATED_PREFIX, prefix_key_value
@@ -88,6 +95,10 @@ class AdaptedLM(nn.Module):
         if family not in FAMILIES or backbone.get_output_embeddings() is None:
             raise UserError(f"the backbone is a {type(backbone).__name__} (model type '{family}'), but this needs a "
                             f"causal language model of one of the families {', '.join(FAMILIES)}")
+        rope = (getattr(backbone.config, "rope_parameters", None) or {}).get("rope_type")
+        if rope in ("dynamic", "longrope"):
+            raise UserError(f"the positions of this backbone ('{rope}' RoPE) depend on a batch's longest row, so that an "
+                            "answer would depend on its neighbours; take a backbone with another kind, such as YaRN")
 
     def add_task(self, name: str) -> int:
         """Add a task with weights of its own and return its id; earlier ids stay valid. UserError for a taken name."""
@@ -436,18 +447,22 @@ def load_backbone(path: str | Path = "", dtype: str = "float32",
     """
     path = path or Path(__file__).parent / "tasks" / "micro_backbone"
     try:
-        about = Path(path) / "tokenizer_config.json"
-        declared = json.loads(about.read_text(encoding="utf-8")).get("tokenizer_class") if about.exists() else None
-        # AutoTokenizer would take the word tokenizer of a Qwen2 made from scratch for Qwen's byte-level one.
-        plain = declared in ("TokenizersBackend", "PreTrainedTokenizerFast")  # its name before and since transformers 5
-        tokenizer = (PreTrainedTokenizerFast if plain else AutoTokenizer).from_pretrained(path, trust_remote_code=False)
+        quantised = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "quantization_config", None)
+        if quantised:
+            raise ValueError(f"its weights are quantised ({dict(quantised).get('quant_method')}); give plain ones")
+        try:  # tokenizer.json as it is: a declared class may read it in another way, and an inferred one always does
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        except (OSError, ValueError):  # only a SentencePiece model or the like
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         backbone, loaded = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
             trust_remote_code=False, output_loading_info=True)
         AdaptedLM.check(backbone)
         broken = [name for name, p in backbone.named_parameters() if not p.detach().sum().isfinite()]
-        if loaded["missing_keys"] or broken:
-            raise ValueError(f"weights are missing or not finite: {', '.join([*loaded['missing_keys'], *broken][:3])}")
+        unread = [name for name in loaded["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
+        for fault, names in (("missing", loaded["missing_keys"]), ("not finite", broken), ("not read by it", unread)):
+            if names:
+                raise ValueError(f"{len(names)} of its tensors are {fault}: {', '.join(sorted(names)[:3])}")
         if tokenizer.eos_token_id is None or len(tokenizer) > backbone.config.vocab_size:
             raise ValueError(f"its tokenizer needs an end token (it has {tokenizer.eos_token}) and at most the model's "
                              f"{backbone.config.vocab_size:,} tokens (it has {len(tokenizer):,})")
