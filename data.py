@@ -2,15 +2,14 @@ r"""From rows of text to batches of tokens.
 
     row {"prompt": ..., "answer": ..., ...} -> Example -> Encoded -> Batch(input_ids, attention_mask, labels, task_ids)
 
-Rows come from the micro-world (tasks/micro.py), or from the sixteen Chinese sets and files of your own
-(tasks/chinese.py). Every split goes by *group* (a passage, a premise, a pair), never by row: no text is in two of
-train, dev and test. Prompt and answer are tokenised apart and joined, because a tokenizer may merge characters across
-the boundary:
+Rows come from the micro-world (tasks/micro.py), the sixteen Chinese sets or your own files (tasks/chinese.py). Every
+split goes by *group* (a passage, a premise, a pair), never by row: no text is in two of train, dev and test. Prompt and
+answer are tokenised apart and joined, because a tokenizer may merge characters across the boundary:
 
     input_ids    p_1 .. p_n  a_1 .. a_m eos  pad ..
     labels      -100 .. -100 a_1 .. a_m eos -100 ..
 
-`python data.py` shows a page about every task of the micro-world, `python data.py --data-root DIR` about your files.
+`python data.py` shows a page about every task of the micro-world, with `--data-root DIR` about your files.
 """
 
 from __future__ import annotations
@@ -28,17 +27,17 @@ from pathlib import Path
 from textwrap import indent
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from checkpoint import Parser, UserError, run_program
 from tasks import chinese, micro, rewrite
-from tasks.chinese import TASKS, Task
+from tasks.chinese import SPLITS, TASKS, Task, number_rows
 
 DEV_SHARE, DEV_ROWS = 0.1, 1024  # a tenth of the train rows, at most 1,024, becomes the development set
 
-# Rows -> examples ----------------------------------------------------------------------------------------------------
-
+# Rows -> examples -> train, dev, test --------------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -52,14 +51,14 @@ class Example:
     protected: tuple[str, ...] = ()  # strings that `perturb` keeps
     group: str = ""  # the same for rows about the same text
     hard_prompt: str = ""  # the prompt with the instruction in words (micro-world)
-    fields: tuple[tuple[str, int, int], ...] = ()  # name, start and end in `prompt` of what the row filled in
+    fields: tuple[tuple[str, int, int], ...] = ()  # name, start and end in `prompt` of what filled the template
     row: str = ""  # file and line, for messages
     operations: tuple[str, ...] = ()  # what `perturb` did
 
 
 def to_example(name: str, row: dict, where: str = "") -> Example:
-    """A row {"prompt", "answer"} as an Example of a task; choices, references, protected, group, hard_prompt and
-    passage (the part of the prompt that may be shortened) are optional. Raises UserError by file and line."""
+    """A row {"prompt", "answer"} as an Example; choices, references, protected, group, hard_prompt and passage (a part
+    of the prompt that may be shortened) are optional. Raises UserError by file and line."""
     lists = ("choices", "references", "protected")
     for key in ("prompt", "answer", "group", "hard_prompt", "passage", *lists):
         if row.get(key) is not None and isinstance(row[key], list | tuple) != (key in lists):
@@ -72,24 +71,20 @@ def to_example(name: str, row: dict, where: str = "") -> Example:
     if passage and passage in prompt:
         fields = (("text", prompt.index(passage), prompt.index(passage) + len(passage)),)
     references = tuple(dict.fromkeys((answer, *references))) if references else ()
-    group = str(row.get("group") or chinese.group_of(prompt))
-    hard_prompt = row.get("hard_prompt") or ""
-    return Example(name, prompt, answer, choices, references, protected, group, hard_prompt, fields, where)
+    return Example(name, prompt, answer, choices, references, protected,
+                   str(row.get("group") or chinese.group_of(prompt)), row.get("hard_prompt") or "", fields, where)
 
 
 def task_of(name: str, examples: Sequence[Example] = ()) -> Task:
-    """The entry of the table; for the micro-world and for own rows what the examples show: without choices a span task,
-    with the same choices in every row a closed one, otherwise a choice task."""
+    """The entry of the table; for other rows what the examples show: a span task without choices, a closed one with the
+    same choices in every row, otherwise a choice task."""
     if name in TASKS:
         return TASKS[name]
-    sets = {example.choices for example in examples}
-    answers = next(iter(sets)) if len(sets) == 1 else ()
-    kind = "closed" if answers else "choice" if any(sets) else "span"
+    sets = {example.choices for example in examples} or {()}
+    kind = "choice" if len(sets) > 1 else "closed" if any(sets) else "span"
     role = "target" if name in micro.TARGETS else "source"
-    return Task(name, role, kind, "char_f1" if kind == "span" else "accuracy", answers=answers)
-
-
-# Examples -> train, dev, test ----------------------------------------------------------------------------------------
+    metric = "char_f1" if kind == "span" else "accuracy"
+    return Task(name, role, kind, metric, answers=sets.pop() if kind == "closed" else ())
 
 
 @dataclass
@@ -103,9 +98,8 @@ class Splits:
 def load_task(name: str, split: str, root: str | Path | None = None) -> list[Example]:
     """One split (train | dev | test) of a task, in a fixed random order: any first n rows are a fair sample.
 
-    name: a task of the micro-world or of the table (chinese.TASKS), or a folder of own rows. root: the folder that
-    holds <name>/train.jsonl and test.jsonl; without it the Chinese sets are downloaded. Raises UserError for an unknown
-    name or split, a missing or unreadable file, a row without a field or with an unknown label, an empty split."""
+    name: a task of the micro-world or of chinese.TASKS, or a folder of own rows. root: the folder that holds
+    <name>/train.jsonl and test.jsonl; without it the Chinese sets are downloaded. Raises UserError."""
     if split not in ("train", "dev", "test"):
         raise UserError(f"no split {split!r}; there are train, dev and test")
     return getattr(load_splits(name, str(root) if root else None), split)
@@ -118,29 +112,25 @@ def load_splits(name: str, root: str | None = None) -> Splits:
     if not name or name.startswith(".") or set(name) & set("/\\"):
         raise UserError(f"{name!r} cannot be a task: its name should be that of a folder, without / or a dot in front")
     if name in micro.TASKS:
-        source, read = "the micro-world", {}
-        for split in ("train", "test"):
-            rows = enumerate(micro.rows(name, split), 1)
-            read[split] = [(f"{name} {split}:{number}", row) for number, row in rows], Counter()
+        source = "the micro-world"
+        read = {split: (number_rows(micro.rows(name, split), f"{name} {split}"), Counter()) for split in SPLITS}
     elif root or name in TASKS:
         source, read = chinese.read_task(task, root, notes)
     else:
         raise UserError(f"no task {name!r}; known are {', '.join((*TASKS, *micro.TASKS))}; rows of your own are read "
                         f"from DIR/{name}/train.jsonl and test.jsonl with --data-root DIR")
-    train, test = ([to_example(name, row, where) for where, row in read[split][0]] for split in ("train", "test"))
+    train, test = ([to_example(name, row, where) for where, row in rows] for rows, _ in read.values())
     dropped = {split: counter for split, (_, counter) in read.items()}
-    groups = {"test": {example.group for example in test}}  # texts that training must not see
+    seen, kept = {example.group: "test" for example in test}, {}  # texts that training must not see; train rows, once
     if task.unseen:
         try:
             other = load_splits(task.unseen, root)
-            groups[task.unseen] = {example.group for example in other.train + other.dev + other.test}
+            seen = {example.group: task.unseen for example in other.train + other.dev + other.test} | seen
         except UserError as error:
             notes.append(f"not compared with {task.unseen}: {error}")
-    kept = {}  # every train row once
     for example in train:
-        also_in = next((place for place, seen in groups.items() if example.group in seen), None)
-        if also_in:
-            dropped["train"][f"text also in {also_in}"] += 1
+        if example.group in seen:
+            dropped["train"][f"text also in {seen[example.group]}"] += 1
         elif kept.setdefault((example.prompt, example.answer), example) is not example:
             dropped["train"]["repeated"] += 1
     train = list(kept.values())
@@ -159,12 +149,11 @@ def load_splits(name: str, root: str | None = None) -> Splits:
 
 
 def _merge_labels(examples: list[Example]) -> list[Example]:
-    """A prompt that occurs with several answers accepts all of them, its own one first."""
+    """A prompt that occurs with several answers accepts all of them, its own first."""
     answers = defaultdict(dict)  # prompt -> its answers, in their order
     for example in examples:
         answers[example.prompt][example.answer] = None
-    several = {prompt for prompt, found in answers.items() if len(found) > 1}
-    return [replace(e, references=tuple({e.answer: None} | answers[e.prompt])) if e.prompt in several else e
+    return [replace(e, references=tuple({e.answer: None} | answers[e.prompt])) if len(answers[e.prompt]) > 1 else e
             for e in examples]
 
 
@@ -191,13 +180,11 @@ def data_hash(examples: Iterable[Example]) -> str:
 
 # Few examples and rewritten ones -------------------------------------------------------------------------------------
 
-
 def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example], list[Example]]:
     """(train, dev): k rows each, no group in both, balanced over the answers of a closed set as far as the rows allow.
 
-    k counts rows in total; below the number of answers, k of the answers have one row each. The same seed gives the
-    same rows whatever the order of `examples`, and a smaller k a part of the rows of a larger one. Raises UserError if
-    there are not 2 k such rows."""
+    The same seed gives the same rows whatever the order of `examples`, and a smaller k a part of the rows of a larger
+    one. Raises UserError if there are not 2 k such rows."""
     if k < 0:
         raise UserError(f"k = {k} examples are not possible; use 0 or more")
     name = examples[0].task if examples else ""
@@ -210,15 +197,15 @@ def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example
         pools[example.answer if closed else ""].append(example)
     answers = sorted(pools)
     rng.shuffle(answers)
-    sides, groups, found = ([], []), (set(), set()), True  # of train and dev
+    sides, side_of, found = ([], []), {}, True  # rows of train and dev; group -> its side
     while found and len(sides[1]) < k:  # each answer in turn, for train and dev in turn
         found = False
         for answer, side in product(answers, (0, 1)):
-            free = (example for example in pools[answer] if example.group not in groups[1 - side])
+            free = (example for example in pools[answer] if side_of.get(example.group, side) == side)
             if len(sides[side]) < k and (example := next(free, None)):
                 pools[answer].remove(example)
                 sides[side].append(example)
-                groups[side].add(example.group)
+                side_of[example.group] = side
                 found = True
     if min(map(len, sides)) < k:
         raise UserError(f"k = {k} needs {k} train and {k} dev rows on different texts, but the {len(examples)} rows of "
@@ -236,23 +223,17 @@ def perturb(example: Example, seed: int) -> Example:
     """The example with its input text rewritten and its answer kept; `operations` says how, () if nothing could be done
     safely and the example is as it was. A function of the prompt and the seed."""
     if example.task in micro.TASKS:
-        prompt = micro.perturb(example.prompt, seed)
-        hard_prompt = micro.perturb(example.hard_prompt, seed) if example.hard_prompt else ""
+        prompt, hard = (micro.perturb(text, seed) if text else "" for text in (example.prompt, example.hard_prompt))
         operations = ("template",) if prompt != example.prompt else ()
-        return replace(example, prompt=prompt, hard_prompt=hard_prompt, operations=operations)
-    task = task_of(example.task)
-    before = {name: example.prompt[start:end] for name, start, end in example.fields}
-    if set(before) != set(task.fields) - {"options", "choices"}:  # a whole prompt of the user's own
+        return replace(example, prompt=prompt, hard_prompt=hard, operations=operations)
+    task, values = task_of(example.task), {name: example.prompt[start:end] for name, start, end in example.fields}
+    if values.keys() != set(task.fields):  # a whole prompt of the user's own
         return example
-    after, operation = rewrite.rewrite(before, task, example.protected, random.Random(f"{seed} {example.prompt}"))
+    values, operation = rewrite.rewrite(values, task, example.protected, random.Random(f"{seed} {example.prompt}"))
     if not operation:
         return example
-    prompt, fields, end = "", [], 0
-    for name, start, stop in example.fields:
-        prompt += example.prompt[end:start]
-        fields.append((name, len(prompt), len(prompt) + len(after[name])))
-        prompt, end = prompt + after[name], stop
-    return replace(example, prompt=prompt + example.prompt[end:], fields=tuple(fields), operations=(operation,))
+    prompt, fields = chinese.fill(task.template, values)
+    return replace(example, prompt=prompt, fields=fields, operations=(operation,))
 
 
 def test_rows(name: str, cfg) -> dict[str, list[Example]]:
@@ -261,13 +242,12 @@ def test_rows(name: str, cfg) -> dict[str, list[Example]]:
     return {"plain": plain, "rewritten": [perturb(example, cfg.seed) for example in plain]}
 
 
-# Examples -> tokens --------------------------------------------------------------------------------------------------
-
+# Examples -> tokens -> batches ---------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One example as tokens; len() counts prompt and answer. Answers and choices end with the end-of-sequence token.
-    A million rows are held at once: an array takes 4 bytes a token, a list 36; equal answers are one object."""
+    An array takes 4 bytes a token, a list 36."""
 
     prompt_ids: array
     answer_ids: tuple[int, ...]
@@ -284,12 +264,11 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> tuple[int, ..
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, keep_answer: bool = True) -> Encoded:
-    """Tokens of an example: prompt and answer tokenised apart, no special tokens but the end of every answer.
+    """Tokens of an example; no special tokens but the end of every answer.
 
-    If prompt and longest answer have more than max_length tokens, the passage loses its ends: a window stays, around
-    the answer of a span task (or at the beginning with keep_answer=False, for a test that must not know it), around the
-    two names of a relation. Question, options and answer are never cut. Raises UserError by file and line if even that
-    is too long, or if the answer has no token."""
+    If prompt and longest answer have more than max_length tokens, a window of the passage stays: around the two names
+    of a relation, around the answer of a span task (at the beginning with keep_answer=False, for a test must not know
+    it). Nothing else is ever cut. Raises UserError if even that is too long, or if the answer has no token."""
     answer, choices = answer_ids(tokenizer, example.answer), [answer_ids(tokenizer, c) for c in example.choices]
     if len(answer) < 2:
         raise UserError(f"{example.row or example.task}: the answer {example.answer!r} has no token in this tokenizer; "
@@ -336,50 +315,46 @@ def rows_hash(rows: Iterable[Encoded]) -> str:
 
 def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int,
                keep_answer: bool = False) -> list[Encoded]:
-    """Tokens of many examples, with a progress bar where a person is watching."""
-    bar = tqdm(examples, "tokenising", leave=False, disable=None)
-    return [encode(example, tokenizer, max_length, keep_answer) for example in bar]
+    return [encode(example, tokenizer, max_length, keep_answer)
+            for example in tqdm(examples, "tokenising", leave=False, disable=None)]
 
 
 def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> dict[str, list[Encoded]]:
-    """All rows of a task before training: train, dev, test, rewritten. Prints what was left out.
+    """All rows of a task before training: train, dev, test, rewritten; prints what was left out. Raises UserError for a
+    row that does not fit, too few rows for the shots, or a task that cannot be learned or answered.
 
-    cfg: data_root, seed, targets, shots, dev_rows, max_length and max_new_tokens are read. Raises UserError for a row
-    that does not fit, too few rows for the shots, train rows that all have one answer, and test answers that are all
-    longer than max_new_tokens."""
-    splits, tests = load_splits(name, cfg.data_root), test_rows(name, cfg)
+    cfg: data_root, seed, targets, shots, dev_rows, max_length and max_new_tokens are read."""
+    splits = load_splits(name, cfg.data_root)
     notes = [f"{split}: left out {_counts(dropped)}" for split, dropped in splits.report["dropped"].items() if dropped]
     if splits.train[0].choices and len({row.answer for row in splits.train}) == 1:
         raise UserError(f"all {len(splits.train)} train rows of {name} have the answer '{splits.train[0].answer}': "
                         "there is nothing to tell apart; add rows with another answer, or leave the task out")
     for shots in cfg.shots if name in cfg.targets else ():
         k_shot(splits.train, shots, cfg.seed)
-    too_long = [all(len(answer_ids(tokenizer, text)) - 1 > cfg.max_new_tokens
-                    for text in row.references or (row.answer,)) for row in tests["plain"] if not row.choices]
-    if any(too_long):
-        notes.append(f"{sum(too_long)} of {len(tests['plain'])} test answers are longer than --max-new-tokens "
-                     f"{cfg.max_new_tokens} and can never be given in full; raise it")
-        if all(too_long):
+    spans = [row.references or (row.answer,) for row in splits.test if not row.choices]
+    too_long = sum(min(len(answer_ids(tokenizer, text)) for text in right) - 1 > cfg.max_new_tokens for right in spans)
+    if too_long:
+        notes.append(f"{too_long} of {len(spans)} test answers are longer than --max-new-tokens {cfg.max_new_tokens} "
+                     "and can never be given in full; raise it")
+        if too_long == len(spans):
             raise UserError(f"{name}: {notes[-1]}")
-    if notes + splits.report["notes"]:
-        print(f"{name}: {'; '.join(notes + splits.report['notes'])}")
-    rows = {"dev": splits.dev[: cfg.dev_rows], "test": tests["plain"], "rewritten": tests["rewritten"]}
-    return {"train": encode_all(splits.train, tokenizer, cfg.max_length, keep_answer=True)} | {
-        split: encode_all(examples, tokenizer, cfg.max_length) for split, examples in rows.items()}
-
-
-# Tokens -> batches ---------------------------------------------------------------------------------------------------
+    if notes := notes + splits.report["notes"]:
+        print(f"{name}: {'; '.join(notes)}")
+    tests = test_rows(name, cfg)
+    rows = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": tests["plain"],
+            "rewritten": tests["rewritten"]}
+    return {split: encode_all(examples, tokenizer, cfg.max_length, keep_answer=split == "train")
+            for split, examples in rows.items()}
 
 
 @dataclass
 class Batch:
-    """Right-padded rows: input_ids, attention_mask, labels (B, T), task_ids (B,), all long; labels are -100 except at
-    the tokens of the answer."""
+    """Right-padded rows; all tensors are long."""
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    labels: torch.Tensor
-    task_ids: torch.Tensor
+    input_ids: torch.Tensor  # (B, T)
+    attention_mask: torch.Tensor  # (B, T)
+    labels: torch.Tensor  # (B, T), -100 except at the tokens of the answer
+    task_ids: torch.Tensor  # (B,)
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
@@ -389,28 +364,27 @@ def collate(encoded: Sequence[Encoded], task_ids: Sequence[int]) -> Batch:
     """A training batch; task_ids: one per row. Padding is known by its place, so that any token may fill it."""
     texts = [[*row.prompt_ids, *row.answer_ids] for row in encoded]
     labels = [[-100] * len(row.prompt_ids) + [*row.answer_ids] for row in encoded]
-    mask = [[1] * len(text) for text in texts]
-    return Batch(_pad(texts, 0), _pad(mask, 0), _pad(labels, -100), torch.tensor(list(task_ids)))
+    return Batch(*_pad(texts), _pad(labels, -100)[0], torch.tensor(list(task_ids)))
 
 
 def collate_prompts(encoded: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
     """Prompts alone for scoring and generation -> input_ids, attention_mask (B, T), padded on the left."""
-    prompts = [[*row.prompt_ids] for row in encoded]
-    return _pad(prompts, 0, left=True), _pad([[1] * len(prompt) for prompt in prompts], 0, left=True)
+    return _pad([[*row.prompt_ids] for row in encoded], side="left")
 
 
-def _pad(rows: list[list[int]], value: int, left: bool = False) -> torch.Tensor:
-    longest = max(map(len, rows))
-    pads = ([value] * (longest - len(row)) for row in rows)
-    return torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, pads)])  # (B, T)
+def _pad(rows: list[list[int]], value: int = 0, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of equal length, and which of their places are text; (B, T) each, long."""
+    rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return (pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side),
+            pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side))
 
 
 class Batches:
     """batches[step] -> the micro-batches of a step, each a list of Encoded; a step depends on nothing but its number.
 
-    The rows of a task come in a new random order each epoch. "uniform": the tasks take turns, "proportional": as the
-    rows are. A step is `batch_size` rows, sorted by length and cut into parts of PART rows. With a budget (of tokens,
-    padding included), the rows of WINDOW steps are drawn together, sorted, cut to fit it, and dealt out at random."""
+    "uniform": the tasks take turns, "proportional": as the rows are; in a new random order each epoch. A step is
+    `batch_size` rows, sorted by length and cut into parts of PART rows. With a budget (of tokens, padding included),
+    the rows of WINDOW steps are drawn together, sorted, cut to fit it, and dealt out at random."""
 
     WINDOW, PART = 32, 16
 
@@ -460,7 +434,6 @@ class Batches:
 
 # The page about the data ---------------------------------------------------------------------------------------------
 
-
 def page(name: str, root: str | None = None) -> str:
     """What to look at first: counts, rows left out, lengths, balance of answers, an example, a rewritten example."""
     splits = load_splits(name, root)
@@ -489,13 +462,13 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python data.py", description="Show the tasks, a page each (default: the micro-world's).")
     parser.add_argument("--data-root", help="folder with <task>/train.jsonl and test.jsonl")
     parser.add_argument("--task", nargs="+", help="only these tasks; without --data-root, Chinese sets are downloaded")
-    options, names = parser.parse_args(argv), micro.TASKS
-    if options.data_root:
-        names = sorted(path.parent.name for path in Path(options.data_root).glob("*/train.*"))
-        if not names:
-            raise UserError(f"--data-root {options.data_root} holds no <task>/train.jsonl")
+    options = parser.parse_args(argv)
+    root = options.data_root
+    names = sorted(path.parent.name for path in Path(root).glob("*/train.*")) if root else micro.TASKS
+    if not names:
+        raise UserError(f"--data-root {root} holds no <task>/train.jsonl")
     for name in options.task or names:
-        print(page(name, options.data_root), end="\n\n")
+        print(page(name, root), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
 r"""The sixteen Chinese data sets: eight source tasks, on which the shared prompt is learned, and eight target tasks.
 
-An entry of the table says what a data set asks (`template`), which answers it has, how it is scored, where its rows are
-published and how its inputs may be rewritten; a new data set is one entry. The second half reads what is published:
+A new data set is one entry of the table. The second half of the file reads what is published:
 
     a row as published -> to_prompt -> {"prompt": ..., "answer": ..., "choices": [...], "group": ...}
 
-which is the form of the micro-world's rows, and of rows of your own, which need no entry.
-
-Two entries are our reading of the paper: FinRE, the twin of SanWen, as the eighth target, and the Chinese part of the
-multilingual Amazon reviews (equally many rows of each star) as Amazon.
+which is the form of the micro-world's rows, and of rows of your own, which need no entry. Two entries are our reading
+of the paper: FinRE, the twin of SanWen, as the eighth target, and the Chinese part of the multilingual Amazon reviews
+(equally many rows of each star) as Amazon.
 """
 
 from __future__ import annotations
@@ -25,8 +23,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from urllib.request import urlretrieve
-
-from tqdm import tqdm
 
 from checkpoint import UserError
 
@@ -47,10 +43,8 @@ class Source:
     columns: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        if self.path in FORMATS:
-            return self.train[0]
         name = f"{self.path}:{self.config}" if self.config else self.path
-        return f"{name} at {(self.revision or 'main')[:7]}"
+        return self.train[0] if self.path in FORMATS else f"{name} at {(self.revision or 'main')[:7]}"
 
 
 @dataclass(frozen=True)
@@ -80,7 +74,6 @@ class Task:
 
 # The table -----------------------------------------------------------------------------------------------------------
 
-
 def clue(config: str, test: str = "validation") -> Source:
     """CLUE publishes its test sets without labels: validation is the test set, and dev is cut from train."""
     return Source("clue/clue", test=test, config=config, revision="28178267a609dd08bdc703dd6c931dfc2c2f4431")
@@ -101,10 +94,8 @@ C3 = "nlpdata/c3@dd2d89324e961786a1a9eec73ae13f1c6b800384"
 
 # What tasks of one form have in common.
 PAIR = dict(answers=("不同", "相同"), passage="sentence1", group=("sentence1", "sentence2"), rewrite=("swap",))
-NLI = dict(
-    answers=("中立", "蕴含", "矛盾"), labels=("neutral", "entailment", "contradiction"), passage="sentence1",
-    rewrite=("sentence_order", "time_order", "adverbial_last", "frame"),
-)
+NLI = dict(answers=("中立", "蕴含", "矛盾"), labels=("neutral", "entailment", "contradiction"), passage="sentence1",
+           rewrite=("sentence_order", "time_order", "adverbial_last", "frame"))
 REVIEW = dict(rewrite=("sentence_order", "clause_order", "adverbial_last"))
 COTE = dict(passage="s", answer_field="ot", **REVIEW)
 TITLE = dict(rewrite=("title_order", "sentence_order", "clause_order"))
@@ -117,8 +108,7 @@ FINRE = """无关 注资 拥有 纠纷 自己 增持 重组 买资 签约 持股
 
 TABLE = (
     # Source tasks
-    Task("afqmc", "source", "closed", "accuracy",
-         "下面两句是金融客服里的提问，判断它们问的是不是同一件事。\n"
+    Task("afqmc", "source", "closed", "accuracy", "下面两句是金融客服里的提问，判断它们问的是不是同一件事。\n"
          "提问一：{sentence1}\n提问二：{sentence2}\n可选：{options}\n判断：", **PAIR, positive="相同",
          sources=(clue("afqmc"), Source("C-MTEB/AFQMC", test="validation"))),
     Task("amazon", "source", "closed", "accuracy",
@@ -131,8 +121,7 @@ TABLE = (
          "给这条新闻标题选一个栏目。\n标题：{text}\n可选：{options}\n栏目：",
          ("财经", "房产", "股票", "教育", "科技", "社会", "时政", "体育", "游戏", "娱乐"), **TITLE,
          sources=github(TITLES, ["THUCNews/data/train.txt"], ["THUCNews/data/test.txt"], ("text", "label"))),
-    Task("bq", "source", "closed", "accuracy",
-         "下面两句是银行客户的提问，判断能否用同一个答案回复。\n"
+    Task("bq", "source", "closed", "accuracy", "下面两句是银行客户的提问，判断能否用同一个答案回复。\n"
          "提问一：{sentence1}\n提问二：{sentence2}\n可选：{options}\n判断：", **PAIR,
          sources=(Source("C-MTEB/BQ", revision="e3dda5e115e487b39ec7e618c0c6a29137052a55"),
                   Source("parquet", ("hf://datasets/shibing624/nli_zh@refs/convert/parquet/BQ/train/*.parquet",),
@@ -156,16 +145,14 @@ TABLE = (
          "判断这段用户点评的情感倾向。\n点评：{text}\n可选：{options}\n倾向：", ("负面", "正面"), **REVIEW,
          sources=(Source("lansinuote/ChnSentiCorp", revision="b0c4c119c3fb33b8e735969202ef9ad13d717e5a"),
                   Source("ndiy/ChnSentiCorp"))),
-    Task("tnews", "target", "closed", "accuracy",
-         "给这条资讯标题选一个频道。\n标题：{text}\n可选：{options}\n频道：",
+    Task("tnews", "target", "closed", "accuracy", "给这条资讯标题选一个频道。\n标题：{text}\n可选：{options}\n频道：",
          tuple("故事 文化 娱乐 体育 财经 房产 汽车 教育 科技 军事 旅游 国际 股票 农业 游戏".split()),
          tuple("100 101 102 103 104 106 107 108 109 110 112 113 114 115 116".split()),  # 105 and 111 do not exist
          **TITLE, sources=(clue("tnews"), Source("C-MTEB/TNews-classification", test="validation"))),
     Task("ocnli", "target", "closed", "accuracy",
          "先读前提，再看假设能否由它推出。\n前提：{sentence1}\n假设：{sentence2}\n可选：{options}\n关系：", **NLI,
          sources=(clue("ocnli"), *github(OCNLI, ["data/ocnli/train.50k.json"], ["data/ocnli/dev.json"]))),
-    Task("lcqmc", "target", "closed", "accuracy",
-         "比较下面两个问句，判断它们的意图是否一致。\n"
+    Task("lcqmc", "target", "closed", "accuracy", "比较下面两个问句，判断它们的意图是否一致。\n"
          "问句一：{sentence1}\n问句二：{sentence2}\n可选：{options}\n判断：", **PAIR,
          sources=(Source("C-MTEB/LCQMC", revision="17f9b096f80380fce5ed12a9be8be7784b337daf"), Source("mteb/LCQMC"))),
     Task("drcd", "target", "span", "char_f1",
@@ -175,8 +162,7 @@ TABLE = (
          "读材料，选出正确的一项。\n材料：{context}\n问题：{question}\n{choices}\n答案：", **QUESTION,
          answer_field="answer", sources=(clue("c3"), *github(
              C3, ["data/c3-d-train.json", "data/c3-m-train.json"], ["data/c3-d-dev.json", "data/c3-m-dev.json"]))),
-    Task("cote_bd", "target", "span", "char_f1",
-         "摘出这段网络评论所评价的对象。\n评论：{s}\n对象：", **COTE,
+    Task("cote_bd", "target", "span", "char_f1", "摘出这段网络评论所评价的对象。\n评论：{s}\n对象：", **COTE,
          sources=github(REVIEWS, ["baidu/train.txt"], ["baidu/test.txt"])),
     Task("finre", "target", "closed", "micro_f1",
          "阅读这则财经新闻，判断甲对乙的关系。\n原文：{text}\n甲：{head}\n乙：{tail}\n可选：{options}\n关系：",
@@ -198,16 +184,15 @@ class Unusable(Exception):
 
 
 def to_prompt(task: Task, row: dict | None, where: str) -> dict:
-    """A published row in the form of the micro-world's rows, and `fields`: (name, start, end) of what was filled in. A
-    row that has a prompt stays as it is. Raises UserError (a field is missing, a label is unknown), Unusable."""
+    """A published row in the form of the micro-world's rows, with the `fields` of `fill`; a row that has a prompt stays
+    as it is. Raises UserError (a field is missing, a label is unknown), Unusable."""
     if row is None:
         raise Unusable("wrong number of columns")
     whole = "prompt" in row or not task.template
     names = ("prompt", "answer") if whole else [name for name in task.fields if name not in ("options", "choices")]
     values = {name: _clean(_field(row, name, where)) for name in names}
-    for name, text in values.items():
-        if not text:
-            raise Unusable(f"empty {name}")
+    if empty := [name for name, text in values.items() if not text]:
+        raise Unusable(f"empty {empty[0]}")
     if whole:
         return row
     group = group_of(*(values[name] for name in task.group or (task.passage,)))
@@ -222,20 +207,19 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
         values["choices"] = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options))
         answers = {"answer": letters[right], "choices": list(letters)}
     else:
-        entities = [values[name] for name in ("head", "tail") if name in values]  # of a relation
-        answers = {"answer": _label(task, given, where), "choices": task.answers, "protected": entities}
+        answers = {"answer": _label(task, given, where), "choices": task.answers,
+                   "protected": [values[name] for name in ("head", "tail") if name in values]}  # of a relation
     prompt, fields = fill(task.template, values)
     return {"prompt": prompt, "group": group, "fields": fields, **answers}
 
 
 def fill(template: str, values: dict[str, str]) -> tuple[str, tuple[tuple[str, int, int], ...]]:
-    """The template with its fields filled in, and where in the prompt each text stands: (name, start, end)."""
+    """The template with its fields filled in, and where in the prompt each stands: (name, start, end)."""
     prompt, fields = "", []
     for literal, name, _, _ in string.Formatter().parse(template):
         prompt += literal
         if name:
-            if name not in ("options", "choices"):
-                fields.append((name, len(prompt), len(prompt) + len(values[name])))
+            fields.append((name, len(prompt), len(prompt) + len(values[name])))
             prompt += values[name]
     return prompt, tuple(fields)
 
@@ -247,8 +231,7 @@ def group_of(*texts: str) -> str:
 
 
 def _field(row: dict, name: str, where: str) -> object:
-    names = ALIASES.get(name, (name,))
-    for alias in names:
+    for alias in (names := ALIASES.get(name, (name,))):
         if alias in row:
             return row[alias]
     raise UserError(f"{where}: no field {' or '.join(map(repr, names))} in the row (it has {', '.join(row) or 'none'})")
@@ -268,11 +251,9 @@ def _label(task: Task, label: object, where: str) -> str:
     name = str(label).strip()
     if name in ("", "-", "-1", "None"):
         raise Unusable("no label")
-    for names in (task.labels, task.answers):
+    for names in (task.labels, task.answers, [str(number) for number in range(len(task.answers))]):
         if name in names:
             return task.answers[names.index(name)]
-    if name.isdecimal() and int(name) < len(task.answers):
-        return task.answers[int(name)]
     known = ", ".join((*(task.labels or task.answers), f"or 0 to {len(task.answers) - 1}"))
     raise UserError(f"{where}: unknown label {name!r} for task {task.name!r}; known are {known}")
 
@@ -284,11 +265,9 @@ def _spans(given: object, passage: str) -> tuple[str, ...]:
         given = given["text"]
     texts = [given] if isinstance(given, str) else [a["text"] if isinstance(a, dict) else a for a in given or ()]
     answers = dict.fromkeys(text for text in map(_clean, texts) if text)
-    if not answers:
-        raise Unusable("no answer")
     found = tuple(text for text in answers if text in passage)
     if not found:
-        raise Unusable("answer not in the text")
+        raise Unusable("answer not in the text" if answers else "no answer")
     return found
 
 
@@ -312,10 +291,8 @@ Rows = Iterable[tuple[str, dict | None]]  # (place, row), None for a line with t
 
 
 def read_task(task: Task, root: str | None, notes: list[str]) -> tuple[str, dict[str, tuple[list, Counter]]]:
-    """(source, {split: (rows as prompts with their places, dropped rows by reason)}) for the splits train and test.
-
-    root: the folder that holds <task>/train.jsonl and test.jsonl; without it, the first source that can be read. What
-    failed before it is added to `notes`. Raises UserError naming the file and line, or all sources."""
+    """(source, {split: (rows as prompts with their places, dropped rows by reason)}) of the files in root/<task>, or of
+    the first source that can be read; what failed before it is added to `notes`. Raises UserError."""
     if root:
         return str(Path(root) / task.name), {split: _read(task, local_rows(task, root, split)) for split in SPLITS}
     failures = []
@@ -323,11 +300,9 @@ def read_task(task: Task, root: str | None, notes: list[str]) -> tuple[str, dict
         try:
             read = {split: _read(task, published_rows(source, split)) for split in SPLITS}
         except Exception as error:  # `datasets` raises a different type for every way in which a download can fail
-            reason = str(error).strip().split("\n")[0][:150]
-            failures.append(f"{source} ({reason or type(error).__name__})")
+            failures.append(f"{source} ({str(error).strip().split(chr(10))[0][:150] or type(error).__name__})")
             continue
-        if failures:
-            notes.append(f"{'; '.join(failures)} failed, using {source}")
+        notes += [f"{'; '.join(failures)} failed, using {source}"] if failures else []
         return str(source), read
     raise UserError(f"task {task.name!r} cannot be loaded, tried {'; '.join(failures)}: connect to the network once "
                     f"(files are kept), or put {task.name}/train.jsonl and test.jsonl into the folder --data-root")
@@ -350,8 +325,8 @@ def local_rows(task: Task, root: str, split: str) -> Rows:
         path = path.with_suffix(".txt")
         columns = next((source.columns for source in task.sources if source.columns), ())
     if not path.is_file():
-        raise UserError(f"{path} is missing: --data-root should hold {task.name}/train.jsonl and test.jsonl, with one "
-                        "JSON object a line")
+        raise UserError(f"{path} is missing: --data-root should hold {task.name}/train.jsonl and test.jsonl, one JSON "
+                        "object a line")
     try:
         return parse_rows(path.read_bytes().decode(), columns, str(path))
     except UnicodeDecodeError as error:
@@ -382,8 +357,7 @@ def _download(url: str) -> Path:
         raise ConnectionError("not downloaded yet, and HF_HUB_OFFLINE is set")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with tqdm(desc=path.name, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-        urlretrieve(url, part, lambda count, size, total: bar.update(size))  # raises if the connection breaks
+    urlretrieve(url, part)  # raises if the connection breaks
     return part.replace(path)
 
 
@@ -403,9 +377,8 @@ def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Rows:
             yield place, dict(zip(columns, parts)) if len(parts) == len(columns) else None
         return
     try:
-        document, rows = json.loads(text), lines
-        if isinstance(document, list) or "data" in document:
-            rows = _flatten(document, where)
+        document = json.loads(text)
+        rows = _flatten(document, where) if isinstance(document, list) or "data" in document else lines
     except ValueError:  # several lines, or a mistake in one
         rows = lines
     for place, row in rows:

@@ -11,7 +11,7 @@ from test_chinese import example_of, published, write_rows
 import data
 from checkpoint import UserError
 from data import Batches, Encoded, Example
-from tasks import chinese, micro
+from tasks import micro
 
 
 class Characters:
@@ -19,12 +19,12 @@ class Characters:
 
     eos_token_id = 0
 
-    def __init__(self, merge=""):
+    def __init__(self, merge="@"):
         self.merge = merge
 
     def __call__(self, text, add_special_tokens):
         assert add_special_tokens is False
-        return {"input_ids": [ord(character) for character in (text.replace(self.merge, "@") if self.merge else text)]}
+        return {"input_ids": [ord(character) for character in text.replace(self.merge, "@")]}
 
 
 TOKENIZER = Characters()
@@ -102,15 +102,6 @@ def test_own_rows_need_no_entry_in_the_table(tmp_path):
         assert {e.prompt for e in train} < {row["prompt"] for row in rows}
 
 
-def test_a_new_task_is_one_entry(tmp_path, monkeypatch):
-    template = "天气如何？\n日记：{text}\n可选：{options}\n天气："
-    entry = chinese.Task("weather", "target", "closed", "accuracy", template, answers=("晴", "雨"))
-    monkeypatch.setitem(chinese.TASKS, "weather", entry)
-    rows = [{"text": f"今天{i}", "label": i % 2} for i in range(24)]
-    train = data.load_task("weather", "train", write_rows(tmp_path, "weather", rows[:20], rows[20:]))
-    assert {e.answer for e in train} == {"晴", "雨"} and all(e.prompt.endswith("可选：晴、雨\n天气：") for e in train)
-
-
 @pytest.mark.parametrize("change, message", [
     ({"answer": "中"}, "train.jsonl:1: choices .*'中'"), ({"choices": ["好", "好"]}, "train.jsonl:1: .* different"),
     ({"choices": "好坏"}, "train.jsonl:1: choices.* list"), ({"prompt": ["a"]}, "train.jsonl:1: prompt.* text"),
@@ -120,12 +111,6 @@ def test_an_own_row_that_cannot_be_used_is_named_by_file_and_line(tmp_path, chan
     rows = own_rows(1, **change) if change else [{"text": "好吗？", "answer": "好"}]
     with pytest.raises(UserError, match=message):
         data.load_task("mine", "train", write_rows(tmp_path, "mine", rows, own_rows(9)))
-
-
-def test_rows_with_and_without_choices_are_two_tasks(tmp_path):
-    write_rows(tmp_path, "mine", own_rows(20), [{"prompt": "谁？", "answer": "我"}])
-    with pytest.raises(UserError, match="with and without choices"):
-        data.load_task("mine", "train", tmp_path)
 
 
 def test_missing_folders_files_names_and_splits_are_named(tmp_path):
@@ -144,6 +129,9 @@ def test_missing_folders_files_names_and_splits_are_named(tmp_path):
     (tmp_path / "sanwen" / "train.jsonl").write_bytes("我".encode("gbk"))
     with pytest.raises(UserError, match="UTF-8"):
         data.load_task("sanwen", "train", tmp_path)
+    write_rows(tmp_path, "mine", own_rows(20), [{"prompt": "谁？", "answer": "我"}])
+    with pytest.raises(UserError, match="with and without choices"):
+        data.load_task("mine", "train", tmp_path)
 
 
 def made_up(counts, per_group=1):
@@ -162,10 +150,7 @@ def test_k_shot_is_balanced_disjoint_nested_and_independent_of_order():
     assert data.k_shot(random.Random(0).sample(examples, len(examples)), 16, seed=1) == (train, dev)
     assert data.k_shot(examples, 16, seed=2) != (train, dev) and data.k_shot(examples, 8, seed=1)[0] == train[:8]
     assert data.k_shot(examples, 0, seed=1) == ([], [])
-
-
-def test_k_below_the_number_of_classes_takes_one_row_of_as_many_classes():
-    train, dev = data.k_shot(made_up({f"c{n}": 30 for n in range(44)}), 32, seed=0)
+    train, dev = data.k_shot(made_up({f"c{n}": 30 for n in range(44)}), 32, seed=0)  # fewer rows than answers
     assert len({e.answer for e in train}) == len({e.answer for e in dev}) == 32
 
 
@@ -173,12 +158,9 @@ def test_k_shot_keeps_groups_apart_and_says_when_k_is_too_large():
     spans = [Example("made-up", f"p{i}", f"a{i}", group=f"g{i // 5}") for i in range(100)]
     train, dev = data.k_shot(spans, 20, seed=0)
     assert len(train) == len(dev) == 20 and not {e.group for e in train} & {e.group for e in dev}
-    with pytest.raises(UserError, match="k = 51"):
-        data.k_shot(spans, 51, seed=0)
-    with pytest.raises(UserError, match="k = -1"):
-        data.k_shot(spans, -1, seed=0)
-    with pytest.raises(UserError, match="k = 1 "):
-        data.k_shot(made_up({"a": 1, "b": 1}, per_group=2), 1, seed=0)
+    for rows, k in ((spans, 51), (spans, -1), (made_up({"a": 1, "b": 1}, per_group=2), 1)):
+        with pytest.raises(UserError, match=f"k = {k} "):
+            data.k_shot(rows, k, seed=0)
 
 
 def test_the_record_of_a_few_shot_choice_names_its_rows_and_its_data():
@@ -257,12 +239,14 @@ def padding(steps):
     return 1 - sum(len(row) for step in steps for row in flat(step)) / tokens
 
 
+THREE_TASKS = {t: numbered(t, 50 + n, lambda i, n=n: 3 + i * (n + 1) % 17) for n, t in enumerate("abc")}
+
+
 @pytest.mark.parametrize("mixing, first, expected", [
     ("uniform", "a17 b43 c40 c29 b35 a4 b28 c13 b30 a10 a11 a28 a29 b23 c10 c27", "262c2dd884f7b44b"),
     ("proportional", "b0 b34 a19 b27 a4 a38 a5 a23 c36 b47 a11 b14 c21 a29 c27 c44", "88fe294a0fcd9220")])
 def test_steps_are_those_of_the_first_release(mixing, first, expected):
-    rows = {t: numbered(t, 50 + n, lambda i, n=n: 3 + i * (n + 1) % 17) for n, t in enumerate("abc")}
-    batches = Batches(rows, 20, 5, mixing)
+    batches = Batches(THREE_TASKS, 20, 5, mixing)
     steps = [[[f"{row.task}{row.prompt_ids[0]}" for row in batch] for batch in batches[step]] for step in range(120)]
     assert steps[0][0] == first.split() and [len(batch) for batch in steps[0]] == [16, 4]
     assert hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:16] == expected
@@ -271,10 +255,9 @@ def test_steps_are_those_of_the_first_release(mixing, first, expected):
 @pytest.mark.parametrize("mixing", ["uniform", "proportional"])
 @pytest.mark.parametrize("budget", [0, 64])
 def test_a_step_depends_on_nothing_but_its_number(mixing, budget):
-    rows = {t: numbered(t, 50 + n, lambda i, n=n: 3 + i * (n + 1) % 17) for n, t in enumerate("abc")}
-    first, second = (Batches(rows, 8, 5, mixing, budget) for _ in range(2))
+    first, second = (Batches(THREE_TASKS, 8, 5, mixing, budget) for _ in range(2))
     assert [first[step] for step in range(100)][40:] == [second[step] for step in range(40, 100)]
-    assert first[3] == second[3] != Batches(rows, 8, 6, mixing, budget)[3]
+    assert first[3] == second[3] != Batches(THREE_TASKS, 8, 6, mixing, budget)[3]
 
 
 def test_uniform_steps_hold_equally_many_rows_of_each_task_and_go_through_epochs():
@@ -285,16 +268,6 @@ def test_uniform_steps_hold_equally_many_rows_of_each_task_and_go_through_epochs
         order = [row.prompt_ids[0] for step in steps for row in step if row.task == task]
         epochs = [order[i : i + size] for i in range(0, 60, size)]
         assert all(sorted(epoch) == list(range(size)) for epoch in epochs) and epochs[0] != epochs[1]
-
-
-def test_uniform_rotates_what_does_not_divide_and_proportional_follows_the_rows():
-    rows = {"a": numbered("a", 30), "b": numbered("b", 30), "c": numbered("c", 60)}
-    batches = Batches(rows, 4, seed=0)
-    steps = [[row.task for row in flat(batches[step])] for step in range(6)]
-    assert [sorted(step.count(t) for t in "abc") for step in steps] == [[1, 1, 2]] * 6
-    assert [sum(step.count(t) for step in steps) for t in "abc"] == [8, 8, 8]
-    batches = Batches(rows, 12, seed=0, mixing="proportional")
-    assert len({(row.task, row.prompt_ids[0]) for step in range(10) for row in flat(batches[step])}) == 120  # an epoch
 
 
 def test_a_token_budget_keeps_the_budget_the_mixture_and_little_padding():
@@ -314,15 +287,6 @@ def test_a_token_budget_keeps_the_budget_the_mixture_and_little_padding():
 def test_every_row_comes_once_an_epoch_with_a_token_budget():
     batches = Batches({"a": numbered("a", 64, lambda i: 3 + i % 9)}, 2, seed=0, budget=30)
     assert sorted(row.prompt_ids[0] for step in range(Batches.WINDOW) for row in flat(batches[step])) == list(range(64))
-
-
-def test_without_a_budget_a_step_is_cut_into_parts_of_similar_length():
-    rng = random.Random(0)
-    batches = Batches({task: numbered(task, 80, lambda i: rng.randint(10, 100)) for task in "ab"}, 36, seed=0)
-    steps = [batches[step] for step in range(4)]
-    assert all([len(batch) for batch in step] == [16, 16, 4] for step in steps)
-    assert len({(row.task, row.prompt_ids[0]) for step in steps for row in flat(step)}) == 4 * 36  # none twice
-    assert padding(steps) < 0.6 * padding([[flat(step)] for step in steps])
 
 
 def test_the_page_shows_counts_an_example_and_a_rewritten_one(tmp_path, capsys):
