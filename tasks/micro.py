@@ -1,32 +1,31 @@
 r"""The micro-world: a language of 180 words and sixteen tasks, so that everything runs offline in minutes.
 
-A soft prompt can only elicit what the frozen model already knows. So the world is built in two halves:
+A soft prompt can only elicit what the frozen model already knows, so the world has two halves:
 
     pretraining    the oslo cafe had very lovely soup ask topic as kitchen travel film tech games money => kitchen
     a task         the oslo cafe had very lovely soup                                                   => kitchen
 
 The backbone is pretrained on text that carries the instruction: `ask`, a *capability* (topic, stars, nli ...) and a
-*convention*, the words in which to answer, one per class. The tasks hide the instruction: a task's prompt has to
-rediscover which capability is meant and which words to use. `hard_prompt` of a row puts the instruction back; its score
-is the upper reference. No text gives its instruction away: of two options either the fitting one or the other one may
-be asked for, and a question may stand there for its answer, for its counterpart or for nothing.
+*convention*, the words in which to answer, one per class. The tasks hide it: a task's prompt has to rediscover which
+capability is meant and which words to use. `hard_prompt` of a row puts the instruction back (the upper reference). No
+text gives its instruction away: of two options either one may be asked for, and a question may stand there for its
+answer, for its counterpart or for nothing.
 
-One prompt cannot solve all tasks. They read the same kind of text (reviews, pairs of statements), so the text does not
-say which task it is. And their label words overlap with different meanings, as the numeric labels of real data sets do:
-`one` is one star for toy-amazon, food for toy-thucnews, a paraphrase for toy-afqmc and not a paraphrase for toy-bq.
+One prompt cannot solve all tasks: they read the same kind of text, and their label words overlap with different
+meanings, as the numeric labels of real data sets do. `one` is one star for toy-amazon, food for toy-thucnews, a
+paraphrase for toy-afqmc and not a paraphrase for toy-bq.
 
-What training keeps apart: some topics never meet some places, some adjectives never meet some aspects, some relations
-some places, some names some cities, neither in pretraining nor in the train rows of a task. Every test row holds at
-least one such pair (`held_out`). One sentence template and the distractor clauses occur in pretraining but in no row
-of a task: `perturb` rewrites a prompt with them. There is no entity binding in this world: a text has one fact at most.
+Some topics never meet some places, some adjectives some aspects, some relations some places, some names some cities,
+neither in pretraining nor in the train rows of a task; every test row holds at least one such pair (`held_out`). One
+sentence template and the distractor clauses occur in pretraining but in no row of a task: `perturb` uses them.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -83,19 +82,13 @@ KIND: dict[str, tuple[str, int]] = {}  # word -> (kind, index of its group): all
 for kind, groups in (("aspect", ASPECTS.values()), ("place", PLACES), ("adjective", ADJECTIVES), ("verb", VERBS),
                      ("name", [NAMES]), ("city", [CITIES])):
     KIND.update({word: (kind, index) for index, group in enumerate(groups) for word in group})
-WORDS = list(KIND)
-ALL_PLACES = [place for group in PLACES for place in group]
-ALL_ADJECTIVES = [adjective for group in ADJECTIVES for adjective in group]
+WORDS, ALL_PLACES, ALL_ADJECTIVES = list(KIND), sum(PLACES, []), sum(ADJECTIVES, [])
 
 # Sentences and their meaning -----------------------------------------------------------------------------------------
 
-
 def parse(clause: str) -> Meaning:
     """Meaning of one clause; kinds are aspect, adjective, verb, place, name, city, and `very`."""
-    meaning = {KIND[word][0]: word for word in clause.split() if word in KIND}
-    if "very" in clause.split():
-        meaning["very"] = "very"
-    return meaning
+    return {KIND.get(word, (word,))[0]: word for word in clause.split() if word in KIND or word == "very"}
 
 
 def say(meaning: Meaning, template: int) -> str:
@@ -126,18 +119,17 @@ def held_out(text: str) -> bool:
                 return True
             if "verb" in said and (KIND[said["verb"]][1] + place) % 4 == 0:  # relation with place
                 return True
-        if "aspect" in said and "adjective" in said:
+        if {"aspect", "adjective"} <= said.keys():
             if (3 * ALL_ADJECTIVES.index(said["adjective"]) + WORDS.index(said["aspect"])) % 5 == 0:
                 return True
-        if "name" in said and "city" in said and (NAMES.index(said["name"]) + CITIES.index(said["city"])) % 4 == 0:
+        if {"name", "city"} <= said.keys() and (NAMES.index(said["name"]) + CITIES.index(said["city"])) % 4 == 0:
             return True
     return False
 
 
 def draw_review(rng: random.Random, domain: int, polarities: tuple[int, ...] = (0, 1, 2), short=False) -> Meaning:
     """Meaning of a random review of a domain; a short one says neither where nor for whom."""
-    topic = rng.choice(TOPICS[3 * domain : 3 * domain + 3])
-    polarity = rng.choice(polarities)
+    topic, polarity = rng.choice(TOPICS[3 * domain : 3 * domain + 3]), rng.choice(polarities)
     review = {"aspect": rng.choice(ASPECTS[topic]), "adjective": rng.choice(ADJECTIVES[polarity])}
     if rng.random() < 0.5 and polarity != 1:
         review["very"] = "very"
@@ -155,8 +147,7 @@ def draw_fact(rng: random.Random, domain: int) -> Meaning:
 
 
 def synonym(adjective: str) -> str:
-    group = ADJECTIVES[KIND[adjective][1]]
-    return group[group.index(adjective) ^ 1]  # its neighbour
+    return ALL_ADJECTIVES[ALL_ADJECTIVES.index(adjective) ^ 1]  # its neighbour
 
 
 def draw_hypothesis(rng: random.Random, premise: Meaning, label: int) -> Meaning:
@@ -172,7 +163,7 @@ def draw_hypothesis(rng: random.Random, premise: Meaning, label: int) -> Meaning
 
 
 def draw_options(rng: random.Random, review: Meaning) -> tuple[str, str]:
-    """Two options of which one fits the text by meaning, never by a word of the text: -> (fitting, other)."""
+    """Two options, of which one fits the text by meaning, never by a word of the text: (fitting, other)."""
     if rng.random() < 0.5:
         fitting = synonym(review["adjective"])
         return fitting, rng.choice(ADJECTIVES[rng.choice([p for p in range(3) if p != KIND[fitting][1]])])
@@ -205,9 +196,7 @@ def answer_question(fact: Meaning, review: Meaning, question: str) -> dict[str, 
 
 # Tasks ---------------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class MicroTask:
+class MicroTask(NamedTuple):
     capability: str
     domains: tuple[int, ...]
     words: str = ""  # the label words in class order, "" for spans and options
@@ -266,8 +255,7 @@ def draw_candidate(rng: random.Random, capability: str, domain: int) -> tuple[st
 @cache
 def _rows(name: str, split: str) -> list[dict]:
     task, rng = TASKS[name], random.Random(f"{name} {split}")
-    words = task.words.split()
-    rows, seen = [], set()
+    words, rows, seen = task.words.split(), [], set()
     taken = {row["group"] for row in _rows(name, "train")} if split == "test" else set()
     while len(rows) < (TRAIN_ROWS if split == "train" else TEST_ROWS):
         body, answer, options = draw_candidate(rng, task.capability, rng.choice(task.domains))
@@ -278,25 +266,20 @@ def _rows(name: str, split: str) -> list[dict]:
         seen.add(body)
         row = {"prompt": f"{body} =>", "hard_prompt": f"{body} {instruction(task.capability, task.words)} =>",
                "answer": words[answer] if words else answer, "group": group}
-        if words or options:
-            row["choices"] = words or options
-        else:
-            row |= {"references": [answer], "protected": [answer]}
-        rows.append(row)
+        rows.append(row | ({"choices": words or options} if words or options else
+                           {"references": [answer], "protected": [answer]}))
     return rows
 
 
 def rows(task: str, split: str) -> list[dict]:
-    """Rows of a task (a name of TASKS) and a split (train or test, otherwise ValueError): dicts with prompt,
-    hard_prompt, answer, group, and choices (closed sets) or references (spans). Deterministic, labels balanced."""
-    if split not in ("train", "test"):
-        raise ValueError(f"the micro-world has the splits train and test, not {split!r}")
+    """Rows of a task (a name of TASKS) and a split (train or test): dicts with prompt, hard_prompt, answer, group, and
+    choices (closed sets) or references (spans). Deterministic, labels balanced."""
     return [dict(row) for row in _rows(task, split)]
 
 
 def perturb(prompt: str, seed: int) -> str:
-    """The prompt with its statements in the template, and with the distractor clauses, that task training never shows.
-    A function of the text (with or without instruction) and the seed; the answer stays the same."""
+    """The prompt, with or without instruction, with its statements in the template, and with the distractor clauses,
+    that task training never shows. The answer stays the same."""
     body, ask, tail = prompt.removesuffix(" =>").partition(" ask ")
     rng = random.Random(f"{seed} {body}")
     sides = []
@@ -316,15 +299,8 @@ def with_distractor(rng: random.Random, text: str, probability: float) -> str:
 
 # Pretraining text and the tokenizer ----------------------------------------------------------------------------------
 
-
-def draw_convention(rng: random.Random, capability: str) -> list[str]:
-    """Words to answer in: one of the capability's conventions or, half of the time, each class in its own."""
-    known = CONVENTIONS[capability]
-    return rng.choice(known) if rng.random() < 0.5 else [rng.choice(words) for words in zip(*known, strict=True)]
-
-
 def draw_document(rng: random.Random) -> list[tuple[str, str]]:
-    """One pretraining text: list of (text up to `=>`, answer), a statement or two and 1 to 4 questions about them."""
+    """One pretraining text, a statement or two and 1 to 4 questions about them: list of (text up to `=>`, answer)."""
     form, domain = rng.choices(["review", "pair", "reading", "fact"], [1, 5, 5, 1])[0], rng.randrange(2)
     while True:
         review = draw_review(rng, domain, (0, 2) if form == "pair" else EVEN, short=form == "reading")
@@ -350,9 +326,9 @@ def draw_document(rng: random.Random) -> list[tuple[str, str]]:
             capabilities = {"review": REVIEW, "pair": PAIR, "fact": ["relation"]}[form]
         neutral = KIND[review["adjective"]][1] == 1
         capability = rng.choice([name for name in capabilities if name != "sentiment" or not neutral])
-        words = []
-        if capability in CONVENTIONS:
-            words = draw_convention(rng, capability)
+        words, known = [], CONVENTIONS.get(capability)
+        if known:  # one of the conventions or, half of the time, each class in its own
+            words = rng.choice(known) if rng.random() < 0.5 else [rng.choice(column) for column in zip(*known)]
             answers[capability] = words[class_of(capability, fact if capability == "relation" else review, second)]
         asking = instruction(capability, " ".join(words))
         questions.append((f"{text}{extra} {asking} =>".strip(), answers[capability]))

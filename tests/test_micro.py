@@ -1,7 +1,6 @@
 """The micro-world: what is apart stays apart, rows mean what they say, and the shipped backbone knows every skill."""
 
 import hashlib
-import itertools
 import json
 import re
 from collections import Counter
@@ -16,14 +15,15 @@ from tasks import micro, pretrain
 def content_words(clause):
     """Pairs of words of one clause, by kind: written from the word lists alone, to check `held_out` and its users."""
     words = clause.split()
-    topic = [t for t, aspects in enumerate(micro.ASPECTS.values()) for w in words if w in aspects]
-    aspect = [w for w in words if w in itertools.chain(*micro.ASPECTS.values())]
-    place = [w for w in words if w in itertools.chain(*micro.PLACES)]
-    adjective = [w for w in words if w in itertools.chain(*micro.ADJECTIVES)]
-    relation = [r for r, verbs in enumerate(micro.VERBS) for w in words if w in verbs]
-    name, city = [w for w in words if w in micro.NAMES], [w for w in words if w in micro.CITIES]
-    return {*itertools.product(["topic"], topic, place), *itertools.product(["adjective"], adjective, aspect),
-            *itertools.product(["relation"], relation, place), *itertools.product(["name"], name, city)}
+
+    def found(groups):  # (word, number of its group)
+        return [(word, n) for n, group in enumerate(groups) for word in words if word in group]
+
+    aspects, places, verbs = found(micro.ASPECTS.values()), found(micro.PLACES), found(micro.VERBS)
+    return {("topic", topic, place) for _, topic in aspects for place, _ in places} | {
+        ("adjective", adjective, aspect) for adjective, _ in found(micro.ADJECTIVES) for aspect, _ in aspects} | {
+        ("relation", relation, place) for _, relation in verbs for place, _ in places} | {
+        ("name", name, city) for name, _ in found([micro.NAMES]) for city, _ in found([micro.CITIES])}
 
 
 def pairs(text):
@@ -43,8 +43,8 @@ def test_rows_documents_and_rewritten_prompts_are_those_of_the_first_release():
     assert fingerprint(micro.documents(0, 200)) == "ee981f6972a5acae"
     assert fingerprint(micro.vocabulary()) == "39412196e31899a7"
     assert len(micro.SOURCES) == len(micro.TARGETS) == 8 and not set(micro.SOURCES) & set(micro.TARGETS)
-    with pytest.raises(ValueError, match="dev"):
-        micro.rows("toy-bq", "dev")
+    rows[0][0]["prompt"] = "changed by a caller"
+    assert micro.rows("toy-afqmc", "train")[0]["prompt"] != "changed by a caller"
 
 
 @pytest.mark.parametrize("task", micro.TASKS)
@@ -77,21 +77,16 @@ def test_every_test_row_holds_a_pair_of_words_that_no_training_text_shows():
 
 
 @pytest.mark.parametrize("task", micro.TASKS)
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_labels_are_balanced(task, split):
-    rows = micro.rows(task, split)
-    counts = Counter(row["answer"] for row in rows)
-    if "choices" in rows[0] and task != "toy-c3":
-        assert set(counts) == set(rows[0]["choices"]) and max(counts.values()) - min(counts.values()) <= 1
-    else:
-        assert max(counts.values()) < len(rows) / 4
-
-
-def test_an_option_is_never_a_word_of_the_text():
-    for row in micro.rows("toy-c3", "test"):
-        text, options = row["prompt"].removesuffix(" =>").split(" ; ")
-        assert sorted(options.split(" or ")) == sorted(row["choices"])
-        assert not set(row["choices"]) & set(text.split())
+def test_labels_are_balanced_and_an_option_is_never_a_word_of_the_text(task):
+    for rows in (micro.rows(task, "train"), micro.rows(task, "test")):
+        counts = Counter(row["answer"] for row in rows)
+        if "choices" in rows[0] and task != "toy-c3":
+            assert set(counts) == set(rows[0]["choices"]) and max(counts.values()) - min(counts.values()) <= 1
+        else:
+            assert max(counts.values()) < len(rows) / 4
+        for row in rows if task == "toy-c3" else ():
+            text, options = row["prompt"].removesuffix(" =>").split(" ; ")
+            assert sorted(options.split(" or ")) == sorted(row["choices"]) and not {*row["choices"]} & {*text.split()}
 
 
 def test_the_readme_shows_real_rows():
@@ -103,16 +98,7 @@ def test_the_readme_shows_real_rows():
         assert micro.TASKS[name].words in ("", answers)
 
 
-def test_a_caller_may_change_the_rows_it_got():
-    micro.rows("toy-cmnli", "train")[0]["prompt"] = "changed by a caller"
-    again = micro.rows("toy-cmnli", "train")
-    assert again[0]["prompt"] != "changed by a caller"
-    micro._rows.cache_clear()
-    assert micro.rows("toy-cmnli", "train") == again
-    assert micro.documents(1, 20) == micro.documents(1, 20) != micro.documents(2, 20)
-
-
-def test_the_tokenizer_knows_every_word_and_needs_every_word(tmp_path):
+def test_the_tokenizer_knows_every_word_and_needs_every_word():
     tokenizer = micro.tokenizer()
     assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
     texts = [row[key] for task in micro.TASKS for split in ("train", "test") for row in micro.rows(task, split)[::2]
@@ -124,8 +110,6 @@ def test_the_tokenizer_knows_every_word_and_needs_every_word(tmp_path):
     assert tokenizer("the zebra").input_ids[1] == tokenizer.unk_token_id
     assert {word for text in texts for word in text.split()} == set(micro.vocabulary()) - {
         micro.PAD, micro.EOS, micro.UNK}
-    tokenizer.save_pretrained(tmp_path)
-    assert type(tokenizer).from_pretrained(tmp_path)(texts[0]).input_ids == tokenizer(texts[0]).input_ids
 
 
 @pytest.mark.parametrize("task", micro.TASKS)
@@ -159,11 +143,9 @@ def test_the_shipped_scores_are_high_and_belong_to_the_weights(shipped):
 
 @pytest.mark.parametrize("task", micro.TASKS)
 def test_the_instruction_in_words_solves_every_task(task, shipped):
-    rows = micro.rows(task, "test")[:60]
-    plain = [(row["hard_prompt"], row["answer"]) for row in rows]
-    assert pretrain.share_right(*shipped, plain) >= 0.95
+    plain = [(row["hard_prompt"], row["answer"]) for row in micro.rows(task, "test")[:60]]
     rewritten = [(micro.perturb(prompt, 0), answer) for prompt, answer in plain]
-    assert pretrain.share_right(*shipped, rewritten) >= 0.95
+    assert min(pretrain.share_right(*shipped, plain), pretrain.share_right(*shipped, rewritten)) >= 0.95
 
 
 @torch.no_grad()
@@ -182,5 +164,4 @@ def test_without_the_instruction_the_backbone_is_near_chance(shipped):
             ids = tokenizer.convert_tokens_to_ids(row["choices"])
             right += row["choices"][logits[ids].argmax()] == row["answer"]
         above.append(right / len(rows) - 1 / len(rows[0]["choices"]))
-        assert above[-1] <= 0.3, task
-    assert sum(above) / len(above) <= 0.1
+    assert max(above) <= 0.3 and sum(above) / len(above) <= 0.1
