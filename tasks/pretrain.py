@@ -11,7 +11,7 @@ restarting positions make a document blind to its neighbours, so packing changes
 Matrices learn with Muon, whose step is the momentum made orthogonal; everything else (embeddings, head, norms, biases)
 with AdamW. With AdamW alone, comparing two statements takes several times as many steps to learn.
 
-`python -m tasks.pretrain --seed 1 --out DIR` writes weights, tokenizer and scores.json, for `--backbone DIR`.
+`python -m tasks.pretrain --seed 1 --out DIR` makes one for `--backbone DIR`, with its scores.
 """
 
 import random
@@ -33,7 +33,7 @@ Document = tuple[list[int], list[float]]  # token ids, loss weights
 
 
 def weigh_documents(seed: int, count: int, tokenizer: PreTrainedTokenizerBase) -> list[Document]:
-    """Pretraining text of the micro-world; an answer and its end token weigh 1."""
+    """Pretraining text; an answer and its end token weigh 1."""
     documents = []
     for questions in micro.documents(seed, count):
         ids, weights = [], []
@@ -46,33 +46,25 @@ def weigh_documents(seed: int, count: int, tokenizer: PreTrainedTokenizerBase) -
     return documents
 
 
-def pack(documents: Sequence[Document], row_tokens: int, pad_id: int) -> tuple[torch.Tensor, ...]:
-    """Documents in rows of `row_tokens`, each in the fullest of the open rows that still has room for it.
+def pack(documents: Sequence[Document], row_tokens: int, pad_id: int) -> list[torch.Tensor]:
+    """Documents (none longer than a row) in rows of `row_tokens`, each in the fullest open row with room for it.
 
-    Returns (input_ids, weights, segments, positions), each (R, T); segments number the documents of a row from 0, -1 is
-    padding. A document must not be longer than a row."""
-    closed, open_rows = [], []  # rows as [number of tokens, documents]
+    Returns input_ids, weights, segments, positions, each (R, T); segments number the documents of a row, -1 is padding.
+    """
+    closed, open_rows = [], []  # rows of tokens (id, weight, segment, position)
     for ids, weights in documents:
-        row = max((row for row in open_rows if row[0] + len(ids) <= row_tokens), key=lambda row: row[0], default=None)
+        row = max((row for row in open_rows if len(row) + len(ids) <= row_tokens), key=len, default=None)
         if row is None:
-            row = [0, []]
+            row = []
             open_rows.append(row)
             if len(open_rows) > 32:  # enough that rows end about full
-                closed.append(open_rows.pop(max(range(32), key=lambda i: open_rows[i][0])))
-        row[0] += len(ids)
-        row[1].append((ids, weights))
-    shape = len(closed) + len(open_rows), row_tokens
-    input_ids, weights = torch.full(shape, pad_id), torch.zeros(shape)
-    segments, positions = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
-    for r, (_, members) in enumerate(closed + open_rows):
-        start = 0
-        for segment, (ids, loss_weights) in enumerate(members):
-            place = slice(start, start + len(ids))
-            input_ids[r, place], segments[r, place] = torch.tensor(ids), segment
-            weights[r, place], positions[r, place] = torch.tensor(loss_weights), torch.arange(len(ids))
-            weights[r, start] = 0  # nothing in front of it predicts the first token of a document
-            start += len(ids)
-    return input_ids, weights, segments, positions
+                closed.append(open_rows.pop(max(range(32), key=lambda i: len(open_rows[i]))))
+        segment = row[-1][2] + 1 if row else 0
+        weights = [0.0, *weights[1:]]  # nothing in front of it predicts the first token of a document
+        row += zip(ids, weights, [segment] * len(ids), range(len(ids)))
+    padding = (pad_id, 0.0, -1, 0)
+    rows = [row + [padding] * (row_tokens - len(row)) for row in closed + open_rows]
+    return [torch.tensor([[token[part] for token in row] for row in rows]) for part in range(4)]
 
 
 def read_packed(model: PreTrainedModel, ids: torch.Tensor, segments: torch.Tensor, positions: torch.Tensor):
@@ -100,7 +92,7 @@ def new_backbone(tokenizer: PreTrainedTokenizerBase, seed: int, width: int = 128
 
 def pretrain(model: PreTrainedModel, documents: Sequence[Document], seed: int, steps: int,
              rows_per_step: int = ROWS_PER_STEP) -> list[float]:
-    """Train all weights; -> the loss of every step. Rows come in a new random order each epoch."""
+    """Train all weights, rows in a new random order each epoch; -> the loss of every step."""
     packed = pack(documents, ROW_TOKENS, model.config.pad_token_id)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
@@ -123,8 +115,7 @@ def pretrain(model: PreTrainedModel, documents: Sequence[Document], seed: int, s
             optimizer.zero_grad()
         losses.append(loss.item())
         if step % max(1, steps // 20) == 0 or step == steps:
-            recent = losses[-max(1, steps // 20):]
-            print(f"pretrain step {step:5d}/{steps}  loss {sum(recent) / len(recent):.4f}", flush=True)
+            print(f"pretrain step {step:5d}/{steps}  loss {loss:.4f}", flush=True)
     model.eval()
     return losses
 
@@ -166,21 +157,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, help="folder for weights, tokenizer and scores.json")
     for name, default in (("seed", 0), ("steps", 1500), ("width", 128), ("layers", 4)):
         parser.add_argument(f"--{name}", type=int, default=default, help="(default %(default)s)")
-    options = parser.parse_args(argv)
+    made = vars(parser.parse_args(argv))
+    out, seed, steps = made.pop("out"), made["seed"], made["steps"]
     tokenizer = micro.tokenizer()
-    model = new_backbone(tokenizer, options.seed, options.width, options.layers)
-    print(f"pretraining a Qwen2 of {model.num_parameters():,} parameters on the micro-world, seed {options.seed}")
-    documents = weigh_documents(options.seed, DOCUMENTS_PER_STEP * options.steps, tokenizer)
-    losses = pretrain(model, documents, options.seed, options.steps)
-    model.save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
-    scores = score_capabilities(*load_backbone(options.out))  # what was stored
+    model = new_backbone(tokenizer, seed, made["width"], made["layers"])
+    losses = pretrain(model, weigh_documents(seed, DOCUMENTS_PER_STEP * steps, tokenizer), seed, steps)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    scores = score_capabilities(*load_backbone(out))  # what was stored
     worst = min(scores, key=scores.get)
-    print(f"{len(scores)} capabilities, asked for in words: mean {sum(scores.values()) / len(scores):.3f}, worst "
-          f"{worst} {scores[worst]:.3f}; saved in {options.out}")
-    made = {"seed": options.seed, "steps": options.steps, "width": options.width, "layers": options.layers,
-            "threads": torch.get_num_threads(), "torch": torch.__version__, "loss": round(losses[-1], 4)}
-    write_json(Path(options.out) / "scores.json", made | {"scores": scores})
+    print(f"{out}: {model.num_parameters():,} parameters, {len(scores)} capabilities asked for in words: mean "
+          f"{sum(scores.values()) / len(scores):.3f}, worst {worst} {scores[worst]:.3f}")
+    made |= {"threads": torch.get_num_threads(), "torch": torch.__version__, "loss": round(losses[-1], 4)}
+    write_json(Path(out) / "scores.json", made | {"scores": scores})
 
 
 if __name__ == "__main__":

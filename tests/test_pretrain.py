@@ -60,17 +60,13 @@ def test_the_loss_is_the_weighted_mean_over_the_tokens_of_all_documents(model):
 
 def test_a_short_run_learns_and_is_reproducible(capsys):
     tokenizer = micro.tokenizer()
-    documents = pretrain.weigh_documents(0, 300, tokenizer)
-
-    def train(seed):
+    documents, runs = pretrain.weigh_documents(0, 300, tokenizer), []
+    for seed in (0, 0, 1):
         model = pretrain.new_backbone(tokenizer, seed, width=32, layers=2)
-        return pretrain.pretrain(model, documents, seed, steps=60, rows_per_step=8), model.state_dict()
-
-    losses, weights = train(0)
+        runs.append((pretrain.pretrain(model, documents, seed, steps=60, rows_per_step=8), model.lm_head.weight))
+    (losses, weight), (again, same), (other, _) = runs
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5]) and "step    60/60  loss" in capsys.readouterr().out
-    again, same = train(0)
-    assert again == losses and all(torch.equal(weights[name], same[name]) for name in weights)
-    assert train(1)[0] != losses
+    assert again == losses != other and torch.equal(weight, same)
 
 
 def test_answers_carry_the_loss():
@@ -83,7 +79,6 @@ def test_answers_carry_the_loss():
 
 
 def test_an_answer_is_right_with_every_word_and_the_end():
-    """A model that says the same word always is right only where that is the whole answer."""
     tokenizer = micro.tokenizer()
 
     class Parrot(torch.nn.Module):  # after `=>` soup, after soup the end, after oslo cafe
@@ -95,8 +90,7 @@ def test_an_answer_is_right_with_every_word_and_the_end():
             return type("Output", (), {"logits": logits})
 
     rows = [("the soup =>", "soup"), ("the =>", "tea"), ("who =>", "oslo cafe"), ("a =>", "soup tea")]
-    assert [pretrain.share_right(Parrot(), tokenizer, [row]) for row in rows] == [1, 0, 0, 0]
-    assert pretrain.share_right(Parrot(), tokenizer, rows) == 0.25
+    assert [pretrain.share_right(Parrot(), tokenizer, part) for part in ([rows[0]], rows[1:], rows)] == [1, 0, 0.25]
 
 
 def test_the_command_writes_a_backbone_that_loads_and_its_scores(tmp_path, monkeypatch):
