@@ -1,6 +1,4 @@
-r"""How answers are scored: pure functions of strings, fractions in [0, 1].
-
-With p the tokens of a prediction and r those of a reference:
+r"""How answers are scored. With p the tokens of a prediction and r those of a reference:
 
     exact match   1 if p = r for one of the references
     character F1  as in the script of CMRC 2018: with m the length of the longest common *contiguous* token sequence,
@@ -28,12 +26,10 @@ def normalize(text: str) -> list[str]:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 if the prediction equals one of the references after `normalize`, else 0.0."""
     return float(any(normalize(prediction) == normalize(reference) for reference in references))
 
 
 def char_f1(prediction: str, references: Sequence[str]) -> float:
-    """The best character F1 of the prediction over the references."""
     best, p = 0.0, normalize(prediction)
     for r in map(normalize, references):
         m = SequenceMatcher(None, p, r, autojunk=False).find_longest_match().size
@@ -48,10 +44,8 @@ def accuracy(predictions: Sequence[str], golds: Sequence[tuple[str, ...]]) -> fl
 
 def relation_f1(predictions: Sequence[str], golds: Sequence[tuple[str, ...]],
                 ignore: Sequence[str] = ("无关",)) -> dict[str, float]:
-    """micro_f1, macro_f1 (all names that occur) and micro_f1_known, macro_f1_known (names in `ignore` left out).
-
-    Where a row has several right names, a prediction among them is counted as the row's gold, otherwise the first is.
-    """
+    """micro_f1, macro_f1 of all names that occur, and micro_f1_known, macro_f1_known without those in `ignore`. Of
+    several right names of a row, the predicted one counts as its gold, otherwise the first."""
     right, predicted, true = Counter(), Counter(), Counter()
     for prediction, gold in zip(predictions, golds, strict=True):
         predicted[prediction] += 1

@@ -11,10 +11,9 @@ Each operation changes word or clause order, or the form of a sentence, in one f
     question_form   X 是谁？ -> 谁是 X？ and X 有哪些？ -> 有哪些，X？
     frame           P。 -> 情况是这样的：P。 (where nothing else applies)
 
-An operation that cannot be done safely is not done: no part may begin with a word that leans on what came before
-(但, 所以, 这, 他 ...), brackets and quotation marks must stay closed, protected strings (answers, the two names of a
-relation) must occur as often as before, and the names of a relation must not be torn apart. 把 and 被, negation and
-quantifiers are left alone: moving them changes directions and entailments.
+Only what is safe is done: no part may begin with a word that leans on what came before (但, 所以, 这, 他 ...), brackets
+and quotation marks stay closed, protected strings (answers, the two names of a relation) occur as often as before, and
+the names of a relation stay together. 把 and 被, negation and quantifiers are left alone: moving them changes meanings.
 """
 
 import random
@@ -71,23 +70,18 @@ def _balanced(text: str) -> bool:
 def _rotate(text: str, marks: re.Pattern, together: tuple[str, ...], rng: random.Random) -> str:
     """A1 m A2 m .. An m -> Ak m .. An m A1 m .. Ak-1 m; the marks stay where they are."""
     parts = marks.split(text)
-    texts, between = parts[::2], parts[1::2]
-    if not texts[-1]:
-        texts.pop()
+    texts, between = parts[::2] if parts[-1] else parts[:-1:2], parts[1::2]
     sound = all(len(part.strip()) > 1 and _balanced(part) for part in texts)
     if len(texts) < 2 or not sound or LEANING.match(texts[0].strip()):
         return text
     holders = {n for n, part in enumerate(texts) for name in together if name in part}
-    cuts = [
-        n for n in range(1, len(texts))
-        if not LEANING.match(texts[n].strip()) and (min(holders, default=n) >= n or max(holders) < n)
-        and (not together or all(any(name in part for part in texts) for name in together))
-    ]
+    cuts = [n for n in range(1, len(texts))
+            if not LEANING.match(texts[n].strip()) and (min(holders, default=n) >= n or max(holders) < n)
+            and all(any(name in part for part in texts) for name in together)]
     if not cuts:
         return text
     cut = rng.choice(cuts)
-    texts = texts[cut:] + texts[:cut]
-    return "".join(a + b for a, b in zip(texts, between + [""]))
+    return "".join(a + b for a, b in zip(texts[cut:] + texts[:cut], between + [""]))
 
 
 def sentence_order(text: str, together: tuple[str, ...], rng: random.Random) -> str:
@@ -142,7 +136,5 @@ def frame(text: str, together: tuple[str, ...], rng: random.Random) -> str:
     return f"情况是这样的：{text}"
 
 
-OPERATIONS = {
-    function.__name__: function
-    for function in (sentence_order, clause_order, title_order, time_order, adverbial_last, question_form, frame)
-}
+OPERATIONS = {function.__name__: function for function in (
+    sentence_order, clause_order, title_order, time_order, adverbial_last, question_form, frame)}
