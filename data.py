@@ -121,7 +121,7 @@ def load_splits(name: str, root: str | None = None) -> Splits:
                         f"from DIR/{name}/train.jsonl and test.jsonl with --data-root DIR")
     train, test = ([to_example(name, row, where) for where, row in rows] for rows, _ in read.values())
     dropped = {split: counter for split, (_, counter) in read.items()}
-    seen, kept = {example.group: "test" for example in test}, {}  # texts that training must not see; train rows, once
+    seen, kept = {example.group: "test" for example in test}, {}  # texts not to train on; the train rows, each once
     if task.unseen:
         try:
             other = load_splits(task.unseen, root)
@@ -197,16 +197,13 @@ def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example
         pools[example.answer if closed else ""].append(example)
     answers = sorted(pools)
     rng.shuffle(answers)
-    sides, side_of, found = ([], []), {}, True  # rows of train and dev; group -> its side
-    while found and len(sides[1]) < k:  # each answer in turn, for train and dev in turn
-        found = False
-        for answer, side in product(answers, (0, 1)):
-            free = (example for example in pools[answer] if side_of.get(example.group, side) == side)
-            if len(sides[side]) < k and (example := next(free, None)):
-                pools[answer].remove(example)
-                sides[side].append(example)
-                side_of[example.group] = side
-                found = True
+    sides, side_of = ([], []), {}  # rows of train and dev; group -> its side
+    for _, answer, side in product(range(2 * k), answers, (0, 1)):  # each answer in turn, for train and dev in turn
+        free = (example for example in pools[answer] if side_of.get(example.group, side) == side)
+        if len(sides[side]) < k and (example := next(free, None)):
+            pools[answer].remove(example)
+            sides[side].append(example)
+            side_of[example.group] = side
     if min(map(len, sides)) < k:
         raise UserError(f"k = {k} needs {k} train and {k} dev rows on different texts, but the {len(examples)} rows of "
                         f"task {name!r} give {len(sides[0])} and {len(sides[1])}; use a smaller k")
@@ -223,9 +220,9 @@ def perturb(example: Example, seed: int) -> Example:
     """The example with its input text rewritten and its answer kept; `operations` says how, () if nothing could be done
     safely and the example is as it was. A function of the prompt and the seed."""
     if example.task in micro.TASKS:
-        prompt, hard = (micro.perturb(text, seed) if text else "" for text in (example.prompt, example.hard_prompt))
-        operations = ("template",) if prompt != example.prompt else ()
-        return replace(example, prompt=prompt, hard_prompt=hard, operations=operations)
+        prompt, hard = (text and micro.perturb(text, seed) for text in (example.prompt, example.hard_prompt))
+        return replace(example, prompt=prompt, hard_prompt=hard,
+                       operations=("template",) if prompt != example.prompt else ())
     task, values = task_of(example.task), {name: example.prompt[start:end] for name, start, end in example.fields}
     if values.keys() != set(task.fields):  # a whole prompt of the user's own
         return example
@@ -246,10 +243,9 @@ def test_rows(name: str, cfg) -> dict[str, list[Example]]:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as tokens; len() counts prompt and answer. Answers and choices end with the end-of-sequence token.
-    An array takes 4 bytes a token, a list 36."""
+    """One example as tokens; len() counts prompt and answer. Answers and choices end with the end-of-sequence token."""
 
-    prompt_ids: array
+    prompt_ids: array  # 4 bytes a token, in a list 36
     answer_ids: tuple[int, ...]
     choice_ids: tuple[tuple[int, ...], ...]
     task: str
@@ -283,7 +279,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, keep_answer: bool) -> list[int]:
     """Tokens of the prompt with the longest window of its passage that fits into `room` tokens."""
     task = task_of(example.task)
-    start, end = next(((start, end) for name, start, end in example.fields if name == task.passage), (0, 0))
+    start, end = next((place for name, *place in example.fields if name == task.passage), (0, 0))
     passage = example.prompt[start:end]
     places = [(at, at + len(text)) for text in example.protected if (at := passage.find(text)) >= 0]
     if task.kind == "span":
@@ -340,9 +336,8 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> dict[str,
             raise UserError(f"{name}: {notes[-1]}")
     if notes := notes + splits.report["notes"]:
         print(f"{name}: {'; '.join(notes)}")
-    tests = test_rows(name, cfg)
-    rows = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": tests["plain"],
-            "rewritten": tests["rewritten"]}
+    rows = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": splits.test,
+            "rewritten": test_rows(name, cfg)["rewritten"]}
     return {split: encode_all(examples, tokenizer, cfg.max_length, keep_answer=split == "train")
             for split, examples in rows.items()}
 
@@ -373,7 +368,7 @@ def collate_prompts(encoded: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Ten
 
 
 def _pad(rows: list[list[int]], value: int = 0, side: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of equal length, and which of their places are text; (B, T) each, long."""
+    """Rows of equal length, and 1 where they are text; (B, T) each, long."""
     rows = [torch.tensor(row, dtype=torch.long) for row in rows]
     return (pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side),
             pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side))
