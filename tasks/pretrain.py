@@ -2,8 +2,8 @@ r"""How the micro-world's backbone is made from scratch: a Qwen2 of 0.8 million 
 
     loss = sum_t w_t CE(t) / sum_t w_t,      w = 1 on answers, TEXT_WEIGHT on all other words
 
-Documents are *packed*: several share a row of 64 tokens instead of each being padded. A block-diagonal causal mask and
-restarting positions make a document blind to its neighbours, so packing changes the cost and nothing else.
+Documents are *packed*: several share a row of 64 tokens. A block-diagonal causal mask and restarting positions make a
+document blind to its neighbours, so packing changes the cost and nothing else.
 
     row        the soup was lovely ask stars => four <eos> | ann owns the bank ask relation => owner <eos> | <pad>
     segment     0   0    0    0     0    0    0   0    0      1   1    1   1    1     1      1   1     1      -1
@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from checkpoint import Parser, run_program, write_json
-from model import load_backbone
 from tasks import micro
 
 TEXT_WEIGHT = 0.015  # loss weight of a token outside the answers; about a tenth of the answers' share in all
@@ -38,7 +37,7 @@ def weigh_documents(seed: int, count: int, tokenizer: PreTrainedTokenizerBase) -
     for questions in micro.documents(seed, count):
         ids, weights = [], []
         for text, answer in questions:
-            text, answer = tokenizer(text).input_ids, tokenizer(answer).input_ids + [tokenizer.eos_token_id]
+            text, answer = tokenizer(text).input_ids, tokenizer(f"{answer} {micro.EOS}").input_ids
             if len(ids) + len(text) + len(answer) <= ROW_TOKENS:  # a fourth long question may not fit any more
                 ids += text + answer
                 weights += [TEXT_WEIGHT] * len(text) + [1.0] * len(answer)
@@ -49,8 +48,7 @@ def weigh_documents(seed: int, count: int, tokenizer: PreTrainedTokenizerBase) -
 def pack(documents: Sequence[Document], row_tokens: int, pad_id: int) -> list[torch.Tensor]:
     """Documents (none longer than a row) in rows of `row_tokens`, each in the fullest open row with room for it.
 
-    Returns input_ids, weights, segments, positions, each (R, T); segments number the documents of a row, -1 is padding.
-    """
+    -> input_ids, weights, segments, positions, each (R, T); segments number the documents of a row, -1 is padding."""
     closed, open_rows = [], []  # rows of tokens (id, weight, segment, position)
     for ids, weights in documents:
         row = max((row for row in open_rows if len(row) + len(ids) <= row_tokens), key=len, default=None)
@@ -123,14 +121,13 @@ def pretrain(model: PreTrainedModel, documents: Sequence[Document], seed: int, s
 @torch.no_grad()
 def share_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[str, str]]) -> float:
     """Share of (text, answer) pairs whose answer and end token are the model's first choice at every position."""
-    prompts = [tokenizer(text).input_ids for text, _ in pairs]
-    answers = [tokenizer(answer).input_ids + [tokenizer.eos_token_id] for _, answer in pairs]
-    rows = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers)]
-    # Padding on the right needs no mask: attention is causal.
-    guesses = model(input_ids=torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)).logits.argmax(-1)  # (N, T)
-    right = [guess[len(prompt) - 1 : len(prompt) + len(answer) - 1].tolist() == answer
-             for guess, prompt, answer in zip(guesses, prompts, answers)]
-    return sum(right) / len(right)
+    rows = [torch.tensor(tokenizer(f"{text} {answer} {micro.EOS}").input_ids) for text, answer in pairs]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (N, T); attention is causal, so without a mask
+    guesses, right = model(input_ids=padded).logits.argmax(-1), 0
+    for row, guess, (text, _) in zip(rows, guesses, pairs):
+        start = len(tokenizer(text).input_ids)
+        right += torch.equal(guess[start - 1 : len(row) - 1], row[start:])
+    return right / len(rows)
 
 
 def score_capabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int = 400) -> dict:
@@ -164,7 +161,7 @@ def main(argv: list[str]) -> None:
     losses = pretrain(model, weigh_documents(seed, DOCUMENTS_PER_STEP * steps, tokenizer), seed, steps)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    scores = score_capabilities(*load_backbone(out))  # what was stored
+    scores = score_capabilities(model, tokenizer)
     worst = min(scores, key=scores.get)
     print(f"{out}: {model.num_parameters():,} parameters, {len(scores)} capabilities asked for in words: mean "
           f"{sum(scores.values()) / len(scores):.3f}, worst {worst} {scores[worst]:.3f}")

@@ -3,6 +3,7 @@
 Rows are made up, in the forms in which the sixteen sets are published."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -178,33 +179,28 @@ def test_what_is_wrong_with_the_rows_is_said_in_one_sentence(tmp_path, train, pa
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value)
 
 
-class Hub:
-    """Stands for datasets.load_dataset: answers from `rows`, fails for what is not there, remembers the calls."""
-
-    def __init__(self):
-        self.rows, self.calls = {}, []
-
-    def __call__(self, path, name=None, *, split=None, revision=None, data_files=None):
-        where = data_files[split][0] if data_files else split
-        self.calls.append((path, name, revision, where))
-        if (path, where) not in self.rows:
-            raise ConnectionError(f"Couldn't reach {path}\nfor some reason")
-        return self.rows[path, where]
-
-
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
+    """Stands for datasets.load_dataset: answers from `rows`, fails for what is not there, remembers the calls."""
+    fake = SimpleNamespace(rows={}, calls=[])
+
+    def load_dataset(path, name=None, *, split=None, revision=None, data_files=None):
+        where = data_files[split][0] if data_files else split
+        fake.calls.append((path, name, revision, where))
+        if (path, where) not in fake.rows:
+            raise ConnectionError(f"Couldn't reach {path}\nfor some reason")
+        return fake.rows[path, where]
+
     data.load_splits.cache_clear()
-    datasets, fake = pytest.importorskip("datasets"), Hub()
-    monkeypatch.setattr(datasets, "load_dataset", fake)
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     return fake
 
 
 def test_the_first_source_is_read_at_its_revision_with_validation_as_test(hub):
-    train, test = both("tnews")
-    hub.rows = {("clue/clue", "train"): train, ("clue/clue", "validation"): test}
+    hub.rows = dict(zip([("clue/clue", "train"), ("clue/clue", "validation")], both("tnews")))
     splits = data.load_splits("tnews")
     revision = "28178267a609dd08bdc703dd6c931dfc2c2f4431"
     assert hub.calls == [("clue/clue", "tnews", revision, split) for split in ("train", "validation")]
@@ -213,21 +209,18 @@ def test_the_first_source_is_read_at_its_revision_with_validation_as_test(hub):
 
 @pytest.mark.parametrize("first", [None, {"a": 1}, published("lcqmc", score=7)])
 def test_a_source_that_is_away_or_has_other_columns_or_labels_falls_back_and_says_so(hub, first):
-    train, test = both("lcqmc")
-    hub.rows = {("mteb/LCQMC", "train"): train, ("mteb/LCQMC", "test"): test}
+    hub.rows = dict(zip([("mteb/LCQMC", "train"), ("mteb/LCQMC", "test")], both("lcqmc")))
     if first:
         hub.rows |= {("C-MTEB/LCQMC", "train"): [first], ("C-MTEB/LCQMC", "test"): [first]}
-    splits = data.load_splits("lcqmc")
-    assert len(splits.test) == 4 and "mteb/LCQMC" in splits.report["source"]
-    assert "C-MTEB/LCQMC" in splits.report["notes"][0] and "using mteb/LCQMC" in splits.report["notes"][0]
+    report = data.load_splits("lcqmc").report
+    assert report["source"] == "mteb/LCQMC at main"
+    assert "C-MTEB/LCQMC" in report["notes"][0] and "using mteb/LCQMC" in report["notes"][0]
 
 
 def test_nothing_reachable_is_one_sentence_with_task_tries_and_remedy(hub):
-    with pytest.raises(UserError) as error:
+    parts = "task 'afqmc'.*clue/clue:afqmc.*Couldn't reach.*C-MTEB/AFQMC.*network.*--data-root"  # . is no line break
+    with pytest.raises(UserError, match=parts):
         data.load_task("afqmc", "train")
-    for part in ("'afqmc'", "clue/clue:afqmc", "C-MTEB/AFQMC", "Couldn't reach", "--data-root", "network"):
-        assert part in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_files_are_downloaded_once_from_the_commit_or_its_mirror(hub, monkeypatch, tmp_path):
@@ -255,9 +248,8 @@ def test_files_are_downloaded_once_from_the_commit_or_its_mirror(hub, monkeypatc
 
 
 def test_files_of_the_hub_are_read_by_their_builder(hub):
-    train, test = both("amazon")
-    files = "hf://datasets/mteb/amazon_reviews_multi/zh/{}.jsonl"
-    hub.rows = {("json", files.format("train")): train, ("json", files.format("test")): test}
+    files = [("json", f"hf://datasets/mteb/amazon_reviews_multi/zh/{split}.jsonl") for split in ("train", "test")]
+    hub.rows = dict(zip(files, both("amazon")))
     assert len(data.load_task("amazon", "test")) == 4 and hub.calls[0][0] == "SetFit/amazon_reviews_multi_zh"
 
 
@@ -282,17 +274,14 @@ def test_each_operation_changes_one_field_and_keeps_the_answer(name, change, ope
             assert getattr(rewritten, kept) == getattr(example, kept)
 
 
-@pytest.mark.parametrize("name, change", [
-    ("amazon", {"text": "质量好，但是价格高。"}),  # the contrast decides
-    ("amazon", {"text": "因为质量好，所以买了。"}), ("amazon", {"text": "虽然质量好，我没买。"}),
-    ("amazon", {"text": "“质量好，价格低”"}),  # a comma inside quotation marks
-    ("amazon", {"text": "卖25,000元"}), ("amazon", {"text": "很好"}),
-    ("sanwen", {"head": "我", "tail": "河", "text": "我出门，河水上涨"}),  # would turn head and tail round
-    ("cmrc2018", {"question": "他被称为什么？"}),  # 为什么 is another question
-    ("cmrc2018", {"question": "他去了哪，是和谁？"}), ("cmrc2018", {"question": "这里还有什么？"}),
-    ("cmnli", {"sentence1": "你去吗？"}), ("thucnews", {"text": "词汇是关键"})])
-def test_what_is_not_safe_is_left_alone(name, change):
-    example = example_of(name, **change)
+@pytest.mark.parametrize("name, text", [
+    ("amazon", "质量好，但是价格高。"), ("amazon", "因为质量好，所以买了。"), ("amazon", "虽然质量好，我没买。"),
+    ("amazon", "“质量好，价格低”"), ("amazon", "卖25,000元"), ("amazon", "很好"), ("thucnews", "词汇是关键"),
+    ("sanwen", "我出门，河水上涨"),  # would turn head and tail round
+    ("cmrc2018", "他被称为什么？"),  # 为什么 is another question
+    ("cmrc2018", "他去了哪，是和谁？"), ("cmrc2018", "这里还有什么？"), ("cmnli", "你去吗？")])
+def test_what_is_not_safe_is_left_alone(name, text):
+    example = example_of(name, **{{"cmrc2018": "question", "cmnli": "sentence1"}.get(name, "text"): text})
     assert all(data.perturb(example, seed) is example for seed in range(8))
 
 

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,17 +81,16 @@ def test_answers_carry_the_loss():
 
 def test_an_answer_is_right_with_every_word_and_the_end():
     tokenizer = micro.tokenizer()
+    says = torch.zeros(len(tokenizer), dtype=torch.long)  # what a parrot says after each word
+    for pair in (("=>", "soup"), ("soup", micro.EOS), ("oslo", "cafe"), ("cafe", "cafe")):
+        word, after = tokenizer.convert_tokens_to_ids(pair)
+        says[word] = after
 
-    class Parrot(torch.nn.Module):  # after `=>` soup, after soup the end, after oslo cafe
-        def forward(self, input_ids):
-            logits = torch.zeros(*input_ids.shape, len(tokenizer))
-            for word, after in (("=>", "soup"), ("soup", micro.EOS), ("oslo", "cafe"), ("cafe", "cafe")):
-                word, after = tokenizer.convert_tokens_to_ids([word, after])
-                logits[..., after] += (input_ids == word).float()
-            return type("Output", (), {"logits": logits})
+    def parrot(input_ids):
+        return SimpleNamespace(logits=F.one_hot(says[input_ids], len(tokenizer)))
 
     rows = [("the soup =>", "soup"), ("the =>", "tea"), ("who =>", "oslo cafe"), ("a =>", "soup tea")]
-    assert [pretrain.share_right(Parrot(), tokenizer, part) for part in ([rows[0]], rows[1:], rows)] == [1, 0, 0.25]
+    assert [pretrain.share_right(parrot, tokenizer, part) for part in ([rows[0]], rows[1:], rows)] == [1, 0, 0.25]
 
 
 def test_the_command_writes_a_backbone_that_loads_and_its_scores(tmp_path, monkeypatch):
