@@ -97,8 +97,8 @@ class AdaptedLM(nn.Module):
                             f"causal language model of one of the families {', '.join(FAMILIES)}")
         rope = (getattr(backbone.config, "rope_parameters", None) or {}).get("rope_type")
         if rope in ("dynamic", "longrope"):
-            raise UserError(f"the positions of this backbone ('{rope}' RoPE) depend on a batch's longest row, so that an "
-                            "answer would depend on its neighbours; take a backbone with another kind, such as YaRN")
+            raise UserError(f"the positions of this backbone ('{rope}' RoPE) depend on the longest row of a batch, and so "
+                            "would its answers on their neighbours; take a backbone with another kind, such as YaRN")
 
     def add_task(self, name: str) -> int:
         """Add a task with weights of its own and return its id; earlier ids stay valid. UserError for a taken name."""
