@@ -86,14 +86,6 @@ def test_the_gate_goes_through_tanh_and_keeps_its_sign():
     assert prompt.abs().mean() > 0.1
 
 
-def test_bfloat16_in_bfloat16_out_with_a_gate_in_fp32():
-    narrow = tensors(dtype=torch.bfloat16)
-    out = gated_prefix_attention(*narrow, GATE.float(), is_causal=True)
-    assert out.dtype == torch.bfloat16
-    wide = slow_attention(*(x.double() for x in narrow), GATE, causal(T, S))
-    torch.testing.assert_close(out.double(), wide, atol=0.03, rtol=0.03)
-
-
 @pytest.mark.parametrize("value", [0.0, 0.5])
 def test_at_gate_zero_the_gate_learns_and_the_prompt_does_not(value):
     q, k, v, prefix_k, prefix_v = tensors()

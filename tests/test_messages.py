@@ -102,10 +102,15 @@ def change_weights(change):
     return harm
 
 
+def change_config(**changes):
+    def harm(folder):
+        about = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(about | changes))
+    return harm
+
+
 def bring_code(folder):
-    about = json.loads((folder / "config.json").read_text())
-    code = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
-    (folder / "config.json").write_text(json.dumps(about | code))
+    change_config(model_type="own", auto_map={"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"})(folder)
     (folder / "own.py").write_text(f"open({str(folder / 'was-run')!r}, 'w')\n")
 
 
@@ -117,21 +122,25 @@ def shrink_vocabulary(folder):
 
 @pytest.mark.parametrize("harm, words", [
     (lambda folder: (folder / "config.json").write_text("{]"), ["JSON"]),
+    (change_config(quantization_config={"quant_method": "awq"}), ["quantised", "awq"]),
+    (change_config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), ["dynamic", "YaRN"]),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"cut short"), ["header"]),
     (lambda folder: (folder / "tokenizer.json").unlink(), ["tokenizer"]),
     (change_weights(lambda state: state.pop("model.norm.weight")), ["model.norm.weight"]),
+    (change_weights(lambda state: state.update(extra=state["model.norm.weight"].clone())), ["not read", "extra"]),
     (change_weights(lambda state: state["model.norm.weight"].fill_(math.nan)), ["not finite", "model.norm.weight"]),
     (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), ["safetensors"]),
     (bring_code, ["custom code"]), (shrink_vocabulary, [" 7"]),
     (lambda folder: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=300)).save_pretrained(folder),
      ["GPT2LMHeadModel", "qwen2, qwen3, llama, mistral"]),
-], ids=["config", "cut short", "no tokenizer", "tensor missing", "nan", "pickle", "code", "vocabulary", "family"])
+], ids=["config", "quantised", "positions", "cut short", "no tokenizer", "missing", "unread", "nan", "pickle", "code",
+        "vocabulary", "family"])
 def test_a_backbone_that_cannot_be_used_is_refused_and_nothing_of_it_runs(harm, words, refused, small_world, tmp_path,
                                                                           monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # somebody who says yes to everything
     folder = shutil.copytree(small_world, tmp_path / "backbone")
     harm(folder)
-    refused(["backbone", *words], "--backbone", str(folder))
+    refused(words, "--backbone", str(folder))
     assert not (folder / "was-run").exists()
 
 

@@ -15,6 +15,7 @@ from conftest import read_outcome, small_run
 from safetensors.torch import load_file
 
 import data
+import evaluate
 import train
 from checkpoint import RunFailed, UserError
 from evaluate import read_metrics
@@ -204,6 +205,19 @@ def test_what_a_stage_freezes_stays_bit_for_bit(finished, small_world):
     assert target.keys() - new.keys() == {"u.2", "v.2"}
     start = json.loads((finished / "target/toy-finre-8-shot/results.json").read_text())["start"]
     assert not torch.equal(target["v.2"], multitask[f"v.{SOURCES.index(start)}"])
+
+
+def test_the_adapter_that_is_kept_is_the_best_on_development_rows(small_world, tmp_path, monkeypatch):
+    scores, seen = [(0.5, 9.0), (0.9, 2.0), (0.9, 3.0), (0.2, 1.0)], []  # accuracy, then loss
+    def dev_score(model, *_):
+        seen.append({name: tensor.clone() for name, tensor in model.adapter_state().items()})
+        return scores[len(seen) - 1]
+
+    monkeypatch.setattr(evaluate, "dev_score", dev_score)
+    train.main(small_run(small_world, tmp_path, "--stage", "base", "--base-steps", "12"))
+    kept = load_file(tmp_path / "base/best/adapter.safetensors")
+    best, = (n for n, state in enumerate(seen) if all(torch.equal(kept[name], t) for name, t in state.items()))
+    assert best == 1
 
 
 def test_a_stage_builds_on_what_is_finished(copied, small_world, capsys):
