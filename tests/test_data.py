@@ -113,24 +113,21 @@ def test_an_own_row_that_cannot_be_used_is_named_by_file_and_line(tmp_path, chan
 
 
 def test_missing_folders_files_names_and_splits_are_named(tmp_path):
-    for root, name, split, parts in (
-        (tmp_path / "none", "sanwen", "train", ["none/sanwen/train.jsonl is missing", "--data-root"]),
-        (tmp_path, "sanwen", "valid", ["'valid'", "dev"]),
-        (tmp_path, "../sanwen", "train", ["'../sanwen' cannot be a task"]),
-        (None, "nothing", "train", ["'nothing'", "afqmc", "toy-afqmc", "--data-root"]),
-    ):
-        with pytest.raises(UserError) as error:
-            data.load_task(name, split, root)
-        assert all(part in str(error.value) for part in parts)
     write_rows(tmp_path, "sanwen", [published("sanwen")], [])
-    with pytest.raises(UserError, match="no usable test row"):
-        data.load_task("sanwen", "test", tmp_path)
-    (tmp_path / "sanwen" / "train.jsonl").write_bytes("我".encode("gbk"))
-    with pytest.raises(UserError, match="UTF-8"):
-        data.load_task("sanwen", "train", tmp_path)
+    write_rows(tmp_path, "gbk", own_rows(1), own_rows(1))
+    (tmp_path / "gbk" / "train.jsonl").write_bytes("我".encode("gbk"))
     write_rows(tmp_path, "mine", own_rows(20), [{"prompt": "谁？", "answer": "我"}])
-    with pytest.raises(UserError, match="with and without choices"):
-        data.load_task("mine", "train", tmp_path)
+    for root, name, split, message in (
+        (tmp_path / "none", "sanwen", "train", "none/sanwen/train.jsonl is missing.*--data-root"),
+        (tmp_path, "sanwen", "valid", "'valid'.*dev"),
+        (tmp_path, "../sanwen", "train", "'../sanwen' cannot be a task"),
+        (None, "nothing", "train", "'nothing'.*afqmc.*toy-afqmc.*--data-root"),
+        (tmp_path, "sanwen", "test", "no usable test row"),
+        (tmp_path, "gbk", "train", "UTF-8"),
+        (tmp_path, "mine", "train", "with and without choices"),
+    ):
+        with pytest.raises(UserError, match=message):
+            data.load_task(name, split, root)
 
 
 def made_up(counts, per_group=1):
