@@ -96,10 +96,9 @@ class Splits:
 
 
 def load_task(name: str, split: str, root: str | Path | None = None) -> list[Example]:
-    """One split (train | dev | test) of a task, in a fixed random order: any first n rows are a fair sample.
-
-    name: a task of the micro-world or of chinese.TASKS, or a folder of own rows. root: the folder that holds
-    <name>/train.jsonl and test.jsonl; without it the Chinese sets are downloaded. Raises UserError."""
+    """One split (train | dev | test) of a task of the micro-world, of chinese.TASKS, or of root/<name>/train.jsonl and
+    test.jsonl, in a fixed random order: any first n rows are a fair sample. Without root, the Chinese sets are
+    downloaded. Raises UserError."""
     if split not in ("train", "dev", "test"):
         raise UserError(f"no split {split!r}; there are train, dev and test")
     return getattr(load_splits(name, str(root) if root else None), split)
@@ -182,7 +181,6 @@ def data_hash(examples: Iterable[Example]) -> str:
 
 def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example], list[Example]]:
     """(train, dev): k rows each, no group in both, balanced over the answers of a closed set as far as the rows allow.
-
     The same seed gives the same rows whatever the order of `examples`, and a smaller k a part of the rows of a larger
     one. Raises UserError if there are not 2 k such rows."""
     if k < 0:
