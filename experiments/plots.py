@@ -7,7 +7,7 @@ markers and hatches, so that no reader depends on them.
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from evaluate import COLOURS, STYLES, new_figure, save_figure
@@ -20,8 +20,8 @@ def few_shot_curves(axis, shots: Sequence[int], curves: dict[str, dict[int, Inte
     for i, (label, points) in enumerate(curves.items()):
         x = [at + 0.03 * (i - len(curves) / 2) for at, k in enumerate(shots) if k in points]
         mean, half = zip(*(points[k] for k in shots if k in points))
-        axis.errorbar(x, mean, bar_lengths(half), fmt=STYLES[i % len(STYLES)], color=COLOURS[i % len(COLOURS)],
-                      capsize=2, label=label)
+        axis.errorbar(x, mean, half, fmt=STYLES[i % len(STYLES)], color=COLOURS[i % len(COLOURS)], capsize=2,
+                      label=label)
     axis.set(xticks=range(len(shots)), xticklabels=[k or "full" for k in shots], xlabel="examples of a target task",
              ylabel="score, mean of the target tasks (%)")
     axis.legend(fontsize="small", title="method (parameters stored for a target)", title_fontsize="small")
@@ -33,8 +33,9 @@ def sizes_against_scores(axis, points: dict[str, tuple[int, float, float]]) -> N
     for y, method in enumerate(in_order):
         _, mean, half = points[method]
         colour, marker = (COLOURS[1], "D") if method == "talora" else (COLOURS[0], "o")
-        axis.errorbar(mean, y, xerr=bar_lengths([half]), fmt=marker, color=colour, capsize=2)
-    axis.set(xlabel="score, mean of the target tasks (%)", ylim=(len(points) - 0.5, -0.5), yticks=range(len(points)),
+        axis.errorbar(mean, y, xerr=half, fmt=marker, color=colour, capsize=2)
+    axis.set(xlabel="score, mean of the target tasks (%)", ylabel="method, parameters stored for a target task",
+             ylim=(len(points) - 0.5, -0.5), yticks=range(len(points)),
              yticklabels=[f"{method}  {points[method][0]:,}" for method in in_order])
     axis.grid(axis="y", linewidth=0.4)
 
@@ -42,9 +43,8 @@ def sizes_against_scores(axis, points: dict[str, tuple[int, float, float]]) -> N
 def difference_bars(axis, differences: dict[str, tuple[float, float, str]]) -> None:
     """Paired differences; differences[name] = points, half interval, verdict ("lower": orange, "higher": green)."""
     for y, (mean, half, verdict) in enumerate(differences.values()):
-        colour = {"higher": COLOURS[2], "lower": COLOURS[1]}.get(verdict, "#888888")
-        axis.barh(y, mean, color=colour, hatch={"lower": "//", "higher": ".."}.get(verdict), xerr=bar_lengths([half]),
-                  capsize=2)
+        colour, hatch = {"higher": (COLOURS[2], ".."), "lower": (COLOURS[1], "//")}.get(verdict, ("#888888", None))
+        axis.barh(y, mean, color=colour, hatch=hatch, xerr=half, capsize=2)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set(xlabel="points above TA-LoRA", yticks=range(len(differences)), yticklabels=list(differences),
              ylim=(len(differences) - 0.5, -0.5))
@@ -66,37 +66,27 @@ def mean_and_largest(axis, values: Iterable[Interval]) -> None:
     axis.set_xlim(left=0)
 
 
-def bar_lengths(half: Sequence[float]) -> list[float]:
-    """Lengths of error bars; none where there is no interval."""
-    return [0 if math.isnan(h) else h for h in half]
+def mean_by_layer(logged: dict[str, list[dict]], what: str) -> dict[str, list[float]]:
+    """A logged size of every layer, mean over seeds of its absolute values (signs of gates differ by seed); or nan."""
+    none = [math.nan] * max(len(row[what]) for rows in logged.values() for row in rows if what in row)
+    return {name: [statistics.mean(map(abs, layer)) for layer in zip(*(row.get(what, none) for row in rows))]
+            for name, rows in logged.items()}
+
+
+def alignment(rows: Sequence[dict]) -> Interval:
+    """Mean and largest |cos| of every two tasks, means over the seeds' rows of metrics.jsonl."""
+    pairs = [[c for i, line in enumerate(row["cosines"]) for c in line[i + 1:]] for row in rows]
+    return statistics.mean(map(statistics.mean, pairs)), statistics.mean(map(max, pairs))
 
 
 # ------------------------------------------------------------------------------------------------------------ files
 
-def draw_few_shot(path: Path, shots: Sequence[int], curves: dict[str, dict[int, Interval]]) -> None:
-    figure, axis = new_figure(size=(7, 4.2))
-    few_shot_curves(axis, shots, curves)
-    axis.set_title("A new task from few examples")
-    save_figure(figure, path)
-
-
-def draw_sizes(path: Path, points: dict[int, dict[str, tuple[int, float, float]]]) -> None:
-    """One panel for each number of examples."""
-    figure, axes = new_figure(1, len(points), (5.5 * len(points), 4.2), squeeze=False, sharex=True)
-    for axis, (k, found) in zip(axes[0], points.items()):
-        sizes_against_scores(axis, found)
-        axis.set_title(f"{k} examples of a target task" if k else "all examples of a target task")
-    axes[0][0].set_ylabel("method, parameters stored for a target task")
-    save_figure(figure, path)
-
-
-def draw_variants(path: Path, differences: dict[str, dict[str, tuple[float, float, str]]]) -> None:
-    """One panel for each setting, one bar for each variant."""
-    height = 1.2 + 0.3 * max(map(len, differences.values()))
-    figure, axes = new_figure(1, len(differences), (11, height), squeeze=False, sharey=True)
-    for axis, (where, found) in zip(axes[0], differences.items()):
-        difference_bars(axis, found)
-        axis.set_title(where)
+def draw_panels(path: Path, draw: Callable, panels: dict[str, Sequence], size: tuple[float, float], **options) -> None:
+    """One panel for each title, drawn by draw(axis, *panels[title])."""
+    figure, axes = new_figure(1, len(panels), size, squeeze=False, **options)
+    for axis, (title, what) in zip(axes[0], panels.items()):
+        draw(axis, *what)
+        axis.set_title(title)
     save_figure(figure, path)
 
 
@@ -108,20 +98,6 @@ def draw_mechanism(path: Path, logged: dict[str, list[dict]]) -> None:
     for axis, (what, title) in zip(axes, panels.items()):
         figure.colorbar(layer_heat_map(axis, mean_by_layer(logged, what)), ax=axis)
         axis.set_title(title)
-    mean_and_largest(axes[3], [alignment(rows) for rows in logged.values()])
+    mean_and_largest(axes[3], map(alignment, logged.values()))
     axes[3].set(title="|cos| of two tasks", xlabel="mean (dot) to largest")
     save_figure(figure, path)
-
-
-def mean_by_layer(logged: dict[str, list[dict]], what: str) -> dict[str, list[float]]:
-    """A logged size of every layer, mean over seeds of its absolute values (signs of gates differ by seed); or nan."""
-    found = {name: [list(map(abs, row[what])) for row in rows if what in row] for name, rows in logged.items()}
-    layers = max((len(rows[0]) for rows in found.values() if rows), default=1)
-    return {name: [statistics.mean(layer) for layer in zip(*rows)] or [math.nan] * layers
-            for name, rows in found.items()}
-
-
-def alignment(rows: Sequence[dict]) -> Interval:
-    """Mean and largest |cos| of every two tasks, means over the seeds' rows of metrics.jsonl; nan without any."""
-    pairs = [[c for i, line in enumerate(row["cosines"]) for c in line[i + 1:]] for row in rows if "cosines" in row]
-    return tuple(statistics.mean(map(of, pairs)) if pairs else math.nan for of in (statistics.mean, max))

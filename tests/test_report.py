@@ -23,10 +23,10 @@ README = (FOLDER / "README.md").read_text(encoding="utf-8")
 
 
 def record(column, seed, score, stage="multitask", shots=None, kind="method", rewritten=None, numbers=544, **more):
-    """A line of results.jsonl; column as in the file: "talora", "talora reg-off"."""
+    """A line of results.jsonl, with the column names that read_results makes: "talora", "reg-off"."""
     scores = {column: {"x": score / 100, "y": score / 100},
               f"{column}, rewritten": {"x": (score if rewritten is None else rewritten) / 100, "y": score / 100}}
-    return {"cell": f"{column} seed {seed}", "kind": kind, "method": column.split()[0], "seed": seed, "rates": {},
+    return {"cell": f"{column} seed {seed}", "kind": kind, "method": column, "seed": seed, "rates": {},
             "stage": stage, "shots": shots, "numbers": numbers, "scores": scores, "seconds": 60, "command": "c",
             "commit": "abc", "torch": "2", "started": "2026-01-01 00:00:00", "dev": [0.5, -1.0], **more}
 
@@ -35,14 +35,8 @@ def seeds(column, scores, *rest, **more):
     return [record(column, seed, score, *rest, **more) for seed, score in enumerate(scores)]
 
 
-@pytest.fixture
-def read(tmp_path):
-    """read(records) -> the same, written to a file and read again."""
-    def write_and_read(records):
-        (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-        return report.read_results(tmp_path)
-
-    return write_and_read
+def write(folder, records):
+    (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
 def test_intervals_are_students():
@@ -65,11 +59,12 @@ def test_differences_are_paired_by_seed_and_judged_by_their_interval():
     assert verdict(paired({0: 81.0}, talora)) == "too few seeds" and paired({5: 1.0}, talora) is None
 
 
-def test_names_in_the_file_become_columns_and_rows_and_scores_are_macro_averages(read):
-    records = read([record("talora", 0, 90, rewritten=70), record("talora reg-off", 0, 60, kind="variant"),
-                    record("talora", 0, 50, "target", 8), record("talora", 1, 40, "target", 8),
-                    record("talora", 3, 99, "target", 8, kind="sweep-target")])
-    assert records[0]["scores"]["talora"] == {"plain": {"x": 0.9, "y": 0.9}, "rewritten": {"x": 0.7, "y": 0.9}}
+def test_names_in_the_file_become_columns_and_scores_are_macro_averages(tmp_path):
+    write(tmp_path, [record("talora", 0, 90, rewritten=70), record("talora reg-off", 0, 60, kind="variant"),
+                     record("talora", 0, 50, "target", 8), record("talora", 1, 40, "target", 8),
+                     record("talora", 3, 99, "target", 8, kind="sweep-target")])
+    records = report.read_results(tmp_path)
+    assert records[0]["scores"] == {"talora": {"x": 0.9, "y": 0.9}, "talora, rewritten": {"x": 0.7, "y": 0.9}}
     assert by_seed(records, "talora", SOURCES) == {0: 90} and by_seed(records, "talora", REWRITTEN) == {0: 80}
     assert by_seed(records, "reg-off", SOURCES) == {0: 60} and by_seed(records, "talora", target(32)) == {}
     assert by_seed(records, "talora", target(8)) == {0: 50, 1: 40}, "a sweep is not a result"
@@ -80,12 +75,8 @@ def test_names_in_the_file_become_columns_and_rows_and_scores_are_macro_averages
 def test_learning_rates_are_chosen_on_development_rows():
     tried = [record("lora", 100, score, kind="sweep-source", rates={"prompt_rate": rate}, dev=dev)
              for rate, dev, score in ((0.1, [0.8, -0.5], 99), (0.2, [0.9, -0.7], 10), (0.3, [0.9, -0.6], 10))]
-    assert report.choose_rates(tried, "lora", "sweep-source") == {"prompt_rate": 0.3}, "accuracy, then loss"
-    assert report.choose_rates(tried, "pt", "sweep-source") == {}
-    targets = [record("lora", 100, 9, kind="sweep-target", rates={"prompt_rate": s, "target_rate": t}, dev=[acc, -1])
-               for s, t, acc in ((0.1, 1, 0.99), (0.3, 2, 0.7), (0.3, 3, 0.6))]
-    chosen = report.choose_rates(targets, "lora", "sweep-target", {"prompt_rate": 0.3})
-    assert chosen == {"prompt_rate": 0.3, "target_rate": 2}
+    assert report.choose_best(tried, "lora", "sweep-source")["rates"] == {"prompt_rate": 0.3}, "accuracy, then loss"
+    assert report.choose_best(tried, "pt", "sweep-source")["rates"] == {}
 
 
 BEFORE = {"step": 0, "tasks": ["a", "b"], "cosines": [[1, 0.1], [0.1, 1]]}
@@ -96,8 +87,8 @@ RECORDS = [*seeds("talora", (90, 91, 92), rewritten=80, first=BEFORE, last=AFTER
            *seeds("talora", (60, 62, 61), "target", 8), *seeds("lora", (50, 51, 53), "target", 8, numbers=14336),
            *seeds("pt", (60, 61, 63), "target", 8, numbers=512), *seeds("talora", (70, 71, 72), "target", 32),
            *seeds("talora", (72, 73, 73.5), "target", 0),
-           *seeds("talora open-gate", (85, 86, 86.5), kind="variant", last={**AFTER, "gates": [1, 1]}),
-           *seeds("talora open-gate", (60, 62, 61), "target", 8, kind="variant"),
+           *seeds("open-gate", (85, 86, 86.5), kind="variant", last={**AFTER, "gates": [1, 1]}),
+           *seeds("open-gate", (60, 62, 61), "target", 8, kind="variant"),
            record("lora", 100, 9, kind="sweep-source", rates={"prompt_rate": 0.1}, dev=[0.5, -1])]
 
 
@@ -106,21 +97,20 @@ def row_of(table, name):
                 if line.startswith((f"| {name} |", f"| **{name}** |")))
 
 
-def test_tables_hold_means_intervals_and_counts(read):
-    records = read(RECORDS)
-    table = report.main_table(records)
+def test_tables_hold_means_intervals_and_counts():
+    table = report.main_table(RECORDS)
     assert row_of(table, "talora")[1:4] == ["544", "91.0 ± 2.5 (3)", "85.5 ± 1.2 (3)"]
     assert row_of(table, "pt") == ["pt", "512", "", "", "61.3 ± 3.8 (3)", "", ""] and "lora †" in table
-    variants = row_of(report.variant_table(records), "open-gate")
+    variants = row_of(report.variant_table(RECORDS), "open-gate")
     assert variants[1] == VARIANTS["open-gate"].says and variants[2] == "-5.2 ± 0.7 (3): hurts"
     assert variants[4] == "+0.0 ± 0.0 (3): no effect seen"
-    assert row_of(report.task_table(records, target(8)), "x") == ["x", "61.0", "61.3", "51.3"]
+    assert row_of(report.task_table(RECORDS, target(8)), "x") == ["x", "61.0", "61.3", "51.3"]
 
 
-def test_claims_are_answered_by_the_numbers(read):
+def test_claims_are_answered_by_the_numbers():
     def answers(records):
-        return {row[1]: row[2:4] for row in ([cell.strip() for cell in line.split("|")] for line in
-                                             report.claims(read(records)).splitlines()[2:])}
+        rows = [[cell.strip() for cell in line.split("|")] for line in report.claims(records).splitlines()[2:]]
+        return {row[1]: row[2:4] for row in rows}
 
     found = answers(RECORDS)
     assert not any("unseen data" in claim for claim in found), "lora is not told the task: no comparison on sources"
@@ -134,8 +124,9 @@ def test_claims_are_answered_by_the_numbers(read):
     assert answer == "no" and numbers.startswith("*below* deep-mpt -")
 
 
-def test_the_report_is_made_from_the_result_file_alone(tmp_path, read):
-    tables = report.build_tables(read(RECORDS))
+def test_the_report_is_made_from_the_result_file_alone(tmp_path):
+    write(tmp_path, RECORDS)
+    tables = report.build_tables(RECORDS)
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- tables: Methods -->\nold\n<!-- end of tables -->\nafter\n")
     report.main([str(tmp_path), "--page", str(page)])
@@ -148,7 +139,7 @@ def test_the_report_is_made_from_the_result_file_alone(tmp_path, read):
 def test_the_committed_tables_are_made_from_the_committed_results(tmp_path, monkeypatch):
     """If they differ: python -m experiments.report experiments/results/full --page experiments/README.md"""
     committed = FOLDER / "results" / "full"
-    monkeypatch.setattr(report, "plots", type("NoPictures", (), {"__getattr__": lambda *_: lambda *_: None})())
+    monkeypatch.setattr(report, "plots", type("NoPictures", (), {"__getattr__": lambda *_: lambda *_, **__: None})())
     monkeypatch.setattr(report, "draw_cosines", lambda *_: None)
     (tmp_path / "results.jsonl").write_bytes((committed / "results.jsonl").read_bytes())
     report.write_report(tmp_path)
@@ -162,8 +153,7 @@ def test_the_committed_tables_are_made_from_the_committed_results(tmp_path, monk
 def test_the_defaults_of_every_method_are_what_the_search_found_best():
     records = report.read_results(FOLDER / "results" / "full")
     for name in SUITES["full"].methods:
-        sources = report.choose_rates(records, name, "sweep-source")
-        best = sources | report.choose_rates(records, name, "sweep-target", sources)
+        best = report.choose_best(records, name, "sweep-target")["rates"]  # with those of the sources
         cfg = train.parse([], METHODS[name])
         assert best and {rate: getattr(cfg, rate) for rate in best} == best, name
 

@@ -1,6 +1,5 @@
 """The suite: what it plans, what it keeps when it is stopped, and two real runs from end to end."""
 
-import itertools
 import json
 import os
 import shlex
@@ -18,8 +17,6 @@ from experiments.compare import METHODS, VARIANTS
 from experiments.report import read_results
 from experiments.suite import Run, Suite
 
-ROOT = Path(suite.__file__).parent.parent
-
 
 def finished(kind, method, rates, name):
     """What a sweep leaves in results.jsonl."""
@@ -33,7 +30,7 @@ def test_every_planned_run_is_a_command_that_can_run(tmp_path):
         rates = rates if "multitask" in method.learns else {}
         records += [finished("sweep-source", name, rates, f"sweep {name} 0")] if rates else []
         records.append(finished("sweep-target", name, rates | {"target_rate": 0.5}, "target"))
-    phases = (suite.plan_source_sweep, suite.plan_target_sweep, suite.plan_backbones, suite.plan_methods)
+    phases = (suite.plan_sources, suite.plan_targets, suite.plan_methods)
     runs = [run for plan in phases for run in plan(suite.SUITES["full"], records, tmp_path)]
     assert len(runs) == len({run.name for run in runs}) == 278, "as many as there are in the committed results"
     for run in runs:
@@ -56,19 +53,18 @@ def test_every_planned_run_is_a_command_that_can_run(tmp_path):
 def test_a_target_sweep_starts_from_the_best_source_run(tmp_path):
     tried = [finished("sweep-source", "lora", {"prompt_rate": rate}, f"sweep lora {i}") | {"dev": [right, -1.0]}
              for i, (rate, right) in enumerate(((0.1, 0.6), (0.2, 0.9)))]
-    runs = suite.plan_target_sweep(Suite({"lora": (8,), "pt": (8,)}, sweep=True), tried, tmp_path)
+    runs = list(suite.plan_targets(Suite({"lora": (8,), "pt": (8,)}, sweep=True), tried, tmp_path))
     assert {run.start for run in runs if run.method == "lora"} == {"sweep lora 1"}
     assert runs[0].name == "sweep lora 1 target 0" and runs[0].rates["prompt_rate"] == 0.2
     assert {run.start for run in runs if run.method == "pt"} == {""}, "from scratch"
 
 
-# ------------------------------------------------------------------------------------------- with a program of a line
-
 @pytest.fixture
 def stubs(tmp_path, monkeypatch):
     """Runs whose method is a line of Python, and whose only record is their name."""
     monkeypatch.setattr(Run, "command", lambda run, out: ["-c", run.method])
-    monkeypatch.setattr(suite, "collect", lambda run, seconds, out: [{"cell": run.name, "scores": {}}])
+    monkeypatch.setattr(suite, "collect", lambda run, out, started: [{"cell": run.name, "scores": {}}])
+    (tmp_path / "results.jsonl").touch()
     return lambda **programs: [Run("method", name, program, 0) for name, program in programs.items()]
 
 
@@ -80,13 +76,12 @@ def test_a_failing_run_is_named_and_finished_ones_are_kept(stubs, tmp_path):
     runs = stubs(first="pass", second="import sys; sys.exit('the disk is full')", third="pass")
     with pytest.raises(RunFailed, match="'second' failed: the disk is full .see .*second.txt"):
         suite.run_all(runs, tmp_path, jobs=1)
-    assert "first" in names(tmp_path) and "second" not in names(tmp_path)
-    assert "the disk is full" in (tmp_path / "runs/second.txt").read_text()
+    assert names(tmp_path) == ["first"] and "the disk is full" in (tmp_path / "runs/second.txt").read_text()
 
 
 def test_a_signal_reaches_the_runs_and_finished_ones_are_kept(stubs, tmp_path):
     def stop_after_first():
-        while not (tmp_path / "results.jsonl").exists() or not (tmp_path / "runs/second.txt").exists():
+        while not (tmp_path / "runs/second.txt").exists():
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -108,45 +103,43 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------ the real thing
-
 def write_task(folder, answers):
     """32 train and 8 test rows of different texts."""
     folder.mkdir(parents=True)
-    words = ("ann", "bob", "carl", "dora"), ("soup", "tea"), ("awful", "lovely", "dull", "nice", "poor")
-    rows = [{"prompt": f"{who} found the {what} very {word} =>", "answer": answers[i % 2], "choices": answers}
-            for i, (who, what, word) in enumerate(itertools.product(*words))]
+    texts = [f"{who} found the {what} very {word} =>" for who in ("ann", "bob", "carl", "dora")
+             for what in ("soup", "tea") for word in ("awful", "lovely", "dull", "nice", "poor")]
+    rows = [{"prompt": text, "answer": answers[i % 2], "choices": answers} for i, text in enumerate(texts)]
     for split, part in (("train", rows[:32]), ("test", rows[32:])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
 def test_two_runs_from_end_to_end_one_of_them_interrupted(small_world, tmp_path, monkeypatch, capsys):
     """In folders with blanks; the first run had finished its sources when the suite was stopped."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(Path(suite.__file__).parent.parent)
     for task in ("stars", "moods"):
         write_task(tmp_path / "my data" / task, ["one", "two"])
     options = ("--data-root", str(tmp_path / "my data"), "--backbone", str(small_world), "--sources", "stars",
                "--targets", "moods", "--base-steps", "2", "--multitask-steps", "3", "--target-steps", "2")
-    declared, out = Suite({"talora": (4,), "pt": (4,)}, options=("--no-pictures", *options)), tmp_path / "my results"
-    talora, pt = suite.plan_methods(declared, [], out)
+    tiny, out = Suite({"talora": (4,), "pt": (4,)}), tmp_path / "my results"
+    monkeypatch.setitem(suite.SUITES, "tiny", tiny)
+    talora, pt = suite.plan_methods(suite.replace(tiny, options=("--no-pictures", *options)), [], out)
     compare.main([*talora.command(out)[2:], "--stage", "multitask"])
     before = (suite.folder_of(talora.name, out) / "multitask" / "metrics.jsonl").read_text()
 
-    monkeypatch.setitem(suite.SUITES, "tiny", Suite({"talora": (4,), "pt": (4,)}))
     suite.main(["tiny", "--out", str(out), "--", *options])
     records = read_results(out)
     found = {(r["cell"], r["stage"], r["shots"]): r for r in records}
     assert set(found) == {("talora seed 0", "multitask", None), ("talora seed 0", "target", 4),
                           ("pt seed 0", "target", 4)}
     sources, target = found["talora seed 0", "multitask", None], found["talora seed 0", "target", 4]
-    assert sources["last"]["gates"] == json.loads(before.splitlines()[-1])["gates"], "these stages were not repeated"
-    assert set(sources["scores"]) == {"talora", "majority", "frozen backbone"}
-    assert set(target["scores"]["talora"]) == {"plain", "rewritten"} and "theta0 (k = 0)" in target["scores"]
-    assert target["starts"] == {"moods": "stars"}
+    assert sources["last"] == json.loads(before.splitlines()[-1]), "these stages were not repeated"
+    columns = {"talora", "majority", "frozen backbone"}
+    assert set(sources["scores"]) == columns | {f"{column}, rewritten" for column in columns}
+    assert {"talora", "talora, rewritten", "theta0 (k = 0)"} <= set(target["scores"])
     assert shlex.split(target["command"]) == ["python", *talora.command(out)]
     assert target["numbers"] > 0 and len(target["dev"]) == 2 and not suite.folder_of(pt.name, out).exists()
 
-    monkeypatch.setattr(suite, "execute", None)  # the same command again: there is nothing to run
+    monkeypatch.setattr(suite, "start", None)  # the same command again: there is nothing to run
     suite.main(["tiny", "--out", str(out), "--", *options])
     assert "| **talora** |" in capsys.readouterr().out and read_results(out) == records
     with pytest.raises(UserError, match="holds 'talora seed 0' made by another command"):
