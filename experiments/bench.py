@@ -5,19 +5,16 @@ r"""What a training step costs in time and memory, next to the least it could co
     python -m experiments.bench --shape qwen2.5-7b                   the paper's, on a GPU
 
 A step is forward, backward, clipping and optimizer on one micro-batch. With n parameters outside the embeddings and t
-tokens, the forward pass takes 2 n t FLOP and the backward pass through the activations another 2 n t; the gradients of
-frozen weights are never computed. So
+tokens (text, padding, prompt rows in front), forward takes 2 n t FLOP and backward another 2 n t, since the gradients
+of frozen weights are never computed. So
 
     share of peak = 4 n t / (seconds of a step * FLOP a second of the fastest square matrix product measured here)
 
-where t counts all that the backbone reads: text, padding and prompt rows in front of the text. Checkpointing computes
-the forward pass twice, 6 n t, of which 4 n t count. The *floor* is the frozen backbone with one trainable vector, added
-to every input embedding: nothing that trains at the input can be cheaper.
-
-All contenders read the same batches, rows with the lengths of the sixteen data sets cut by a budget of tokens, and take
-turns on each batch, so that a busy machine slows all of them down. After a warm-up every batch counts with the median
-of its repeats. Peak memory is that of the warm-up, with the backbone and without the other contenders. The weights are
-random and nothing is downloaded. The numbers hold for the machine they were measured on: compare ratios.
+(checkpointing computes 6 n t, of which 4 count). The *floor* is the frozen backbone with one trainable vector, added to
+every input embedding: nothing that trains at the input can be cheaper. All contenders take turns on the same batches,
+rows with the lengths of the sixteen data sets cut by a budget of tokens; a batch counts with the median of its repeats.
+Peak memory is that of the warm-up, with the backbone and without the other contenders. The weights are random. The
+numbers hold for the machine they were measured on: compare ratios.
 """
 
 import argparse
@@ -39,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from checkpoint import Parser, RunFailed, UserError, environment, pick_device, run_program, write_json
+from checkpoint import Parser, RunFailed, environment, pick_device, run_program, write_json
 from data import Batch, Batches, Encoded, collate
 from evaluate import markdown
 from model import AdaptedLM, TALoRA, TALoRAConfig
@@ -59,8 +56,7 @@ SHAPES = {
     "qwen2.5-7b": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
                        num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False),
 }
-# Characters of prompt and answer, median and 95th percentile, in samples of the sixteen data sets. Here a character is
-# a token; a tokenizer makes fewer, so that prompt rows in front of the text weigh more in practice than they do here.
+# Characters of prompt and answer in samples of the data sets, median and 95th percentile; here a character is a token.
 LENGTHS = {
     "afqmc": (77, 97), "amazon": (85, 168), "thucnews": (76, 81), "bq": (72, 94), "cmnli": (92, 149),
     "cmrc2018": (549, 941), "sanwen": (99, 135), "cote_mfw": (72, 141), "chnsenticorp": (113, 286),
@@ -85,46 +81,34 @@ class Floor(AdaptedLM):
         self.vector = nn.Parameter(torch.zeros(backbone.config.hidden_size, device=self.device))
         self.add_task("any")
 
-    def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
-               text: Tensor) -> dict:
-        words = self.backbone.get_input_embeddings()(input_ids)  # (B, T, d)
-        return dict(inputs_embeds=words + self.vector.to(words.dtype), attention_mask=attention_mask,
-                    position_ids=position_ids)
+    def inputs(self, input_ids: Tensor, *others: Tensor) -> dict:
+        given = super().inputs(input_ids, *others)
+        words = self.backbone.get_input_embeddings()(given.pop("input_ids"))  # (B, T, d)
+        return given | {"inputs_embeds": words + self.vector.to(words.dtype)}
 
 
 def make_rows(vocabulary: int, longest: int) -> dict[str, list[Encoded]]:
-    """600 rows of random tokens for each of the sixteen tasks, their lengths about log-normal."""
+    """600 rows of random tokens for each of the sixteen tasks, their lengths log-normal."""
     rng, rows = random.Random(0), {}
     for task, (median, most) in LENGTHS.items():
         spread = math.log(most / median) / 1.645  # the 95th percentile is 1.645 deviations away
-        lengths = [round(median * math.exp(rng.gauss(0, spread))) for _ in range(600)]
+        lengths = [round(rng.lognormvariate(math.log(median), spread)) for _ in range(600)]
         tokens = [torch.randint(vocabulary, (min(max(20, length), longest),)).tolist() for length in lengths]
         rows[task] = [Encoded(ids[:-ANSWER], tuple(ids[-ANSWER:]), (), task) for ids in tokens]
     return rows
-
-
-def make_backbone(shape: dict, device: torch.device) -> PreTrainedModel:
-    """Random weights, made where they stay; bf16 on a GPU, fp32 on a CPU. UserError if they do not fit there."""
-    config = Qwen2Config(**shape, max_position_embeddings=32768, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=1,
-                         pad_token_id=0, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
-    gpu = device.type == "cuda"
-    room = torch.cuda.mem_get_info()[0] if gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with torch.device("meta"):
-        size = AutoModelForCausalLM.from_config(config).num_parameters() * (2 if gpu else 4)
-    if size > room:
-        raise UserError(f"a backbone of this shape takes {size / 1e9:.1f} GB, but there are {room / 1e9:.1f} GB; make "
-                        "it smaller with --layers, or take another --shape")
-    torch.manual_seed(0)
-    with device:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if gpu else torch.float32)
 
 
 class Bench:
     """What the measurements share: the backbone, the batches, the machine's peak, and how each contender is made."""
 
     def __init__(self, shape: dict, cfg: Config, tokens: int):
+        torch.manual_seed(0)
         self.cfg, self.device = cfg, torch.device(pick_device(cfg.device))
-        self.gpu, self.backbone = self.device.type == "cuda", make_backbone(shape, self.device)
+        self.gpu = self.device.type == "cuda"
+        config = Qwen2Config(**shape, rms_norm_eps=1e-6, bos_token_id=None, eos_token_id=1, pad_token_id=0)
+        with self.device:  # random weights, made where they stay
+            self.backbone = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16 if self.gpu else torch.float32)
         self.parameters = sum(p.numel() for p in self.backbone.model.layers.parameters())  # n
         steps = Batches(make_rows(shape["vocab_size"], min(LONGEST, tokens)), 256, 0, budget=tokens)
         window = sorted((part for step in range(Batches.WINDOW) for part in steps[step]), key=len, reverse=True)
@@ -136,17 +120,15 @@ class Bench:
     def measure_peak(self, n: int) -> float:
         """FLOP a second of a product of two n x n matrices in the backbone's dtype."""
         a, b = (torch.randn(n, n, device=self.device, dtype=self.backbone.dtype) for _ in range(2))
-        self.time(lambda: a @ b)
-        return 2 * n**3 / statistics.median(self.time(lambda: a @ b) for _ in range(10 if self.gpu else REPEATS))
+        return 2 * n**3 / statistics.median([self.time(lambda: a @ b) for _ in range(10)][1:])
 
     def time(self, work: Callable) -> float:
         """Seconds of one call."""
-        if self.gpu:
-            torch.cuda.synchronize()
+        device = torch.get_device_module(self.device)
+        device.synchronize()
         start = time.perf_counter()
         work()
-        if self.gpu:
-            torch.cuda.synchronize()
+        device.synchronize()
         return time.perf_counter() - start
 
     def share_backbone(self) -> PreTrainedModel:
@@ -191,8 +173,35 @@ class Bench:
 
         return step
 
+    def measure(self, contenders: dict[str, Callable[[], Step]]) -> list[dict]:
+        """Steps of all contenders, in turns -> a row of the table for each."""
+        gc.collect()  # the contenders of the measurement before
+        rows, steps, times = [], {}, {}
+        for name, make in contenders.items():
+            torch.manual_seed(0)
+            if self.gpu:
+                others = torch.cuda.memory_allocated() - self.resident
+                torch.cuda.reset_peak_memory_stats()
+            steps[name], times[name] = make(), [[] for _ in self.batches]
+            losses = [steps[name](batch) for batch in (*self.batches, self.batches[0])]  # the warm-up
+            rows.append({"": name, "first loss": losses[0]})
+            if self.gpu:
+                rows[-1]["peak memory, GB"] = (torch.cuda.max_memory_allocated() - others) / 1e9
+        for _ in range(REPEATS):
+            for i, batch in enumerate(self.batches):
+                for name, step in steps.items():
+                    times[name][i].append(self.time(partial(step, batch)))
+        text = sum(int(batch.attention_mask.sum()) for batch in self.batches)
+        for row in rows:
+            seconds = sum(map(statistics.median, times[row[""]]))  # of all batches
+            in_front = PEFT_ROWS if row[""] == PEFT_PROMPT else 0
+            read = sum(batch.input_ids.numel() + in_front * len(batch.input_ids) for batch in self.batches)
+            row |= {"step, ms": 1000 * seconds / len(self.batches), "text tokens/s": text / seconds,
+                    "share of padding and prompt": 1 - text / read,
+                    "share of peak": 4 * self.parameters * read / seconds / self.peak}
+            row["x the first row"] = row["step, ms"] / rows[0]["step, ms"]
+        return rows
 
-# ----------------------------------------------------------------------------------------------------- measurements
 
 def measure_methods(bench: Bench) -> list[dict]:
     """The floor, TA-LoRA and peft. RunFailed if those that start as the frozen backbone differ in the first loss."""
@@ -202,68 +211,22 @@ def measure_methods(bench: Bench) -> list[dict]:
         prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PEFT_ROWS)
         lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"])
         contenders |= {PEFT_PROMPT: partial(bench.peft, prompt), "peft LoRA": partial(bench.peft, lora)}
-    rows = measure(bench, contenders)
-    start = [row["first loss"] for row in rows if "first loss" in row and row[""] != PEFT_PROMPT]
-    if start and not max(start) - min(start) <= (0.02 if bench.gpu else 1e-3) * max(start):  # NaN fails, too
+    rows = bench.measure(contenders)
+    start = [row["first loss"] for row in rows if row[""] != PEFT_PROMPT]
+    if not max(start) - min(start) <= (0.02 if bench.gpu else 1e-3) * max(start):  # NaN fails, too
         raise RunFailed(f"the contenders do not compute the same: their losses in the first step are {start}")
     return rows
 
 
 def measure_tasks(bench: Bench) -> list[dict]:
     """TA-LoRA by the number of tasks N, with the regulariser, which reaches every task in every step, and without."""
-    return [row for regularise, words in ((True, ""), (False, ", no regulariser")) for row in measure(bench, {
+    return [row for regularise, words in ((True, ""), (False, ", no regulariser")) for row in bench.measure({
         f"N = {N}{words}": partial(bench.talora, N, regularise=regularise) for N in TASKS})]
 
 
-def measure(bench: Bench, contenders: dict[str, Callable[[], Step]]) -> list[dict]:
-    """Steps of all contenders, in turns -> a row of the table for each."""
-    warm = {name: warm_up(bench, make) for name, make in contenders.items()}
-    times = {name: [[] for _ in bench.batches] for name, found in warm.items() if found}
-    for _ in range(REPEATS):
-        for i, batch in enumerate(bench.batches):
-            for name in times:
-                times[name][i].append(bench.time(partial(warm[name][0], batch)))
-    seconds = {name: sum(map(statistics.median, by_batch)) for name, by_batch in times.items()}  # of all batches
-    text = sum(int(batch.attention_mask.sum()) for batch in bench.batches)
-    first, rows = seconds.get(next(iter(contenders))), []
-    for name in contenders:
-        rows.append({"": name, "step, ms": "out of memory"})
-        if name in seconds:
-            _, first_loss, peak = warm[name]
-            in_front = PEFT_ROWS if name == PEFT_PROMPT else 0
-            read = sum(batch.input_ids.numel() + in_front * len(batch.input_ids) for batch in bench.batches)
-            share = 4 * bench.parameters * read / seconds[name] / bench.peak
-            rows[-1] = {"": name, "step, ms": 1000 * seconds[name] / len(bench.batches),
-                        "x the first row": seconds[name] / first if first else None,
-                        "text tokens/s": text / seconds[name], "share of peak": share, "peak memory, GB": peak,
-                        "share of padding and prompt": 1 - text / read, "first loss": first_loss}
-    return rows
-
-
-def warm_up(bench: Bench, make: Callable[[], Step]) -> tuple[Step, float, float | None] | None:
-    """A step on every batch and one more -> the step, its first loss, and on a GPU the peak memory in GB.
-
-    None if there is not enough memory.
-    """
-    gc.collect()  # the contenders of the measurement before
-    torch.manual_seed(0)
-    if bench.gpu:
-        others = torch.cuda.memory_allocated() - bench.resident
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        step = make()
-        losses = [step(batch) for batch in (*bench.batches, bench.batches[0])]
-    except torch.OutOfMemoryError:
-        return None
-    return step, losses[0], (torch.cuda.max_memory_allocated() - others) / 1e9 if bench.gpu else None
-
-
-# ---------------------------------------------------------------------------------------------------------- program
-
 def show(rows: Sequence[dict]) -> str:
-    """Rows as a table of Markdown; what a row lacks is a dash."""
-    head = list(dict.fromkeys(key for row in rows for key in row))
-    return markdown(head, [[format_cell(key, row.get(key)) for key in head] for row in rows])
+    """Rows as a table of Markdown."""
+    return markdown(list(rows[0]), [[format_cell(key, value) for key, value in row.items()] for row in rows])
 
 
 def format_cell(key: str, value) -> str:
@@ -277,30 +240,25 @@ def main(argv: list[str]) -> None:
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="toy", help="the backbone's (default: the micro-world's)")
     parser.add_argument("--layers", type=int, help="layers, instead of the shape's")
-    parser.add_argument("--tokens", type=int, help="tokens of a micro-batch at most, padding included (default: 4,096 "
-                        "on a GPU, 1,024 on a CPU)")
+    parser.add_argument("--tokens", type=int, help="of a micro-batch at most (default: 4096 on a GPU, 1024 on a CPU)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for <shape>-<device>.json")
     asked = parser.parse_args(argv)
-    for name, least in (("layers", 1), ("tokens", 32)):
-        if getattr(asked, name) is not None and getattr(asked, name) < least:
-            raise UserError(f"--{name} is {getattr(asked, name)}, but must be at least {least}")
     cfg = parse(["--preset", asked.shape, "--device", asked.device])
     check(cfg)
     device = torch.device(pick_device(cfg.device)).type
     shape = SHAPES[asked.shape] | ({"num_hidden_layers": asked.layers} if asked.layers else {})
     tokens = asked.tokens or (4096 if device == "cuda" else 1024)
+    bench = Bench(shape, cfg, tokens)
     report = environment(shlex.join(["python", "-m", "experiments.bench", *argv])) | {
         "peft": peft.__version__ if peft else "not installed: its two rows are left out",
         "cpu": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}", "shape": asked.shape, **shape,
-        "tokens": tokens}
-    bench = Bench(shape, cfg, tokens)
-    report |= {"n": bench.parameters, "peak TFLOP/s": bench.peak / 1e12, "tables": {}}
-    print("".join(f"{name:20} {value}\n" for name, value in report.items() if name != "tables"), flush=True)
-    path = asked.out / f"{asked.shape}-{device}.json"
+        "tokens": tokens, "n": bench.parameters, "peak TFLOP/s": bench.peak / 1e12}
+    print("".join(f"{name:20} {value}\n" for name, value in report.items()), flush=True)
+    path, report["tables"] = asked.out / f"{asked.shape}-{device}.json", {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name, work in (("methods", measure_methods), ("tasks", measure_tasks)):
-        report["tables"][name] = work(bench)
+    for name, measure in (("methods", measure_methods), ("tasks", measure_tasks)):
+        report["tables"][name] = measure(bench)
         print(show(report["tables"][name]), flush=True)
         write_json(path, report)  # what was measured is kept
     print(f"written to {path}")

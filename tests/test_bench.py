@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from checkpoint import RunFailed, UserError
+from checkpoint import RunFailed
 from experiments import bench
 
 SMALL = ["--device", "cpu", "--tokens", "160", "--layers", "1"]
@@ -28,7 +28,7 @@ def test_all_measurements_run_and_their_ratios_are_sane(small, tmp_path, capsys)
     methods, tasks = report["tables"]["methods"], report["tables"]["tasks"]
     for row in (*methods, *tasks):
         assert row["step, ms"] > 0 and row["text tokens/s"] > 0 and 0 < row["share of peak"] < 2
-        assert row["peak memory, GB"] is None and f"| {row['']} |" in out, "a CPU has no such number"
+        assert "peak memory, GB" not in row and f"| {row['']} |" in out, "a CPU has no such number"
     assert [row[""] for row in methods][1:] == ["TA-LoRA", "TA-LoRA, checkpointing", bench.PEFT_PROMPT, "peft LoRA"]
     first = [row["first loss"] for row in methods if row[""] != bench.PEFT_PROMPT]
     assert max(first) == pytest.approx(min(first), rel=1e-4), "all of them start as the frozen backbone"
@@ -45,27 +45,8 @@ def test_contenders_share_the_weights_and_nothing_else(small):
     assert all(torch.equal(a, b) for a, b in zip(before, small.backbone.parameters()))
 
 
-def test_a_contender_without_memory_leaves_the_others_in_the_table(small):
-    def never():
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    without, fine = bench.measure(small, {"never": never, "fine": small.floor})
-    assert without == {"": "never", "step, ms": "out of memory"}
-    assert fine["step, ms"] > 0 and fine["x the first row"] is None
-    assert "| never | out of memory | - |" in bench.show([without, fine])
-
-
 def test_contenders_that_compute_something_else_are_refused(small, monkeypatch):
     for losses in ((5.0, 6.0), (float("nan"), 5.0)):
-        monkeypatch.setattr(bench, "measure", lambda *_, losses=losses: [{"": "", "first loss": x} for x in losses])
+        monkeypatch.setattr(small, "measure", lambda *_, losses=losses: [{"": "", "first loss": x} for x in losses])
         with pytest.raises(RunFailed, match="do not compute the same"):
             bench.measure_methods(small)
-
-
-def test_what_cannot_work_is_refused_in_a_sentence(monkeypatch):
-    monkeypatch.setattr(bench.os, "sysconf", lambda name: 1000)
-    for options, sentence in ((["--tokens", "10"], "--tokens is 10, but must be at least 32"),
-                              (["--shape", "gpt"], "argument --shape: invalid choice: 'gpt'"),
-                              (["--shape", "qwen2.5-7b"], "takes 30.5 GB, but there are 0.0 GB; make it smaller")):
-        with pytest.raises(UserError, match=sentence):
-            bench.main(["--device", "cpu", *options])
