@@ -300,9 +300,11 @@ def read_task(task: Task, root: str | None, notes: list[str]) -> tuple[str, dict
         try:
             read = {split: _read(task, published_rows(source, split)) for split in SPLITS}
         except Exception as error:  # `datasets` raises a different type for every way in which a download can fail
-            failures.append(f"{source} ({str(error).strip().split(chr(10))[0][:150] or type(error).__name__})")
+            reason = str(error).strip().split("\n")[0][:150]
+            failures.append(f"{source} ({reason or type(error).__name__})")
             continue
-        notes += [f"{'; '.join(failures)} failed, using {source}"] if failures else []
+        if failures:
+            notes.append(f"{'; '.join(failures)} failed, using {source}")
         return str(source), read
     raise UserError(f"task {task.name!r} cannot be loaded, tried {'; '.join(failures)}: connect to the network once "
                     f"(files are kept), or put {task.name}/train.jsonl and test.jsonl into the folder --data-root")
