@@ -72,7 +72,7 @@ def run_program(main: Callable[[list[str]], None], argv: list[str]) -> int:
         if isinstance(error, torch.OutOfMemoryError):
             sentence = ("the GPU's memory is full; add --checkpointing, lower --tokens-per-batch (training) or "
                         "--eval-tokens (test rows), or free the GPU")
-        resume = "" if code == 2 else "; what was saved is kept: repeat the command to resume"
+        resume = "" if isinstance(error, UserError) else "; what was saved is kept: repeat the command to resume"
         print("error:", " ".join(sentence.split()) + resume, file=sys.stderr)
         return code
 
@@ -151,7 +151,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], optimizer: t
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise RunFailed(f"{', '.join(bad[:3])} at step {progress['step']} are no longer finite and were not saved; "
-                        f"lower the learning rates; the last good checkpoint is in {folder}")
+                        f"begin another --run with lower learning rates; the last good checkpoint is in {folder}")
     buffer = io.BytesIO()  # torch.save would hide a full disk behind an error of its own
     torch.save({"tensors": tensors, "optimizer": optimizer.state_dict(), "progress": progress}, buffer)
     with write_whole(folder / "metrics.jsonl") as file:  # first: after the last checkpoint no step would write it again
