@@ -302,7 +302,8 @@ def fit(run: "Run", model: AdaptedLM, stage: str, train: dict[str, list[Encoded]
     for name in learning:
         if stage == "multitask" and method.fresh_gates and name.startswith("gate"):
             torch.nn.init.zeros_(model.get_parameter(name))  # zero-init attention warms up again (paper: open)
-    checkpoint.broadcast(list(model.adapter_state().values()))
+    for tensor in model.adapter_state().values() if checkpoint.PROCESSES > 1 else ():
+        torch.distributed.broadcast(tensor, 0)
     run.log(describe_learning(model, learning, cfg))
     now = checkpoint.load_checkpoint(folder, model.adapter_state(), optimizer) or {
         "step": 0, "best": [-1.0, -math.inf], "seconds": 0.0, "tokens": 0, "history": [{"step": 0, **model.diagnose()}]}
