@@ -495,7 +495,7 @@ def finish(run: Run, folder: Path, results: dict, ids: dict[str, int], columns: 
         rewritten[task] = sum(bool(row.operations) for row in tests["rewritten"]) / len(tests["rewritten"])
     learning = learning_tensors(model, method.learns[results["stage"]], list(ids.values()))
     if cfg.pictures:
-        evaluate.draw_run(folder)
+        evaluate.draw_run(folder, run.log)
     checkpoint.write_json(folder / "results.json", {
         **results, "method": method.name, "seed": cfg.seed, "trainable": count(model, learning),
         "metrics": metrics, "rewritten": rewritten, "scores": scores, **checkpoint.environment(run.command)})
