@@ -37,7 +37,8 @@ CHATML = ("{% if messages[0].role != 'system' %}<|im_start|>system\nHelp.<|im_en
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 QWEN3 = CHATML.replace("\n{{", "\n{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{")
 LLAMA3 = ("{{ bos_token }}<|head|>system<|/head|>\n\nToday.<|eot|>{% for m in messages %}<|head|>{{ m.role }}<|/head|>"
-          "\n\n{{ m.content }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}")
+          "\n\n{{ m.content }}<|eot|>{% endfor %}"
+          "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}")
 NEMO = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
         "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
 MISTRAL = NEMO.replace("[INST]{{", "[INST] {{").replace("{% else %}{{", "{% else %} {{")
