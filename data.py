@@ -25,11 +25,12 @@ from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 from textwrap import indent
+from types import SimpleNamespace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from checkpoint import Parser, UserError, run_program
 from tasks import chinese, micro, rewrite
@@ -59,32 +60,50 @@ class Example:
 def to_example(name: str, row: dict, where: str = "") -> Example:
     """A row {"prompt", "answer"} as an Example; choices, references, protected, group, hard_prompt and passage (a part
     of the prompt that may be shortened) are optional. Raises UserError by file and line."""
-    lists = ("choices", "references", "protected")
-    for key in ("prompt", "answer", "group", "hard_prompt", "passage", *lists):
-        if row.get(key) is not None and isinstance(row[key], list | tuple) != (key in lists):
-            raise UserError(f"{where}: {key} is {row[key]!r}, but should be a {'list' if key in lists else 'text'}")
-    prompt, answer = str(row["prompt"]), str(row["answer"])
-    choices, references, protected = (tuple(map(str, row.get(key) or ())) for key in lists)
+    lists, texts = ("choices", "references", "protected"), ("prompt", "answer", "group", "hard_prompt", "passage")
+    for key in texts:
+        if isinstance(row.get(key), list | dict):
+            raise UserError(f"{where}: {key} is {row[key]!r}, but should be a text")
+    for key in lists:
+        value = row.get(key) or ()
+        if not isinstance(value, list | tuple) or any(isinstance(part, list | dict | None) for part in value):
+            raise UserError(f"{where}: {key} is {value!r}, but should be a list of texts")
+    prompt, answer, group, hard_prompt, passage = (_text(row.get(key)) for key in texts)
+    choices, references, protected = (tuple(map(_text, row.get(key) or ())) for key in lists)
     if choices and (answer not in choices or len(set(choices)) < max(2, len(choices))):
         raise UserError(f"{where}: choices {choices} should be two or more different texts with the answer {answer!r}")
-    fields, passage = row.get("fields", ()), str(row.get("passage") or "")
-    if passage and passage in prompt:
+    fields = row.get("fields", ())
+    if passage:
+        if passage not in prompt:
+            raise UserError(f"{where}: the passage {passage[:40]!r} does not occur in the prompt as it stands")
         fields = (("text", prompt.index(passage), prompt.index(passage) + len(passage)),)
+        protected = protected if choices else (answer, *references, *protected)
     references = tuple(dict.fromkeys((answer, *references))) if references else ()
-    return Example(name, prompt, answer, choices, references, protected,
-                   str(row.get("group") or chinese.group_of(prompt)), row.get("hard_prompt") or "", fields, where)
+    return Example(name, prompt, answer, choices, references, protected, group or chinese.group_of(prompt),
+                   hard_prompt, fields, where)
+
+
+def _text(value: object) -> str:
+    """A value of JSON as text; a whole number is the same text as 1 and as 1.0."""
+    return "" if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def task_of(name: str, examples: Sequence[Example] = ()) -> Task:
-    """The entry of the table; for other rows what the examples show: a span task without choices, a closed one with the
-    same choices in every row, otherwise a choice task."""
-    if name in TASKS:
+    """The entry of the table; for rows of your own, in whatever folder, what the examples show: a span task without
+    choices, a closed one with the same choices in every row, in any order, otherwise a choice task."""
+    if name in TASKS and not (examples and _borrows_name(examples[0])):
         return TASKS[name]
-    sets = {example.choices for example in examples} or {()}
-    kind = "choice" if len(sets) > 1 else "closed" if any(sets) else "span"
-    role = "target" if name in micro.TARGETS else "source"
+    choices = examples[0].choices if examples else ()
+    same = all(set(example.choices) == set(choices) for example in examples)
+    kind = "span" if not choices else "closed" if same else "choice"
+    role = "target" if name in (*micro.TARGETS, *chinese.TARGETS) else "source"
     metric = "char_f1" if kind == "span" else "accuracy"
-    return Task(name, role, kind, metric, answers=sets.pop() if kind == "closed" else ())
+    return Task(name, role, kind, metric, answers=choices if kind == "closed" else ())
+
+
+def _borrows_name(example: Example) -> bool:
+    """Is it a row of your own, a whole prompt, in a folder that is called like an entry of the table?"""
+    return example.task in TASKS and not {name for name, _, _ in example.fields} >= set(TASKS[example.task].fields)
 
 
 @dataclass
@@ -119,7 +138,7 @@ def load_splits(name: str, root: str | None = None) -> Splits:
         raise UserError(f"no task {name!r}; known are {', '.join((*TASKS, *micro.TASKS))}; rows of your own are read "
                         f"from DIR/{name}/train.jsonl and test.jsonl with --data-root DIR")
     train, test = ([to_example(name, row, where) for where, row in rows] for rows, _ in read.values())
-    dropped = {split: counter for split, (_, counter) in read.items()}
+    task, dropped = task_of(name, train + test), {split: counter for split, (_, counter) in read.items()}
     seen, kept = {example.group: "test" for example in test}, {}  # texts not to train on; the train rows, each once
     if task.unseen:
         try:
@@ -137,8 +156,9 @@ def load_splits(name: str, root: str | None = None) -> Splits:
         if not rows:
             raise UserError(f"task {name!r} has no usable {split} row in {source} (left out: {_counts(dropped[split])})"
                             "; add rows or leave the task out")
-    if len({bool(example.choices) for example in train + test}) == 2:
-        raise UserError(f"task {name!r} has rows with and without choices in {source}; make two tasks of them")
+    if len({(bool(example.choices), _borrows_name(example)) for example in train + test}) > 1:
+        raise UserError(f"task {name!r} has rows with and without choices, or with and without prompts of their own, "
+                        f"in {source}; make two tasks of them")
     if task.metric == "micro_f1":
         train, test = _merge_labels(train), _merge_labels(test)
     train, dev = _cut_dev(name, train)
@@ -276,7 +296,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 
 def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, keep_answer: bool) -> list[int]:
     """Tokens of the prompt with the longest window of its passage that fits into `room` tokens."""
-    task = task_of(example.task)
+    task = task_of(example.task, [example])
     start, end = next((place for name, *place in example.fields if name == task.passage), (0, 0))
     passage = example.prompt[start:end]
     places = [(at, at + len(text)) for text in example.protected if (at := passage.find(text)) >= 0]
@@ -291,8 +311,10 @@ def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, ke
 
     low, high = last - first if task.kind == "span" else 0, len(passage)
     if len(window(low)) > room:
-        raise UserError(f"{example.row or example.task}: the prompt without its passage has {len(window(low))} tokens, "
-                        f"but the answer leaves room for {room}; raise --max-length or drop the row")
+        fault, size = f"prompt without its passage has {len(window(low))}", len(answer_ids(tokenizer, example.answer))
+        fault = f"answer {example.answer[:30]!r} has {size}" if size > room else fault
+        raise UserError(f"{example.row or example.task}: the {fault} tokens, but the answer leaves room for {room}; "
+                        "raise --max-length or drop the row")
     while low < high - 1:  # window(low) fits, window(high) does not
         middle = (low + high) // 2
         low, high = (middle, high) if len(window(middle)) <= room else (low, middle)
@@ -309,13 +331,55 @@ def rows_hash(rows: Iterable[Encoded]) -> str:
 
 def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int,
                keep_answer: bool = False) -> list[Encoded]:
-    return [encode(example, tokenizer, max_length, keep_answer)
+    rows = [encode(example, tokenizer, max_length, keep_answer)
             for example in tqdm(examples, "tokenising", leave=False, disable=None)]
+    for example, row in zip(examples, rows):
+        check_choices(example, row)
+    return rows
 
 
-def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> dict[str, list[Encoded]]:
-    """All rows of a task before training: train, dev, test, rewritten; prints what was left out. Raises UserError for a
-    row that does not fit, too few rows for the shots, or a task that cannot be learned or answered.
+def check_choices(example: Example, row: Encoded) -> None:
+    """Raises UserError if two choices are the same tokens: the first of them would always win."""
+    seen = {}  # tokens -> choice
+    for choice, ids in zip(example.choices, row.choice_ids):
+        if seen.setdefault(ids, choice) != choice:
+            raise UserError(f"{example.row or example.task}: the choices {seen[ids]!r} and {choice!r} are the same "
+                            "tokens to this backbone; word one of them differently, or use another backbone")
+
+
+def encode_splits(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dict[str, list[Encoded]], Counter]:
+    """Rows of a task as tokens, {train | dev | test | rewritten: rows}, and how many cannot be answered, by reason.
+    Raises UserError for a row that does not fit, or if no test answer does. cfg: as in `encode_task`."""
+    splits, warnings = load_splits(name, cfg.data_root), Counter()
+    examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": splits.test,
+                "rewritten": test_rows(name, cfg)["rewritten"]}
+    rows = {split: encode_all(some, tokenizer, cfg.max_length, keep_answer=split == "train")
+            for split, some in examples.items()}
+    too_long = f"test answers are longer than --max-new-tokens {cfg.max_new_tokens} and never given in full; raise it"
+    for split in ("train", "dev", "test"):
+        for example, row in zip(examples[split], rows[split]):
+            right = [answer_ids(tokenizer, text)[:-1] for text in example.references or (example.answer,)]
+            if tokenizer.unk_token_id in row.answer_ids[:-1]:
+                warnings[f"{split} answers hold a token that the backbone does not know"] += 1
+            if split == "test" and not example.choices and min(map(len, right)) > cfg.max_new_tokens:
+                warnings[too_long] += 1
+            if not example.choices and example.fields and example.answer in example.prompt:
+                prompt, *spans = (_show(tokenizer, ids) for ids in (row.prompt_ids, *right))
+                if not any(span in prompt for span in spans):
+                    warnings[f"{split} answers are cut away where their passage is shortened; raise --max-length"] += 1
+    if warnings[too_long] == len(splits.test):
+        raise UserError(f"{name}: {len(splits.test)} of {len(splits.test)} {too_long}")
+    return rows, warnings
+
+
+def _show(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Tokens as text, without white space, which tokenizers may add."""
+    return "".join(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).split())
+
+
+def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dict[str, list[Encoded]], Counter]:
+    """What `encode_splits` returns, before training; prints what was left out and what cannot be answered. Raises
+    UserError for a row that does not fit, too few rows for the shots, or a task that cannot be learned or answered.
 
     cfg: data_root, seed, targets, shots, dev_rows, max_length and max_new_tokens are read."""
     splits = load_splits(name, cfg.data_root)
@@ -325,19 +389,10 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> dict[str,
                         "there is nothing to tell apart; add rows with another answer, or leave the task out")
     for shots in cfg.shots if name in cfg.targets else ():
         k_shot(splits.train, shots, cfg.seed)
-    spans = [row.references or (row.answer,) for row in splits.test if not row.choices]
-    too_long = sum(min(len(answer_ids(tokenizer, text)) for text in right) - 1 > cfg.max_new_tokens for right in spans)
-    if too_long:
-        notes.append(f"{too_long} of {len(spans)} test answers are longer than --max-new-tokens {cfg.max_new_tokens} "
-                     "and can never be given in full; raise it")
-        if too_long == len(spans):
-            raise UserError(f"{name}: {notes[-1]}")
-    if notes := notes + splits.report["notes"]:
+    rows, warnings = encode_splits(name, tokenizer, cfg)
+    if notes := notes + splits.report["notes"] + ([_counts(warnings)] if warnings else []):
         print(f"{name}: {'; '.join(notes)}")
-    rows = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": splits.test,
-            "rewritten": test_rows(name, cfg)["rewritten"]}
-    return {split: encode_all(examples, tokenizer, cfg.max_length, keep_answer=split == "train")
-            for split, examples in rows.items()}
+    return rows, warnings
 
 
 @dataclass
@@ -427,18 +482,24 @@ class Batches:
 
 # The page about the data ---------------------------------------------------------------------------------------------
 
-def page(name: str, root: str | None = None) -> str:
-    """What to look at first: counts, rows left out, lengths, balance of answers, an example, a rewritten example."""
+def page(name: str, root: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None, cfg=None) -> str:
+    """What to look at first: counts, rows left out, lengths, balance of answers, an example, a rewritten example; with
+    a tokenizer (and cfg, as `encode_task` reads it) also how many rows cannot be answered."""
     splits = load_splits(name, root)
     train, test, report = splits.train, splits.test, splits.report
     task, lengths = task_of(name, train), sorted(len(e.prompt) + len(e.answer) for e in train)
     rewritten = {e: new for e in test if (new := perturb(e, seed=0)).operations}
-    example = min(rewritten or test, key=lambda e: len(e.prompt))
+    example, doubts = min(rewritten or test, key=lambda e: len(e.prompt)), []
+    if tokenizer:
+        try:
+            doubts = [f"  warnings    {_counts(encode_splits(name, tokenizer, cfg)[1])}"]
+        except UserError as error:
+            doubts = [f"  refused     {error}"]
     lines = [
         f"{name}: {task.role} task, {task.kind}, scored by {task.metric}, from {report['source']}",
         f"  rows        {len(train)} train, {len(splits.dev)} dev (cut from train), {len(test)} test",
         *(f"  left out    of {split}: {_counts(dropped)}" for split, dropped in report["dropped"].items() if dropped),
-        *(f"  note        {note}" for note in report["notes"]),
+        *(f"  note        {note}" for note in report["notes"]), *doubts,
         f"  characters  {lengths[len(lengths) // 2]} (median), {lengths[-1]} (longest train row, with its answer)",
         f"  answers     {_counts(Counter(e.answer for e in train))}",
         f"  example     {example.row}", indent(example.prompt, "    "), f"  answer      {example.answer}",
@@ -455,13 +516,21 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python data.py", description="Show the tasks, a page each (default: the micro-world's).")
     parser.add_argument("--data-root", help="folder with <task>/train.jsonl and test.jsonl")
     parser.add_argument("--task", nargs="+", help="only these tasks; without --data-root, Chinese sets are downloaded")
-    options = parser.parse_args(argv)
-    root = options.data_root
-    names = sorted(path.parent.name for path in Path(root).glob("*/train.*")) if root else micro.TASKS
+    parser.add_argument("--backbone", help="folder or hub name: count the rows that it cannot answer")
+    parser.add_argument("--max-length", type=int, default=128, help="as in train.py (default: 128)")
+    parser.add_argument("--max-new-tokens", type=int, default=8, help="as in train.py (default: 8)")
+    options = parser.parse_args(argv, SimpleNamespace(seed=0, dev_rows=None))
+    root, tokenizer = options.data_root, None
+    names = sorted({path.parent.name for path in Path(root).glob("*/*train*.*")}) if root else micro.TASKS
     if not names:
         raise UserError(f"--data-root {root} holds no <task>/train.jsonl")
+    if options.backbone:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(options.backbone, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--backbone {options.backbone} has no tokenizer that can be read ({error})") from None
     for name in options.task or names:
-        print(page(name, root), end="\n\n")
+        print(page(name, root, tokenizer, options), end="\n\n")
 
 
 if __name__ == "__main__":

@@ -372,7 +372,9 @@ class Run:
         method.model.check(self.backbone)
         if cfg.checkpointing:
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.rows = {task: data.encode_task(task, self.tokenizer, cfg) for task in tasks}  # task -> split -> rows
+        self.rows, self.warnings = {}, {}  # task -> split -> rows; task -> what cannot be answered, and why -> rows
+        for task in tasks:
+            self.rows[task], self.warnings[task] = data.encode_task(task, self.tokenizer, cfg)
         self.references = {}  # task -> column -> scores
 
     def new_model(self, tasks: list[str]) -> AdaptedLM:
@@ -446,7 +448,12 @@ def nearest_start(model: AdaptedLM, task: str, rows: list[Encoded], cfg: Config)
 def finish(run: Run, folder: Path, results: dict, ids: dict[str, int], columns: dict | None = None) -> None:
     """Answer the test rows of the tasks in ``ids``, draw the stage and write results.json: the stage is finished."""
     cfg, method, model, scores, metrics, rewritten = run.cfg, run.method, run.load(folder), {}, {}, {}
+    dev, shots = {}, results.get("shots")
     for task, task_id in ids.items():
+        held = data.load_task(task, "train" if shots else "dev", cfg.data_root)
+        held = (data.k_shot(held, shots, cfg.seed)[1] if shots else held[: cfg.dev_rows])[:64]
+        found = evaluate.score_rows(model, run.tokenizer, task, task_id, cfg, {"dev": held})["dev"]
+        dev[task] = {"score": found["score"], "rows": len(held)}
         if task not in run.references:
             run.references[task] = evaluate.references(run.backbone, run.tokenizer, task, cfg)
         own = evaluate.score_rows(model, run.tokenizer, task, task_id, cfg)
@@ -454,12 +461,18 @@ def finish(run: Run, folder: Path, results: dict, ids: dict[str, int], columns: 
         tests = data.test_rows(task, cfg)
         metrics[task] = data.task_of(task, tests["plain"]).metric
         rewritten[task] = sum(bool(row.operations) for row in tests["rewritten"]) / len(tests["rewritten"])
+    if dev:
+        best = max(row.get("dev_accuracy", 0) for row in evaluate.read_metrics(folder))
+        run.log(f"best on development rows: {best:.1%} right; scored as test rows are: " + ", ".join(
+            f"{task} {found['score']:.1%} ({found['rows']} rows)" for task, found in dev.items()))
     learning = learning_tensors(model, method.learns[results["stage"]], list(ids.values()))
     if cfg.pictures:
         evaluate.draw_run(folder)
     checkpoint.write_json(folder / "results.json", {
         **results, "method": method.name, "seed": cfg.seed, "trainable": count(model, learning),
-        "metrics": metrics, "rewritten": rewritten, "scores": scores, **checkpoint.environment(run.command)})
+        "metrics": metrics, "rewritten": rewritten, "scores": scores, "dev_as_test": dev,
+        "warnings": {task: run.warnings[task] for task in ids if run.warnings[task]},
+        **checkpoint.environment(run.command)})
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
