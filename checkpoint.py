@@ -1,16 +1,13 @@
 r"""The machinery of a run: errors, whole files, an exact resume, several GPUs. The method can be read without it.
 
 A run may end at any moment: a power cut, a full disk, Ctrl-C. So a file is written under another name and then moved
-into place, which a file system does in one step: a reader finds the old file or the new one, never half of one.
+into place in one step: a reader finds the old file or the new one, never half of one. A checkpoint is one such file
+with all that the next step depends on: the tensors that learn, the optimizer's state and the log so far; the batches of
+a step are a function of its number.
 
-A checkpoint is one such file with everything the next step depends on: the tensors that learn, the optimizer's state
-and the log so far. The batches of a step are a function of its number (data.Batches), so nothing else is needed.
-
-    torchrun --nproc-per-node N -- train.py ...
-
-With several GPUs every process holds the whole model and reads its share of each step's rows; one exchange a step adds
-up the gradients. DistributedDataParallel expects the same parameters to be used everywhere; here a process may have no
-row of some task, and a task that no process has must keep a gradient of None, so that AdamW leaves it alone.
+With several GPUs (torchrun --nproc-per-node N -- train.py ...) every process holds the whole model and reads its share
+of a step's rows; one exchange a step adds up the gradients. torch's DistributedDataParallel expects all processes to
+use the same parameters; here one may have no row of a task, and a task that none has must keep a gradient of None.
 """
 
 import argparse
@@ -66,14 +63,14 @@ def run_program(main: Callable[[list[str]], None], argv: list[str]) -> int:
     except (UserError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         if "--debug" in argv:
             raise
-        code, sentence = getattr(error, "code", 1), str(error)
+        code, sentence = getattr(error, "code", 1), " ".join(str(error).split())
         if isinstance(error, KeyboardInterrupt):
             code, sentence = 130, "stopped"
-        if isinstance(error, torch.OutOfMemoryError):
+        elif isinstance(error, torch.OutOfMemoryError):
             sentence = ("the GPU's memory is full; add --checkpointing, lower --tokens-per-batch (training) or "
                         "--eval-tokens (test rows), or free the GPU")
-        resume = "" if code == 2 else "; what was saved is kept: repeat the command to resume"
-        print("error:", " ".join(sentence.split()) + resume, file=sys.stderr)
+        resume = "" if isinstance(error, UserError) else "; what was saved is kept: repeat the command to resume"
+        print(f"error: {sentence}{resume}", file=sys.stderr)
         return code
 
 
@@ -151,7 +148,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], optimizer: t
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise RunFailed(f"{', '.join(bad[:3])} at step {progress['step']} are no longer finite and were not saved; "
-                        f"lower the learning rates; the last good checkpoint is in {folder}")
+                        f"begin another --run with lower learning rates; the last good checkpoint is in {folder}")
     buffer = io.BytesIO()  # torch.save would hide a full disk behind an error of its own
     torch.save({"tensors": tensors, "optimizer": optimizer.state_dict(), "progress": progress}, buffer)
     with write_whole(folder / "metrics.jsonl") as file:  # first: after the last checkpoint no step would write it again
@@ -194,8 +191,6 @@ def catch_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------------------------- several GPUs
-
 RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
@@ -205,8 +200,8 @@ def pick_device(device: str) -> str:
 
 
 def join_processes(device: str, folder: str) -> tuple[str, str]:
-    """Join the others that torchrun started; -> the device and the run's folder of this process. All but the first are
-    silent and work on a copy of the folder, which is deleted at the end."""
+    """Join the others that torchrun started; -> device and folder of this process. All but the first are silent and
+    work on a copy of the run's folder, which is deleted at the end."""
     if PROCESSES == 1:
         return device, folder
     device = f"cuda:{os.environ['LOCAL_RANK']}" if pick_device(device).startswith("cuda") else "cpu"
@@ -224,13 +219,8 @@ def join_processes(device: str, folder: str) -> tuple[str, str]:
     return device, folder
 
 
-def broadcast(tensors: list[torch.Tensor]) -> None:
-    """Give all processes the first one's numbers."""
-    for tensor in tensors if PROCESSES > 1 else ():
-        dist.broadcast(tensor, 0)
-
-
 def total(number: int) -> int:
+    """The sum over all processes."""
     numbers = [number] * PROCESSES
     if PROCESSES > 1:
         dist.all_gather_object(numbers, number)

@@ -272,26 +272,75 @@ class Encoded:
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokens of a text alone; the name of a special token inside it is text like any other."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around a prompt because the backbone was trained so: a begin token, or the turns of a chat."""
+
+    before: list[int]  # in front of the prompt
+    after: list[int]  # behind it, in front of the answer
+    end: int  # ends the answer
+    context: str = ""  # `after` as text
+
+
+@cache
+def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> Frame:
+    """The frame of a tokenizer: whatever it puts in front of a text and, with ``chat``, the turns of its template.
+
+    With a chat template the prompt is the user's turn and the answer the assistant's, which ends with that turn's end
+    token; there is no system turn, and so the turns are read off a talk that goes on. Raises UserError for a template
+    that cannot be used in this way."""
+    whole, text = tokenizer("a")["input_ids"], tokens_of(tokenizer, "a")
+    begin = whole[: next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)]
+    if not chat:
+        return Frame(begin, [], tokenizer.eos_token_id)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "MARK"}]
+    try:
+        so_far = tokenizer.apply_chat_template(talk, tokenize=False)
+        more = tokenizer.apply_chat_template([*talk, talk[0] | {"content": "MORE"}], tokenize=False,
+                                             add_generation_prompt=True)
+        before, after = more.removeprefix(so_far).split("MORE")
+        parts = before, after, so_far.split("MARK")[1]
+        ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+    except Exception as error:  # whatever a template raises
+        raise UserError(f"the chat template cannot be used ({error}); use --chat-template off") from error
+    return Frame(begin + ids[0], ids[1], ids[2][0], after)
+
+
 @lru_cache(maxsize=4096)
-def answer_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> tuple[int, ...]:
-    return (*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: tuple[str, ...], context: str = "",
+               chat: bool = False) -> tuple[tuple[int, ...], ...]:
+    """Tokens of answers behind a context, with the end token: those they have in the joint text where that keeps the
+    context's tokens for all of them (alone, SentencePiece would put a space in front), else those of each alone."""
+    before = tokens_of(tokenizer, context)
+    apart, joint = ([tokens_of(tokenizer, text + answer) for answer in answers] for text in ("", context))
+    kept = all(ids[: len(before)] == before and len(ids) > len(before) for ids in joint)
+    return tuple((*(ids[len(before):] if kept else alone), frame_of(tokenizer, chat).end)
+                 for ids, alone in zip(joint, apart))
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, keep_answer: bool = True) -> Encoded:
-    """Tokens of an example; no special tokens but the end of every answer.
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, keep_answer: bool = True,
+           chat: bool = False) -> Encoded:
+    """Tokens of an example in its frame (`frame_of`).
 
     If prompt and longest answer have more than max_length tokens, a window of the passage stays: around the two names
     of a relation, around the answer of a span task (at the beginning with keep_answer=False, for a test must not know
     it). Nothing else is ever cut. Raises UserError if even that is too long, or if the answer has no token."""
-    answer, choices = answer_ids(tokenizer, example.answer), [answer_ids(tokenizer, c) for c in example.choices]
+    frame = frame_of(tokenizer, chat)
+    context = frame.context or example.prompt[-16:]  # tokens merge over a few characters at most
+    answer, *choices = answer_ids(tokenizer, (example.answer, *example.choices), context, chat)
     if len(answer) < 2:
         raise UserError(f"{example.row or example.task}: the answer {example.answer!r} has no token in this tokenizer; "
                         "use another answer or tokenizer")
-    room = max_length - max(map(len, (answer, *choices)))
-    prompt = tokenizer(example.prompt, add_special_tokens=False)["input_ids"]
+    room = max_length - max(map(len, (answer, *choices))) - len(frame.before) - len(frame.after)
+    prompt = tokens_of(tokenizer, example.prompt)
     if len(prompt) > room:
         prompt = _shorten(example, tokenizer, room, keep_answer)
-    return Encoded(array("i", prompt), answer, tuple(choices), example.task)
+    return Encoded(array("i", [*frame.before, *prompt, *frame.after]), answer, tuple(choices), example.task)
 
 
 def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, keep_answer: bool) -> list[int]:
@@ -307,14 +356,14 @@ def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, ke
     def window(size: int) -> list[int]:
         begin = max(0, min((first + last - size) // 2, len(passage) - size))
         text = example.prompt[:start] + passage[begin : begin + size] + example.prompt[end:]
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens_of(tokenizer, text)
 
     low, high = last - first if task.kind == "span" else 0, len(passage)
     if len(window(low)) > room:
-        fault, size = f"prompt without its passage has {len(window(low))}", len(answer_ids(tokenizer, example.answer))
-        fault = f"answer {example.answer[:30]!r} has {size}" if size > room else fault
-        raise UserError(f"{example.row or example.task}: the {fault} tokens, but the answer leaves room for {room}; "
-                        "raise --max-length or drop the row")
+        fault = f"the prompt without its passage has {len(window(low))} tokens, but the answer leaves room for {room}"
+        if (size := len(answer_ids(tokenizer, (example.answer,))[0])) > room:
+            fault = f"the answer {example.answer[:30]!r} has {size} tokens, which leaves {max(room, 0)} for the prompt"
+        raise UserError(f"{example.row or example.task}: {fault}; raise --max-length or drop the row")
     while low < high - 1:  # window(low) fits, window(high) does not
         middle = (low + high) // 2
         low, high = (middle, high) if len(window(middle)) <= room else (low, middle)
@@ -330,8 +379,8 @@ def rows_hash(rows: Iterable[Encoded]) -> str:
 
 
 def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int,
-               keep_answer: bool = False) -> list[Encoded]:
-    rows = [encode(example, tokenizer, max_length, keep_answer)
+               keep_answer: bool = False, chat: bool = False) -> list[Encoded]:
+    rows = [encode(example, tokenizer, max_length, keep_answer, chat)
             for example in tqdm(examples, "tokenising", leave=False, disable=None)]
     for example, row in zip(examples, rows):
         check_choices(example, row)
@@ -353,12 +402,12 @@ def encode_splits(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[d
     splits, warnings = load_splits(name, cfg.data_root), Counter()
     examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": splits.test,
                 "rewritten": test_rows(name, cfg)["rewritten"]}
-    rows = {split: encode_all(some, tokenizer, cfg.max_length, keep_answer=split == "train")
+    rows = {split: encode_all(some, tokenizer, cfg.max_length, split == "train", cfg.chat_template == "on")
             for split, some in examples.items()}
     too_long = f"test answers are longer than --max-new-tokens {cfg.max_new_tokens} and never given in full; raise it"
     for split in ("train", "dev", "test"):
         for example, row in zip(examples[split], rows[split]):
-            right = [answer_ids(tokenizer, text)[:-1] for text in example.references or (example.answer,)]
+            right = [ids[:-1] for ids in answer_ids(tokenizer, example.references or (example.answer,))]
             if tokenizer.unk_token_id in row.answer_ids[:-1]:
                 warnings[f"{split} answers hold a token that the backbone does not know"] += 1
             if split == "test" and not example.choices and min(map(len, right)) > cfg.max_new_tokens:
@@ -381,7 +430,7 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dic
     """What `encode_splits` returns, before training; prints what was left out and what cannot be answered. Raises
     UserError for a row that does not fit, too few rows for the shots, or a task that cannot be learned or answered.
 
-    cfg: data_root, seed, targets, shots, dev_rows, max_length and max_new_tokens are read."""
+    cfg: data_root, seed, targets, shots, dev_rows, max_length, max_new_tokens and chat_template are read."""
     splits = load_splits(name, cfg.data_root)
     notes = [f"{split}: left out {_counts(dropped)}" for split, dropped in splits.report["dropped"].items() if dropped]
     if splits.train[0].choices and len({row.answer for row in splits.train}) == 1:
@@ -519,6 +568,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--backbone", help="folder or hub name: count the rows that it cannot answer")
     parser.add_argument("--max-length", type=int, default=128, help="as in train.py (default: 128)")
     parser.add_argument("--max-new-tokens", type=int, default=8, help="as in train.py (default: 8)")
+    parser.add_argument("--chat-template", default="off", choices=("on", "off"), help="as in train.py (default: off)")
     options = parser.parse_args(argv, SimpleNamespace(seed=0, dev_rows=None))
     root, tokenizer = options.data_root, None
     names = sorted({path.parent.name for path in Path(root).glob("*/*train*.*")}) if root else micro.TASKS

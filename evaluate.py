@@ -36,13 +36,14 @@ from tasks.metrics import accuracy, char_f1, exact_match, majority, relation_f1
 
 def predict(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task_id: int,
             cfg) -> list[str]:
-    """The model's answer to every example, in order. cfg: max_length, max_new_tokens and eval_tokens are read.
+    """The model's answer to every example, in order. cfg: max_length, max_new_tokens, eval_tokens, chat_template.
 
     Where an example has choices, the answer is the whole choice with the highest log-probability, end token included;
     otherwise the greedy continuation up to the first end token.
     """
-    rows = [data.encode(example, tokenizer, cfg.max_length, keep_answer=False) for example in examples]
-    answers, ends = [""] * len(rows), {tokenizer.eos_token_id, *model.end_tokens}
+    chat = cfg.chat_template == "on"
+    rows = [data.encode(example, tokenizer, cfg.max_length, False, chat) for example in examples]
+    answers, ends = [""] * len(rows), {data.frame_of(tokenizer, chat).end, tokenizer.eos_token_id, *model.end_tokens}
     for part in progress(length_batches(rows, cfg.eval_tokens), "answering"):
         ids, mask = (t.to(model.device) for t in data.collate_prompts([rows[i] for i in part]))  # (B, T) x 2
         task_ids = torch.full((len(part),), task_id)
@@ -363,7 +364,7 @@ def ask(stage: Trained, task: str, texts: Sequence[str], choices: Sequence[str] 
         prompt += " =>"
     choices = tuple(choices or entry.answers)
     example = Example(task, prompt, (*choices, tests[0].answer)[0], choices, fields=places, row="the text of --ask")
-    row, = data.encode_all([example], stage.tokenizer, stage.cfg.max_length)
+    row, = data.encode_all([example], stage.tokenizer, stage.cfg.max_length, False, stage.cfg.chat_template == "on")
     unknown = list(row.prompt_ids).count(stage.tokenizer.unk_token_id)
     note = f"\n{unknown} of {len(row.prompt_ids)} words are not in the backbone's vocabulary" if unknown else ""
     if not choices:
@@ -393,8 +394,8 @@ def diagnose(stage: Trained) -> str:
     """Does the adapter do anything? Development rows with and without it; layer by layer the gate, the size of the
     prompts, and the rows with this one gate closed; and the cosines of the tasks."""
     model, cfg, ids = stage.model, stage.cfg, stage.task_ids
-    rows = {task: [data.encode(example, stage.tokenizer, cfg.max_length, keep_answer=False)
-                   for example in data.load_task(task, "dev", cfg.data_root)[:16]] for task in ids}
+    rows = {task: data.encode_all(data.load_task(task, "dev", cfg.data_root)[:16], stage.tokenizer, cfg.max_length,
+                                  False, cfg.chat_template == "on") for task in ids}
     right, loss = dev_score(model, rows, ids, cfg.eval_tokens)
     plain_right, plain_loss = dev_score(AdaptedLM(stage.backbone), rows, dict.fromkeys(ids, NO_TASK), cfg.eval_tokens)
     lines = [f"{stage.folder}: of {sum(map(len, rows.values()))} development rows {right:.1%} are right (loss "

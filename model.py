@@ -87,6 +87,7 @@ class AdaptedLM(nn.Module):
         self.check(backbone)
         self.backbone, self.config, self.described = backbone.requires_grad_(False), config, describe(backbone)
         self.tasks: list[str] = []  # tasks with weights of their own; a task id is an index into this list
+        self.about: dict = {}  # what else adapter.json says of the adapter
 
     @classmethod
     def check(cls, backbone: PreTrainedModel) -> None:
@@ -97,8 +98,8 @@ class AdaptedLM(nn.Module):
                             f"causal language model of one of the families {', '.join(FAMILIES)}")
         rope = (getattr(backbone.config, "rope_parameters", None) or {}).get("rope_type")
         if rope in ("dynamic", "longrope"):
-            raise UserError(f"the positions of this backbone ('{rope}' RoPE) depend on the longest row of a batch, and so "
-                            "would its answers on their neighbours; take a backbone with another kind, such as YaRN")
+            raise UserError(f"the positions of this backbone ('{rope}' RoPE) depend on the longest row of a batch, and "
+                            "so would answers on their neighbours; take a backbone with another kind, such as YaRN")
 
     def add_task(self, name: str) -> int:
         """Add a task with weights of its own and return its id; earlier ids stay valid. UserError for a taken name."""
@@ -267,7 +268,7 @@ class AdaptedLM(nn.Module):
         with write_whole(folder / "adapter.safetensors") as file:
             file.write(save({name: t.cpu().contiguous() for name, t in self.adapter_state().items()}))
         write_json(folder / "adapter.json", {"method": self.method, "config": asdict(self.config), "tasks": self.tasks,
-                                             "backbone": self.described})
+                                             "backbone": self.described, "about": self.about})
 
     @classmethod
     def load(cls, folder: str | Path, backbone: PreTrainedModel) -> "AdaptedLM":
@@ -286,6 +287,7 @@ class AdaptedLM(nn.Module):
                     raise ValueError(f"it was trained on a backbone with {key} = {about['backbone'].get(key)}, but "
                                      f"this one has {value}")
             model = cls(backbone, about["tasks"], TALoRAConfig(**about["config"]))
+            model.about = about["about"]
             own, found = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.adapter_state(), state))
             if own != found:
                 raise ValueError(f"its tensors {sorted(dict(own.items() ^ found.items()))[:3]} do not fit adapter.json")
@@ -463,9 +465,10 @@ def load_backbone(path: str | Path = "", dtype: str = "float32",
         for fault, names in (("missing", loaded["missing_keys"]), ("not finite", broken), ("not read by it", unread)):
             if names:
                 raise ValueError(f"{len(names)} of its tensors are {fault}: {', '.join(sorted(names)[:3])}")
-        if tokenizer.eos_token_id is None or len(tokenizer) > backbone.config.vocab_size:
-            raise ValueError(f"its tokenizer needs an end token (it has {tokenizer.eos_token}) and at most the model's "
-                             f"{backbone.config.vocab_size:,} tokens (it has {len(tokenizer):,})")
+        most, count = backbone.config.vocab_size, len(tokenizer)
+        if not tokenizer("a").input_ids or tokenizer.eos_token_id is None or count > most:
+            raise ValueError("its tokenizer needs a vocabulary (tokenizer.json), an end token (it has "
+                             f"{tokenizer.eos_token}) and at most the model's {most:,} tokens (it has {count:,})")
     except Exception as error:  # whatever a folder makes transformers raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"'{path}' cannot be used as a backbone ({reason}); --backbone takes the folder of a causal "

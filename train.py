@@ -79,6 +79,8 @@ class Config:
     dev_rows: int = option(64, DATA, "development rows of a task at most; they choose the best checkpoint")
     dtype: str = option("float32", DATA, "of the backbone; adapters are float32", choices=("float32", "bfloat16"))
     autocast: bool = option(False, DATA, "compute in bfloat16 under torch's autocast")
+    chat_template: str = option("auto", RUN, "prompts as a user's turn; auto: on for an instruct or chat model",
+                                choices=("auto", "on", "off"))
 
     prompt_length: int = option(16, METHOD, "P, rows of the prompt in a layer [paper: open; 12 gives its 1.3 M]")
     rank: int = option(8, METHOD, "r, columns of the shared B [paper: open; 8 gives its 1.3 M]")
@@ -205,7 +207,8 @@ def check(cfg: Config, method: Method = TALORA) -> None:
         (twice, f"{twice}: named twice among sources and targets; remove one"),
         (0 < cfg.tokens_per_batch < cfg.max_length, f"--tokens-per-batch is {cfg.tokens_per_batch}, less than one row "
          f"of --max-length {cfg.max_length}; raise it or lower that"),
-        (os.path.isfile(cfg.run), f"--run '{cfg.run}' is a file; name a folder"),
+        (any(path.is_file() for path in (Path(cfg.run), *Path(cfg.run).parents)),
+         f"--run '{cfg.run}' is a file or in one; name a folder"),
     ):
         problems += [sentence] if wrong else []
     try:
@@ -279,7 +282,8 @@ def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list
         (cfg.reg_weight * reg).backward()  # Eq. (3)
     norm = torch.nn.utils.clip_grad_norm_(learning, cfg.clip)
     if not torch.isfinite(task_loss + norm):
-        raise RunFailed(f"loss {task_loss:.3g}, gradient norm {norm:.3g}: no weight was changed; lower the rates")
+        raise RunFailed(f"the loss is {task_loss:.3g}, the gradient norm {norm:.3g}; no weight was changed: begin "
+                        "another --run with lower learning rates")
     optimizer.step()
     return {"loss": task_loss.item(), "reg": reg.item(), "grad_norm": norm.item()}
 
@@ -298,7 +302,8 @@ def fit(run: "Run", model: AdaptedLM, stage: str, train: dict[str, list[Encoded]
     for name in learning:
         if stage == "multitask" and method.fresh_gates and name.startswith("gate"):
             torch.nn.init.zeros_(model.get_parameter(name))  # zero-init attention warms up again (paper: open)
-    checkpoint.broadcast(list(model.adapter_state().values()))
+    for tensor in model.adapter_state().values() if checkpoint.PROCESSES > 1 else ():
+        torch.distributed.broadcast(tensor, 0)
     run.log(describe_learning(model, learning, cfg))
     now = checkpoint.load_checkpoint(folder, model.adapter_state(), optimizer) or {
         "step": 0, "best": [-1.0, -math.inf], "seconds": 0.0, "tokens": 0, "history": [{"step": 0, **model.diagnose()}]}
@@ -323,7 +328,10 @@ def fit(run: "Run", model: AdaptedLM, stage: str, train: dict[str, list[Encoded]
             if done % cfg.eval_every == 0 or done == steps:
                 accuracy, loss = evaluate.dev_score(model, dev, task_ids, cfg.eval_tokens)
                 now["history"].append({"step": done, "dev_accuracy": accuracy, "dev_loss": loss, **model.diagnose()})
-                better = [accuracy, -loss] > now["best"] and math.isfinite(loss)
+                if not math.isfinite(loss):
+                    raise RunFailed(f"{stage}, step {done}: the loss on development rows is {loss}; begin another "
+                                    "--run with lower learning rates")
+                better = [accuracy, -loss] > now["best"]
                 if better:
                     now["best"] = [accuracy, -loss]
                     model.save(folder / "best")
@@ -370,20 +378,50 @@ class Run:
         self.cfg, self.method, self.command, self.log = cfg, method, command, print
         self.backbone, self.tokenizer = load_backbone(cfg.backbone, cfg.dtype, checkpoint.pick_device(cfg.device))
         method.model.check(self.backbone)
+        cfg.chat_template, why = choose_chat_template(cfg, self.backbone, self.tokenizer)
+        print(f"backbone {describe_backbone(self.backbone, self.tokenizer)}; chat template {cfg.chat_template} ({why})")
         if cfg.checkpointing:
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.rows, self.warnings = {}, {}  # task -> split -> rows; task -> what cannot be answered, and why -> rows
         for task in tasks:
             self.rows[task], self.warnings[task] = data.encode_task(task, self.tokenizer, cfg)
         self.references = {}  # task -> column -> scores
+        longest = max(len(row) for splits in self.rows.values() for rows in splits.values() for row in rows)
+        if longest > self.backbone.config.max_position_embeddings:
+            print(f"warning: rows have up to {longest} tokens, but the backbone has only "
+                  f"{self.backbone.config.max_position_embeddings} positions; lower --max-length")
 
     def new_model(self, tasks: list[str]) -> AdaptedLM:
         cfg = self.cfg
         sizes = TALoRAConfig(cfg.prompt_length, cfg.rank, cfg.scale, cfg.gate_per_head)
-        return self.method.model(self.backbone, tasks, sizes)
+        model = self.method.model(self.backbone, tasks, sizes)
+        model.about = {"chat_template": cfg.chat_template}
+        return model
 
     def load(self, folder: Path) -> AdaptedLM:
         return self.method.model.load(folder / "best", self.backbone)
+
+
+def choose_chat_template(cfg: Config, backbone: torch.nn.Module, tokenizer) -> tuple[str, str]:
+    """on or off, and why: auto is on where a template exists and the backbone calls itself instruct or chat, by its
+    name or because its generation stops at the end token of a turn."""
+    if cfg.chat_template != "auto":
+        return cfg.chat_template, "as asked for"
+    if not tokenizer.chat_template:
+        return "off", "the tokenizer has none"
+    name = Path(cfg.backbone).name.lower()
+    ends = AdaptedLM(backbone).end_tokens
+    if "instruct" in name or "chat" in name:
+        return "on", "by the backbone's name"
+    if data.frame_of(tokenizer, chat=True).end in ends:
+        return "on", "its generation stops at the end of a turn"
+    return "off", "the backbone does not call itself instruct or chat"
+
+
+def describe_backbone(backbone: torch.nn.Module, tokenizer) -> str:
+    begin = tokenizer.decode(data.frame_of(tokenizer).before) or "none"
+    return (f"{type(backbone).__name__}, {backbone.num_parameters():,} weights in {str(backbone.dtype)[6:]}, begin "
+            f"token {begin}, end token {tokenizer.eos_token}, {backbone.config.max_position_embeddings:,} positions")
 
 
 def folder_of(cfg: Config, stage: str, task: str = "", shots: int = 0) -> Path:
@@ -420,8 +458,9 @@ def train_target(run: Run, folder: Path, task: str, shots: int) -> None:
     if shots:
         pool = data.load_task(task, "train", cfg.data_root)
         few, held = data.k_shot(pool, shots, cfg.seed)
-        rows = {"train": data.encode_all(few, run.tokenizer, cfg.max_length, keep_answer=True),
-                "dev": data.encode_all(held, run.tokenizer, cfg.max_length)}
+        chat = cfg.chat_template == "on"
+        rows = {"train": data.encode_all(few, run.tokenizer, cfg.max_length, True, chat),
+                "dev": data.encode_all(held, run.tokenizer, cfg.max_length, False, chat)}
         checkpoint.write_json(folder / "shots.json", data.shots_record(pool, shots, cfg.seed))
     torch.manual_seed(cfg.seed)
     model = run.load(folder_of(cfg, "multitask")) if "multitask" in method.learns else run.new_model([task])
@@ -507,12 +546,13 @@ def main(argv: list[str], method: Method = TALORA, command: str = "python train.
     run = Run(cfg, method, f"{command} {shlex.join(argv)}", list(needed)) if todo else None
     for job in made_of if todo else ():  # what is finished was built on the same backbone; its rows need not be read
         names = ([job[1]] if job[1] else cfg.sources) if job in todo else ()
-        made_of[job] |= {"backbone": describe(run.backbone)["hash"]} | {
+        made_of[job] |= {"backbone": describe(run.backbone)["hash"], "chat_template": cfg.chat_template} | {
             f"rows of {name}": data.rows_hash(sum(run.rows[name].values(), [])) for name in names}
         checkpoint.same_run(folder_of(cfg, *job), made_of[job])
     with checkpoint.lock(Path(cfg.run)):
         log = checkpoint.open_log(Path(cfg.run))
-        checkpoint.write_json(Path(cfg.run) / "options.json", {**dataclasses.asdict(cfg), "method": method.name})
+        if todo:
+            checkpoint.write_json(Path(cfg.run) / "options.json", {**dataclasses.asdict(cfg), "method": method.name})
         for job in todo:
             run.log, folder = log, folder_of(cfg, *job)
             folder.mkdir(parents=True, exist_ok=True)

@@ -22,8 +22,7 @@ class Characters:
     def __init__(self, merge="@"):
         self.merge = merge
 
-    def __call__(self, text, add_special_tokens):
-        assert add_special_tokens is False
+    def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
         return {"input_ids": [ord(character) for character in text.replace(self.merge, "@")]}
 
 
