@@ -30,7 +30,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from checkpoint import Parser, UserError, run_program
 from tasks import chinese, micro, rewrite
@@ -129,6 +129,8 @@ def load_splits(name: str, root: str | None = None) -> Splits:
     task, notes = task_of(name), []
     if not name or name.startswith(".") or set(name) & set("/\\"):
         raise UserError(f"{name!r} cannot be a task: its name should be that of a folder, without / or a dot in front")
+    if name in micro.TASKS and root and (Path(root) / name).exists():
+        raise UserError(f"{name!r} is a task of the micro-world; give the folder {Path(root) / name} another name")
     if name in micro.TASKS:
         source = "the micro-world"
         read = {split: (number_rows(micro.rows(name, split), f"{name} {split}"), Counter()) for split in SPLITS}
@@ -409,7 +411,7 @@ def encode_splits(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[d
         for example, row in zip(examples[split], rows[split]):
             right = [ids[:-1] for ids in answer_ids(tokenizer, example.references or (example.answer,))]
             if tokenizer.unk_token_id in row.answer_ids[:-1]:
-                warnings[f"{split} answers hold a token that the backbone does not know"] += 1
+                warnings[f"{split} answers hold tokens that the backbone does not know"] += 1
             if split == "test" and not example.choices and min(map(len, right)) > cfg.max_new_tokens:
                 warnings[too_long] += 1
             if not example.choices and example.fields and example.answer in example.prompt:
@@ -575,8 +577,10 @@ def main(argv: list[str]) -> None:
     if not names:
         raise UserError(f"--data-root {root} holds no <task>/train.jsonl")
     if options.backbone:
+        from model import load_tokenizer  # data.py comes before model.py, and only this page needs it
+
         try:
-            tokenizer = AutoTokenizer.from_pretrained(options.backbone, trust_remote_code=False)
+            tokenizer = load_tokenizer(options.backbone)
         except (OSError, ValueError) as error:
             raise UserError(f"--backbone {options.backbone} has no tokenizer that can be read ({error})") from None
     for name in options.task or names:

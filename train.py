@@ -502,7 +502,7 @@ def finish(run: Run, folder: Path, results: dict, ids: dict[str, int], columns: 
         rewritten[task] = sum(bool(row.operations) for row in tests["rewritten"]) / len(tests["rewritten"])
     if dev:
         best = max(row.get("dev_accuracy", 0) for row in evaluate.read_metrics(folder))
-        run.log(f"best on development rows: {best:.1%} right; scored as test rows are: " + ", ".join(
+        run.log(f"development rows: {best:.1%} right token for token; answered as test rows are: " + ", ".join(
             f"{task} {found['score']:.1%} ({found['rows']} rows)" for task, found in dev.items()))
     learning = learning_tensors(model, method.learns[results["stage"]], list(ids.values()))
     if cfg.pictures:
