@@ -67,8 +67,8 @@ def run_program(main: Callable[[list[str]], None], argv: list[str]) -> int:
         if isinstance(error, KeyboardInterrupt):
             code, sentence = 130, "stopped"
         elif isinstance(error, torch.OutOfMemoryError):
-            sentence = ("the GPU's memory is full; add --checkpointing, lower --tokens-per-batch (training) or "
-                        "--eval-tokens (test rows), or free the GPU")
+            sentence = ("the GPU's memory is full; add --checkpointing, lower --tokens-per-batch (training), "
+                        "--eval-tokens (test rows) or --tokens (benchmark), or free the GPU")
         resume = "" if isinstance(error, UserError) else "; what was saved is kept: repeat the command to resume"
         print(f"error: {sentence}{resume}", file=sys.stderr)
         return code

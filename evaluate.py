@@ -30,7 +30,7 @@ from checkpoint import Parser, UserError, pick_device, read_json, run_program, w
 from data import Encoded, Example, task_of
 from model import NO_TASK, AdaptedLM, TALoRA, evaluating, load_backbone
 from tasks.chinese import fill
-from tasks.metrics import accuracy, char_f1, exact_match, majority, relation_f1
+from tasks.metrics import NAMES, accuracy, char_f1, exact_match, macro_f1, majority, micro_f1
 
 # ---------------------------------------------------------------------------------------- predictions and scores
 
@@ -104,27 +104,33 @@ def score_task(task: str, predictions: Sequence[str], examples: Sequence[Example
     else:
         scores = {"accuracy": accuracy(predictions, golds)}
         if entry.metric == "micro_f1":
-            scores |= relation_f1(predictions, golds)
+            scores |= {"micro_f1": micro_f1(predictions, golds), "macro_f1": macro_f1(predictions, golds)}
         if entry.positive:  # the F1 of one of two answers
             others = [answer for answer in entry.answers if answer != entry.positive]
-            scores["f1_positive"] = relation_f1(predictions, golds, ignore=others)["micro_f1_known"]
+            scores["f1_positive"] = micro_f1(predictions, golds, left_out=others)
     return {"score": scores[entry.metric]} | scores
 
 
 # --------------------------------------------------------------------------------------------------------- tables
 
-def macro(scores: dict, column: str, rows: str = "plain") -> float:
+def macro(scores: dict, column: str, rows: str = "plain", metric: str = "score") -> float:
     """The mean of the tasks' scores in a column; nan if a task has none, as means over different tasks say little."""
-    found = [columns[column][rows]["score"] for columns in scores.values() if rows in columns.get(column, {})]
+    found = [columns[column][rows][metric] for columns in scores.values() if rows in columns.get(column, {})]
     return sum(found) / len(found) if len(found) == len(scores) else math.nan
 
 
 def table(scores: dict, metrics: dict[str, str], rows: str = "plain") -> str:
-    """scores[task][column][rows] in percent, one line a task and their mean; metrics[task] names the score."""
+    """scores[task][column][rows] in percent, one line a task and their mean; metrics[task] names the score. Relations
+    have a second line with their accuracy."""
     columns = list(dict.fromkeys(name for by in scores.values() for name in by if rows in by[name]))
-    parts = [(task, metrics[task], {task: scores[task]}) for task in scores] + [("macro average", "", scores)]
-    lines = [[name, metric, *(f"{100 * macro(part, column, rows):.1f}".replace("nan", "") for column in columns)]
-             for name, metric, part in parts]
+    parts = []
+    for task in scores:
+        parts.append((task, NAMES.get(metrics[task], metrics[task]), {task: scores[task]}, "score"))
+        if metrics[task] == "micro_f1":
+            parts.append((task, "accuracy", {task: scores[task]}, "accuracy"))
+    parts.append(("macro average", "", scores, "score"))
+    lines = [[name, metric, *(f"{100 * macro(part, column, rows, key):.1f}".replace("nan", "") for column in columns)]
+             for name, metric, part, key in parts]
     return markdown(["task", "metric", *columns], lines, align="<<" + ">" * len(columns), pad=True)
 
 
@@ -175,6 +181,8 @@ def references(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ta
 # Okabe's and Ito's colours, which colour-blind readers can tell apart, and line styles for readers in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("o-", "s--", "^-.", "v:", "D-", "x--")  # not as many as colours: pairs repeat after 42
+CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei",
+                 "WenQuanYi Zen Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB")
 
 
 def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 3.5), **options):
@@ -190,12 +198,34 @@ def save_figure(figure, path: Path) -> None:
         figure.savefig(file, dpi=130, format="png")
 
 
+def label_tasks(names: Sequence[str], path: Path, log: Callable[[str], None] = print) -> list[str]:
+    """Task names as the picture can show them: what matplotlib's font lacks comes from the first of CHINESE_FONTS that
+    is installed; a name that no font can show becomes "task 1" and so on, and the log says which."""
+    import matplotlib
+    from matplotlib import font_manager
+
+    installed = [font for font in CHINESE_FONTS if font in font_manager.get_font_names()]
+    fonts = list(dict.fromkeys([*matplotlib.rcParams["font.family"], *installed[:1]]))
+    matplotlib.rcParams["font.family"] = fonts  # a character is drawn in the first font that has it
+    files = [font_manager.findfont(font_manager.FontProperties(family=[font])) for font in fonts]
+    known = {code for file in files for code in font_manager.get_font(file).get_charmap()}
+    labels, numbers = {}, {}
+    for name in names:
+        if unknown := "".join(character for character in name if ord(character) not in known):
+            rest = "".join(character for character in name if ord(character) in known).strip(" -_")
+            labels[name] = f"task {numbers.setdefault(unknown, len(numbers) + 1)} {rest}".strip()
+    if labels:
+        log(f"{path}: {', '.join(f'{label} is {name}' for name, label in labels.items())}; no font has the characters "
+            f"(install one such as Noto Sans CJK, and delete {matplotlib.get_cachedir()})")
+    return [labels.get(name, name) for name in names]
+
+
 def read_metrics(folder: Path) -> list[dict]:
     """The rows that training logged into a stage's folder."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def draw_run(folder: Path) -> None:
+def draw_run(folder: Path, log: Callable[[str], None] = print) -> None:
     """Draw a stage from its metrics.jsonl: loss.png, and gates.png and cosines.png if the stage changed them."""
     rows = read_metrics(folder)
     steps, dev = [row for row in rows if "loss" in row], [row for row in rows if "dev_loss" in row]
@@ -213,7 +243,7 @@ def draw_run(folder: Path) -> None:
         save_figure(figure, folder / "gates.png")
     cosines = [row for row in rows if "cosines" in row]
     if cosines and cosines[0]["cosines"] != cosines[-1]["cosines"]:
-        draw_cosines(folder / "cosines.png", cosines[0], cosines[-1])
+        draw_cosines(folder / "cosines.png", cosines[0], cosines[-1], log)
 
 
 def gates_over_steps(axis, rows: Sequence[dict]):
@@ -228,12 +258,13 @@ def gates_over_steps(axis, rows: Sequence[dict]):
     return image
 
 
-def draw_cosines(path: Path, first: dict, last: dict) -> None:
+def draw_cosines(path: Path, first: dict, last: dict, log: Callable[[str], None] = print) -> None:
     """Draw |cos(A_i, A_j)|, the mean over layers, at two steps; first, last: rows of metrics.jsonl."""
     top = max(c for row in (first, last) for i, line in enumerate(row["cosines"]) for j, c in enumerate(line) if i != j)
+    names = label_tasks(first["tasks"], path, log)
     figure, axes = new_figure(1, 2, (10, 5.4), sharey=True)
     for axis, row, when in zip(axes, (first, last), ("before", "after")):
-        image = cosine_matrix(axis, row["tasks"], row["cosines"], top)
+        image = cosine_matrix(axis, names, row["cosines"], top)
         axis.set_title(f"{when} training (step {row['step']})")
     figure.colorbar(image, ax=axes, label="|cos| between tasks, mean over layers")
     save_figure(figure, path)
@@ -247,12 +278,13 @@ def cosine_matrix(axis, names: Sequence[str], cosines: Sequence[Sequence[float]]
     return axis.imshow(others, cmap="viridis", vmin=0, vmax=top)
 
 
-def draw_targets(folder: Path, folders: Sequence[Path]) -> None:
+def draw_targets(folder: Path, folders: Sequence[Path], log: Callable[[str], None] = print) -> None:
     """Draw targets.png into `folder`: the share of development rows that are right, a line for each of `folders`."""
     curves = {path.name: [row for row in read_metrics(path) if "dev_accuracy" in row] for path in folders}
     if any(curves.values()):
+        names = label_tasks(list(curves), folder / "targets.png", log)
         figure, axis = new_figure(size=(7, 4))
-        for i, (name, dev) in enumerate(curves.items()):
+        for i, (name, dev) in enumerate(zip(names, curves.values())):
             axis.plot([r["step"] for r in dev], [100 * r["dev_accuracy"] for r in dev], STYLES[i % len(STYLES)],
                       color=COLOURS[i % len(COLOURS)], label=name)
         axis.set(xlabel="step", ylabel="development rows right (%)", ylim=(0, 103), title="Target tasks")
@@ -288,7 +320,7 @@ def report(run: Path, log: Callable[[str], None]) -> None:
         log(f"\n{text}\nsaved as {run / name}")
     targets = [folder for name, folder, _ in found if name.startswith("target")]
     if targets and read_json(run / "options.json")["pictures"]:
-        draw_targets(run / "target", targets)
+        draw_targets(run / "target", targets, log)
 
 
 @dataclass

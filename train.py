@@ -506,7 +506,7 @@ def finish(run: Run, folder: Path, results: dict, ids: dict[str, int], columns: 
             f"{task} {found['score']:.1%} ({found['rows']} rows)" for task, found in dev.items()))
     learning = learning_tensors(model, method.learns[results["stage"]], list(ids.values()))
     if cfg.pictures:
-        evaluate.draw_run(folder)
+        evaluate.draw_run(folder, run.log)
     checkpoint.write_json(folder / "results.json", {
         **results, "method": method.name, "seed": cfg.seed, "trainable": count(model, learning),
         "metrics": metrics, "rewritten": rewritten, "scores": scores, "dev_as_test": dev,

@@ -205,8 +205,8 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
     given = _field(row, task.answer_field, where)
     values["options"] = "、".join(task.answers)
     if task.kind == "span":
-        spans = _spans(given, values[task.passage])
-        answers = {"answer": spans[0], "references": spans, "protected": spans}
+        references, spans = _spans(given, values[task.passage])
+        answers = {"answer": spans[0], "references": references, "protected": spans}
     elif task.kind == "choice":
         options, right = _options(given, _field(row, "choice", where), f"{values['context']}\n{values['question']}")
         letters = LETTERS[: len(options)]
@@ -264,17 +264,16 @@ def _label(task: Task, label: object, where: str) -> str:
     raise UserError(f"{where}: unknown label {name!r} for task {task.name!r}; known are {known}")
 
 
-def _spans(given: object, passage: str) -> tuple[str, ...]:
-    """The answers that really occur in the passage (published offsets are not used, some are wrong). given: a text, a
-    list of texts, a list of {"text": text} as in SQuAD, or {"text": list of texts} as on the hub."""
+def _spans(given: object, passage: str) -> tuple[list[str], list[str]]:
+    """All answers, and those that really occur in the passage (published offsets are not used, some are wrong). given:
+    a text, a list of texts, a list of {"text": text} as in SQuAD, or {"text": list of texts} as on the hub."""
     if isinstance(given, dict):
         given = given["text"]
     texts = [given] if isinstance(given, str) else [a["text"] if isinstance(a, dict) else a for a in given or ()]
-    answers = dict.fromkeys(text for text in map(_clean, texts) if text)
-    found = tuple(text for text in answers if text in passage)
-    if not found:
+    answers = list(dict.fromkeys(filter(None, map(_clean, texts))))
+    if not (found := [text for text in answers if text in passage]):
         raise Unusable("answer not in the text" if answers else "no answer")
-    return found
+    return answers, found
 
 
 def _options(given: object, choices: Sequence[object], text: str) -> tuple[list[str], int]:

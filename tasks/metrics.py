@@ -3,8 +3,12 @@ r"""How answers are scored. With p the tokens of a prediction and r those of a r
     exact match   1 if p = r for one of the references
     character F1  as in the script of CMRC 2018: with m the length of the longest common *contiguous* token sequence,
                   P = m / |p|,  R = m / |r|,  F1 = 2 P R / (P + R) = 2 m / (|p| + |r|),  the best over all references
-    relation F1   2 right / (predicted + true) of one name; micro: of the sums over all names, macro: the mean over
-                  names; both with and without the name for "no relation" (with it, micro F1 is accuracy)
+    micro F1      as in the script of SanWen and FinRE (thunlp/Chinese_NRE): "no relation" is left out of both
+                  P = right / predicted relations,  R = right / questions with a relation,  F1 = 2 P R / (P + R)
+    macro F1      the mean over all answers, "no relation" as well, of the F1 of each
+
+DRCD is shown with the character F1 of CMRC, as in CLUE; its own script takes for m the characters in common, in any
+order.
 """
 
 import re
@@ -13,6 +17,7 @@ from collections import Counter
 from collections.abc import Sequence
 from difflib import SequenceMatcher
 
+NAMES = {"micro_f1": "micro F1 (no relation left out)"}  # of metrics in tables, where the key does not say it all
 DROPPED = set("-:_*^/\\~`+=,;!?()\"'<>[]{}|…。“”‘’《》〈〉·•、「」『』【】〔〕—–〜﹏")  # as they look after NFKC
 TOKEN = re.compile(r"[a-z0-9]+(?:\.[a-z0-9]+)*|\S")  # "3.5" is one token (the script splits Latin words with nltk)
 
@@ -42,22 +47,22 @@ def accuracy(predictions: Sequence[str], golds: Sequence[tuple[str, ...]]) -> fl
     return sum(p in gold for p, gold in zip(predictions, golds, strict=True)) / len(golds)
 
 
-def relation_f1(predictions: Sequence[str], golds: Sequence[tuple[str, ...]],
-                ignore: Sequence[str] = ("无关",)) -> dict[str, float]:
-    """micro_f1, macro_f1 of all names that occur, and micro_f1_known, macro_f1_known without those in `ignore`. Of
-    several right names of a row, the predicted one counts as its gold, otherwise the first."""
-    right, predicted, true = Counter(), Counter(), Counter()
-    for prediction, gold in zip(predictions, golds, strict=True):
-        predicted[prediction] += 1
-        true[prediction if prediction in gold else gold[0]] += 1
-        right[prediction] += prediction in gold
-    scores, occurring = {}, predicted.keys() | true.keys()
-    for suffix, names in (("", occurring), ("_known", occurring - set(ignore))):
-        total = sum(predicted[name] + true[name] for name in names)
-        each = [2 * right[name] / (predicted[name] + true[name]) for name in sorted(names)]
-        scores[f"micro_f1{suffix}"] = 2 * sum(right[name] for name in names) / total if total else 0.0
-        scores[f"macro_f1{suffix}"] = sum(each) / len(each) if each else 0.0
-    return scores
+def micro_f1(predictions: Sequence[str], golds: Sequence[tuple[str, ...]],
+             left_out: Sequence[str] = ("无关",)) -> float:
+    """The F1 of all answers but those left out. A row with several right answers is one to be found, also where "no
+    relation" is among them; 0 if nothing is right."""
+    right = sum(p in gold and p not in left_out for p, gold in zip(predictions, golds, strict=True))
+    predicted = sum(p not in left_out for p in predictions)
+    true = sum(not set(gold) <= set(left_out) for gold in golds)
+    return 2 * right / (predicted + true) if right else 0.0
+
+
+def macro_f1(predictions: Sequence[str], golds: Sequence[tuple[str, ...]]) -> float:
+    """The mean F1 of the answers that occur. Of several right ones of a row, the predicted one counts as its gold,
+    otherwise the first."""
+    golds = [p if p in gold else gold[0] for p, gold in zip(predictions, golds, strict=True)]
+    right, both = Counter(p for p, gold in zip(predictions, golds) if p == gold), Counter([*predictions, *golds])
+    return sum(2 * right[name] / both[name] for name in sorted(both)) / len(both)
 
 
 def majority(answers: Sequence[str]) -> str:

@@ -217,7 +217,7 @@ def test_numbers_that_are_not_finite_are_never_saved(small_world, tmp_path, monk
     (RunFailed("too hot"), 1, "error: too hot\n"),
     (OSError(28, "No space left", "a.pt"), 1, "No space left: 'a.pt'; what was"),
     (KeyboardInterrupt(), 130, "stopped; what was"),
-    (torch.OutOfMemoryError("CUDA"), 1, "--tokens-per-batch (training) or --eval-tokens"),
+    (torch.OutOfMemoryError("CUDA"), 1, "--tokens-per-batch (training), --eval-tokens"),
 ], ids=lambda value: type(value).__name__)
 def test_an_error_is_one_line_with_an_exit_code_and_a_traceback_only_with_debug(error, code, words, capsys):
     def main(arguments):

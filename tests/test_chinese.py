@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import data
+import evaluate
 from checkpoint import UserError
 from tasks import chinese
 from tasks.chinese import TASKS
@@ -89,7 +90,7 @@ def test_every_task_reads_its_published_form(tmp_path, name):
     assert example.answer == answer and example.choices == TASKS[name].answers
     assert "、".join(example.choices) in example.prompt
     if TASKS[name].kind == "span":
-        assert example.references == (answer,) and answer in example.prompt  # "不在文中" is not a reference
+        assert example.references == (answer, *["不在文中"] * (name == "cmrc2018")) and answer in example.prompt
 
 
 @pytest.mark.parametrize("name, label, answer", [
@@ -188,7 +189,24 @@ def test_nested_documents_of_squad_and_c3_are_flattened(indent):
         ((place, row),) = chinese.parse_rows(json.dumps(document, indent=indent), where="f")
         example = data.to_example(name, chinese.to_prompt(TASKS[name], row, place), place)
         assert example.row == "f, entry 1"
-        assert example.references == ("1年",) if name == "drcd" else f"{example.answer}. 去" in example.prompt
+        assert example.references == ("1年", "沒有") if name == "drcd" else f"{example.answer}. 去" in example.prompt
+
+
+def test_a_question_is_scored_against_all_its_answers_and_trained_on_one_that_stands_in_the_passage():
+    example = example_of("cmrc2018", answers={"text": ["第0年。", "第0年", "在第0年", "第零年"]})
+    assert example.answer == "第0年" and example.protected == ("第0年", "在第0年")
+    for answer in example.references:
+        assert evaluate.score_task("cmrc2018", [answer], [example])["exact_match"] == 1
+
+
+def test_the_relations_of_two_names_in_a_text_are_one_question_of_the_test_and_a_train_row_each(tmp_path):
+    train, test = both("finre")
+    train += [row | {"relation": "合作"} for row in train]
+    test += [row | {"relation": "合作"} for row in test[:1]] + test[1:2]
+    splits = data.load_splits("finre", str(write_rows(tmp_path, "finre", train, test)))
+    assert len(splits.train) == 22 and [set(row.references) for row in splits.dev] == [{"被收购", "合作"}]
+    assert sorted(len(row.references) for row in splits.test) == [0, 0, 0, 2] and len(test) == 6
+    assert evaluate.score_task("finre", ["合作"] * 4, splits.test)["score"] == 2 * 1 / (4 + 4)
 
 
 @pytest.mark.parametrize("name, changes, reasons", [

@@ -84,13 +84,6 @@ def test_texts_of_cote_bd_are_not_trained_on_through_cote_mfw(tmp_path):
     assert splits.report["dropped"]["train"] == {"text also in cote_bd": 5} and splits.report["notes"] == []
 
 
-def test_rows_with_two_relations_accept_both(tmp_path):
-    test = [published("finre", 50), published("finre", 50, relation="合作"), published("finre", 51)]
-    write_rows(tmp_path, "finre", [published("finre", i) for i in range(12)], test)
-    references = {(e.answer, e.references) for e in data.load_task("finre", "test", tmp_path)}
-    assert references == {("被收购", ("被收购", "合作")), ("合作", ("合作", "被收购")), ("被收购", ())}
-
-
 def test_own_rows_need_no_entry_in_the_table(tmp_path):
     spans = [{"prompt": f"名字：小{i}", "answer": f"小{i}", "passage": f"小{i}"} for i in range(24)]
     choices = [{"prompt": f"选{i}", "answer": i, "choices": [i, "乙"], "group": i // 2} for i in range(24)]

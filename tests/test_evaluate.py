@@ -109,6 +109,11 @@ def test_a_table_has_a_line_for_every_task_and_their_mean_and_blanks_for_what_is
         "| y             | char_f1  |     50.0 |        |\n"
         "| macro average |          |     50.0 |        |\n")
     assert "talora" not in evaluate.table(scores, {"x": "accuracy", "y": "char_f1"}, "rewritten")
+    relations = {"finre": {"talora": {"plain": {"score": 0.5, "micro_f1": 0.5, "accuracy": 0.75}}}}
+    assert evaluate.table(relations, {"finre": "micro_f1"}).splitlines()[2:] == [
+        "| finre         | micro F1 (no relation left out) |   50.0 |",
+        "| finre         | accuracy                        |   75.0 |",
+        "| macro average |                                 |   50.0 |"]
     assert evaluate.markdown(["a", "b"], [["long", "1"]]) == "| a | b |\n| --- | ---: |\n| long | 1 |\n"
 
 
@@ -128,6 +133,27 @@ def test_pictures_are_drawn_from_the_metrics_file_alone_and_none_of_nothing(tmp_
     evaluate.draw_targets(tmp_path / "empty", [tmp_path / "empty"])
     assert {path.name for path in tmp_path.rglob("*.png")} == {"loss.png", "gates.png", "cosines.png", "targets.png"}
     assert not list((tmp_path / "empty").glob("*.png"))
+
+
+@pytest.mark.filterwarnings("error:Glyph")
+@pytest.mark.parametrize("installed, labels", [
+    ((), ["task 1", "task 2 8-shot", "task 1 x", "café"]),
+    (("not installed", "STIXGeneral"), ["task 1", "\U0001d49c-8-shot", "task 1 x", "café"])])
+def test_names_are_drawn_in_a_font_that_has_their_characters_and_numbered_where_none_has(
+        tmp_path, monkeypatch, installed, labels):
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, "font.family", ["DejaVu Sans"])  # which has no script A
+    monkeypatch.setattr(evaluate, "CHINESE_FONTS", installed)
+    names, said = ["情感", "\U0001d49c-8-shot", "情感-x", "café"], []
+    assert evaluate.label_tasks(names, tmp_path, said.append) == labels
+    assert "task 1 is 情感, " in said[0] and "café" not in said[0]
+    row = {"step": 1, "tasks": names, "cosines": [[0.5] * 4] * 4, "dev_accuracy": 0.5, "dev_loss": 1.5}
+    evaluate.draw_cosines(tmp_path / "cosines.png", row, row)
+    folders = [tmp_path / name for name in names]
+    for folder in folders:
+        write_metrics(folder, row)
+    evaluate.draw_targets(tmp_path, folders)
 
 
 def test_the_picture_of_the_gates_shows_their_signs():
