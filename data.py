@@ -333,14 +333,18 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 
     If prompt and longest answer have more than max_length tokens, a window of the passage stays: around the two names
     of a relation, around the answer of a span task (at the beginning with keep_answer=False, for a test must not know
-    it). Nothing else is ever cut. Raises UserError if even that is too long, or if the answer has no token."""
+    it). Nothing else is ever cut. Raises UserError if even that is too long, or if the answer has no token. A row
+    without choices whose answer is too long comes out longer than max_length, see `fitting`."""
     frame = frame_of(tokenizer, chat)
     context = frame.context or example.prompt[-16:]  # tokens merge over a few characters at most
     answer, *choices = answer_ids(tokenizer, (example.answer, *example.choices), context, chat)
     if len(answer) < 2:
         raise UserError(f"{example.row or example.task}: the answer {example.answer!r} has no token in this tokenizer; "
                         "use another answer or tokenizer")
-    room = max_length - max(map(len, (answer, *choices))) - len(frame.before) - len(frame.after)
+    longest = max(map(len, (answer, *choices)))
+    if not (choices or keep_answer):
+        longest = min(longest, max_length // 2)  # a question may be asked however long its answer is
+    room = max_length - longest - len(frame.before) - len(frame.after)
     prompt = tokens_of(tokenizer, example.prompt)
     if len(prompt) > room:
         prompt = _shorten(example, tokenizer, room, keep_answer)
@@ -364,10 +368,10 @@ def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, ke
 
     low, high = last - first if task.kind == "span" else 0, len(passage)
     if len(window(low)) > room:
-        fault = f"the prompt without its passage has {len(window(low))} tokens, but the answer leaves room for {room}"
-        if (size := len(answer_ids(tokenizer, (example.answer,))[0])) > room:
-            fault = f"the answer {example.answer[:30]!r} has {size} tokens, which leaves {max(room, 0)} for the prompt"
-        raise UserError(f"{example.row or example.task}: {fault}; raise --max-length or drop the row")
+        if low:  # the answer, once in its passage and once behind the prompt, is too long
+            return window(low)
+        raise UserError(f"{example.row or example.task}: the prompt without its passage has {len(window(low))} tokens, "
+                        f"but the answer leaves room for {room}; raise --max-length or drop the row")
     while low < high - 1:  # window(low) fits, window(high) does not
         middle = (low + high) // 2
         low, high = (middle, high) if len(window(middle)) <= room else (low, middle)
@@ -387,23 +391,34 @@ def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
     rows = [encode(example, tokenizer, max_length, keep_answer, chat)
             for example in tqdm(examples, "tokenising", leave=False, disable=None)]
     for example, row in zip(examples, rows):
-        check_choices(example, row)
+        last = dict(zip(row.choice_ids, example.choices))
+        for ids, choice in zip(row.choice_ids, example.choices):
+            if choice != last[ids]:
+                raise UserError(f"{example.row or example.task}: the choices {choice!r} and {last[ids]!r} are the same "
+                                "tokens to this backbone; word one of them differently, or use another backbone")
     return rows
 
 
-def check_choices(example: Example, row: Encoded) -> None:
-    """Raises UserError if two choices are the same tokens: the first of them would always win."""
-    seen = {}  # tokens -> choice
-    for choice, ids in zip(example.choices, row.choice_ids):
-        if seen.setdefault(ids, choice) != choice:
-            raise UserError(f"{example.row or example.task}: the choices {seen[ids]!r} and {choice!r} are the same "
-                            "tokens to this backbone; word one of them differently, or use another backbone")
+def fitting(rows: list[Encoded], max_length: int) -> list[Encoded]:
+    """The rows to learn from: without those whose answer is too long. Raises UserError if none is left."""
+    kept = [row for row in rows if len(row) <= max_length]
+    if not kept:
+        raise UserError(f"no row of {rows[0].task} fits into --max-length {max_length}; raise it")
+    return kept
 
 
-def encode_splits(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dict[str, list[Encoded]], Counter]:
-    """Rows of a task as tokens, {train | dev | test | rewritten: rows}, and how many cannot be answered, by reason.
-    Raises UserError for a row that does not fit, or if no test answer does. cfg: as in `encode_task`."""
+def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dict[str, list[Encoded]], Counter]:
+    """All rows of a task before training, {train | dev | test | rewritten: rows}, and how many of them cannot be
+    answered, by reason. Raises UserError for a row that does not fit, too few rows for the shots, or a task that cannot
+    be learned or answered.
+
+    cfg: data_root, seed, targets, shots, dev_rows, max_length, max_new_tokens and chat_template are read."""
     splits, warnings = load_splits(name, cfg.data_root), Counter()
+    if splits.train[0].choices and len({row.answer for row in splits.train}) == 1:
+        raise UserError(f"all {len(splits.train)} train rows of {name} have the answer '{splits.train[0].answer}': "
+                        "there is nothing to tell apart; add rows with another answer, or leave the task out")
+    for shots in cfg.shots if name in cfg.targets else ():
+        k_shot(splits.train, shots, cfg.seed)
     examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": splits.test,
                 "rewritten": test_rows(name, cfg)["rewritten"]}
     rows = {split: encode_all(some, tokenizer, cfg.max_length, split == "train", cfg.chat_template == "on")
@@ -412,6 +427,8 @@ def encode_splits(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[d
     for split in ("train", "dev", "test"):
         for example, row in zip(examples[split], rows[split]):
             right = [ids[:-1] for ids in answer_ids(tokenizer, example.references or (example.answer,))]
+            if split != "test" and len(row) > cfg.max_length:
+                warnings[f"{split} rows are left out for answers that are too long; raise --max-length"] += 1
             if tokenizer.unk_token_id in row.answer_ids[:-1]:
                 warnings[f"{split} answers hold tokens that the backbone does not know"] += 1
             if split == "test" and not example.choices and min(map(len, right)) > cfg.max_new_tokens:
@@ -422,7 +439,7 @@ def encode_splits(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[d
                     warnings[f"{split} answers are cut away where their passage is shortened; raise --max-length"] += 1
     if warnings[too_long] == len(splits.test):
         raise UserError(f"{name}: {len(splits.test)} of {len(splits.test)} {too_long}")
-    return rows, warnings
+    return rows | {split: fitting(rows[split], cfg.max_length) for split in ("train", "dev")}, warnings
 
 
 def _show(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -430,22 +447,11 @@ def _show(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return "".join(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).split())
 
 
-def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dict[str, list[Encoded]], Counter]:
-    """What `encode_splits` returns, before training; prints what was left out and what cannot be answered. Raises
-    UserError for a row that does not fit, too few rows for the shots, or a task that cannot be learned or answered.
-
-    cfg: data_root, seed, targets, shots, dev_rows, max_length, max_new_tokens and chat_template are read."""
-    splits = load_splits(name, cfg.data_root)
-    notes = [f"{split}: left out {_counts(dropped)}" for split, dropped in splits.report["dropped"].items() if dropped]
-    if splits.train[0].choices and len({row.answer for row in splits.train}) == 1:
-        raise UserError(f"all {len(splits.train)} train rows of {name} have the answer '{splits.train[0].answer}': "
-                        "there is nothing to tell apart; add rows with another answer, or leave the task out")
-    for shots in cfg.shots if name in cfg.targets else ():
-        k_shot(splits.train, shots, cfg.seed)
-    rows, warnings = encode_splits(name, tokenizer, cfg)
-    if notes := notes + splits.report["notes"] + ([_counts(warnings)] if warnings else []):
-        print(f"{name}: {'; '.join(notes)}")
-    return rows, warnings
+def list_notes(name: str, root: str | None, warnings: dict[str, int]) -> list[str]:
+    """What to know about a task: rows left out, how it was read, rows that cannot be answered."""
+    report = load_splits(name, root).report
+    left_out = [f"left out of {split}: {_counts(dropped)}" for split, dropped in report["dropped"].items() if dropped]
+    return left_out + report["notes"] + [f"{count} {reason}" for reason, count in warnings.items()]
 
 
 @dataclass
@@ -539,20 +545,19 @@ def page(name: str, root: str | None = None, tokenizer: PreTrainedTokenizerBase 
     """What to look at first: counts, rows left out, lengths, balance of answers, an example, a rewritten example; with
     a tokenizer (and cfg, as `encode_task` reads it) also how many rows cannot be answered."""
     splits = load_splits(name, root)
-    train, test, report = splits.train, splits.test, splits.report
+    train, test = splits.train, splits.test
     task, lengths = task_of(name, train), sorted(len(e.prompt) + len(e.answer) for e in train)
     rewritten = {e: new for e in test if (new := perturb(e, seed=0)).operations}
-    example, doubts = min(rewritten or test, key=lambda e: len(e.prompt)), []
+    example, notes = min(rewritten or test, key=lambda e: len(e.prompt)), list_notes(name, root, {})
     if tokenizer:
         try:
-            doubts = [f"  warnings    {_counts(encode_splits(name, tokenizer, cfg)[1])}"]
+            notes = list_notes(name, root, encode_task(name, tokenizer, cfg)[1])
         except UserError as error:
-            doubts = [f"  refused     {error}"]
+            notes.append(f"refused: {error}")
     lines = [
-        f"{name}: {task.role} task, {task.kind}, scored by {task.metric}, from {report['source']}",
+        f"{name}: {task.role} task, {task.kind}, scored by {task.metric}, from {splits.report['source']}",
         f"  rows        {len(train)} train, {len(splits.dev)} dev (cut from train), {len(test)} test",
-        *(f"  left out    of {split}: {_counts(dropped)}" for split, dropped in report["dropped"].items() if dropped),
-        *(f"  note        {note}" for note in report["notes"]), *doubts,
+        *(f"  note        {note}" for note in notes),
         f"  characters  {lengths[len(lengths) // 2]} (median), {lengths[-1]} (longest train row, with its answer)",
         f"  answers     {_counts(Counter(e.answer for e in train))}",
         f"  example     {example.row}", indent(example.prompt, "    "), f"  answer      {example.answer}",
@@ -573,7 +578,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-length", type=int, default=128, help="as in train.py (default: 128)")
     parser.add_argument("--max-new-tokens", type=int, default=8, help="as in train.py (default: 8)")
     parser.add_argument("--chat-template", default="off", choices=("on", "off"), help="as in train.py (default: off)")
-    options = parser.parse_args(argv, SimpleNamespace(seed=0, dev_rows=None))
+    options = parser.parse_args(argv, SimpleNamespace(seed=0, dev_rows=None, targets=()))
     root, tokenizer = options.data_root, None
     names = sorted({path.parent.name for path in Path(root).glob("*/*train*.*")}) if root else micro.TASKS
     if not names:

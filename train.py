@@ -385,6 +385,8 @@ class Run:
         self.rows, self.warnings = {}, {}  # task -> split -> rows; task -> what cannot be answered, and why -> rows
         for task in tasks:
             self.rows[task], self.warnings[task] = data.encode_task(task, self.tokenizer, cfg)
+            for note in data.list_notes(task, cfg.data_root, self.warnings[task]):
+                print(f"{task}: {note}")
         self.references = {}  # task -> column -> scores
         longest = max(len(row) for splits in self.rows.values() for rows in splits.values() for row in rows)
         if longest > self.backbone.config.max_position_embeddings:
@@ -459,8 +461,8 @@ def train_target(run: Run, folder: Path, task: str, shots: int) -> None:
         pool = data.load_task(task, "train", cfg.data_root)
         few, held = data.k_shot(pool, shots, cfg.seed)
         chat = cfg.chat_template == "on"
-        rows = {"train": data.encode_all(few, run.tokenizer, cfg.max_length, True, chat),
-                "dev": data.encode_all(held, run.tokenizer, cfg.max_length, False, chat)}
+        rows = {split: data.fitting(data.encode_all(some, run.tokenizer, cfg.max_length, split == "train", chat),
+                                    cfg.max_length) for split, some in (("train", few), ("dev", held))}
         checkpoint.write_json(folder / "shots.json", data.shots_record(pool, shots, cfg.seed))
     torch.manual_seed(cfg.seed)
     model = run.load(folder_of(cfg, "multitask")) if "multitask" in method.learns else run.new_model([task])

@@ -223,11 +223,19 @@ def test_the_names_of_a_relation_survive_and_what_cannot_be_shortened_is_named()
     example = example_of("sanwen", text="前" * 200 + "我走到河边" + "后" * 200)
     prompt = text_of(data.encode(example, TOKENIZER, 120).prompt_ids)
     assert "我走到河" in prompt and "甲：我\n乙：河\n可选：无关、创作" in prompt and prompt.endswith("关系：")
-    long = {"prompt": "长" * 50 + "问", "passage": "长" * 50, "answer": "长" * 30}
-    long = data.to_example("mine", long, "f:3")
-    for row, length, fault in ((example, 40, "prompt without"), (long, 55, "answer '长")):
-        with pytest.raises(UserError, match=f"f:3: the {fault}.*max-length"):
+    for row, length in ((example, 40), (data.to_example("mine", {"prompt": "很长" * 50, "answer": "短"}, "f:3"), 20)):
+        with pytest.raises(UserError, match="f:3.*max-length"):
             data.encode(row, TOKENIZER, length)
+
+
+def test_a_span_that_is_too_long_is_not_learned_from_but_its_question_is_still_asked():
+    example = data.to_example("mine", {"prompt": "长" * 90 + "问？", "passage": "长" * 90, "answer": "长" * 30})
+    for keep_answer, prompt in ((True, 32), (False, 30)):
+        row = data.encode(example, TOKENIZER, 60, keep_answer)
+        assert len(row.prompt_ids) == prompt and len(row.answer_ids) == 31
+        with pytest.raises(UserError, match="no row of mine fits into --max-length 60"):
+            data.fitting([row], 60)
+    assert data.fitting([row, row], 61) == [row, row]
 
 
 def test_an_own_row_is_shortened_around_its_answer_or_around_what_it_protects():
@@ -258,7 +266,7 @@ def test_rows_that_cannot_be_answered_are_counted_by_reason(tmp_path, capsys):
     assert "3 test answers are cut away where their passage is shortened; raise --max-length" in out
     assert "1 test answers hold tokens that the backbone does not know" in out and "train answers are cut" not in out
     assert "1 test answers are longer than --max-new-tokens 3" in out
-    assert "refused     " in out and "the choices '坏' and '好' are the same tokens" in out
+    assert "refused: " in out and "the choices '坏' and '好' are the same tokens" in out
 
 
 def test_collate_on_a_hand_written_batch():
