@@ -55,6 +55,7 @@ class Example:
     fields: tuple[tuple[str, int, int], ...] = ()  # name, start and end in `prompt` of what filled the template
     row: str = ""  # file and line, for messages
     operations: tuple[str, ...] = ()  # what `perturb` did
+    own: bool = False  # a prompt of your own in a folder that is called like an entry of the table
 
 
 def to_example(name: str, row: dict, where: str = "") -> Example:
@@ -73,6 +74,7 @@ def to_example(name: str, row: dict, where: str = "") -> Example:
     if choices and (answer not in choices or len(set(choices)) < max(2, len(choices))):
         raise UserError(f"{where}: choices {choices} should be two or more different texts with the answer {answer!r}")
     fields = row.get("fields", ())
+    own = name in TASKS and TASKS[name].template != "" and not fields
     if passage:
         if passage not in prompt:
             raise UserError(f"{where}: the passage {passage[:40]!r} does not occur in the prompt as it stands")
@@ -80,7 +82,7 @@ def to_example(name: str, row: dict, where: str = "") -> Example:
         protected = protected if choices else (answer, *references, *protected)
     references = tuple(dict.fromkeys((answer, *references))) if references else ()
     return Example(name, prompt, answer, choices, references, protected, group or chinese.group_of(prompt),
-                   hard_prompt, fields, where)
+                   hard_prompt, fields, where, own=own)
 
 
 def _text(value: object) -> str:
@@ -91,7 +93,7 @@ def _text(value: object) -> str:
 def task_of(name: str, examples: Sequence[Example] = ()) -> Task:
     """The entry of the table; for rows of your own, in whatever folder, what the examples show: a span task without
     choices, a closed one with the same choices in every row, in any order, otherwise a choice task."""
-    if name in TASKS and not (examples and _borrows_name(examples[0])):
+    if name in TASKS and not (examples and examples[0].own):
         return TASKS[name]
     choices = examples[0].choices if examples else ()
     same = all(set(example.choices) == set(choices) for example in examples)
@@ -99,11 +101,6 @@ def task_of(name: str, examples: Sequence[Example] = ()) -> Task:
     role = "target" if name in (*micro.TARGETS, *chinese.TARGETS) else "source"
     metric = "char_f1" if kind == "span" else "accuracy"
     return Task(name, role, kind, metric, answers=choices if kind == "closed" else ())
-
-
-def _borrows_name(example: Example) -> bool:
-    """Is it a row of your own, a whole prompt, in a folder that is called like an entry of the table?"""
-    return example.task in TASKS and not {name for name, _, _ in example.fields} >= set(TASKS[example.task].fields)
 
 
 @dataclass
@@ -158,7 +155,7 @@ def load_splits(name: str, root: str | None = None) -> Splits:
         if not rows:
             raise UserError(f"task {name!r} has no usable {split} row in {source} (left out: {_counts(dropped[split])})"
                             "; add rows or leave the task out")
-    if len({(bool(example.choices), _borrows_name(example)) for example in train + test}) > 1:
+    if len({(bool(example.choices), example.own) for example in train + test}) > 1:
         raise UserError(f"task {name!r} has rows with and without choices, or with and without prompts of their own, "
                         f"in {source}; make two tasks of them")
     if task.metric == "micro_f1":
@@ -245,7 +242,7 @@ def perturb(example: Example, seed: int) -> Example:
         prompt, hard = (text and micro.perturb(text, seed) for text in (example.prompt, example.hard_prompt))
         return replace(example, prompt=prompt, hard_prompt=hard,
                        operations=("template",) if prompt != example.prompt else ())
-    task, values = task_of(example.task), {name: example.prompt[start:end] for name, start, end in example.fields}
+    task, values = task_of(example.task, [example]), {name: example.prompt[start:end] for name, start, end in example.fields}
     if values.keys() != set(task.fields):  # a whole prompt of the user's own
         return example
     values, operation = rewrite.rewrite(values, task, example.protected, random.Random(f"{seed} {example.prompt}"))

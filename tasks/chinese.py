@@ -200,7 +200,7 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
     if empty := [name for name, text in values.items() if not text]:
         raise Unusable(f"empty {empty[0]}")
     if whole:
-        return row
+        return row | {"fields": ()}
     group = group_of(*(values[name] for name in task.group or (task.passage,)))
     given = _field(row, task.answer_field, where)
     values["options"] = "、".join(task.answers)
