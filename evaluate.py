@@ -21,7 +21,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -465,8 +464,6 @@ def main(argv: list[str], model_class: type[AdaptedLM] = TALoRA) -> None:
     options = parser.parse_args(argv)
     if (options.ask or options.choices) and not (options.run and options.task and " ".join(options.ask).strip(" =>")):
         raise UserError("a question needs --run RUN, --task NAME and --ask TEXT; only --choices may be left out")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     stages = open_run(options.run or options.diagnose, model_class, options.task)
     if options.ask:
         print("\n\n".join(f"{s.folder} answers: {ask(s, options.task, options.ask, options.choices)}" for s in stages))

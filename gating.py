@@ -14,9 +14,9 @@ not do: even with values at zero the prompt's keys would draw attention away fro
 negative, and their layers subtract what the prompt contributes. A gate that changes its sign passes through "shut".
 
 At g = 0 the prompt gets no gradient: d loss / d theta carries the factor tanh(0) = 0. The gate does, since
-d tanh(g) / dg = 1 there. So in the first step only the gates move, and from the second step everything learns. This
-works because the gate is the *only* factor on its path that starts at zero; if the prompt were zero as well, neither
-would ever get a gradient.
+d tanh(g) / dg = 1 there. So the task loss moves only the gates in the first step, and everything from the second step
+on. This works because the gate is the *only* factor on its path that starts at zero: if what the prompt adds were zero
+as well (a zero prompt through projections without a bias), neither would ever get a gradient.
 
 Queries arrive rotated by their position, prompt keys are not rotated (as in LLaMA-Adapter): a prompt row has no place
 in the text. That makes the score depend on the query's absolute position, so positions must always count real

@@ -27,6 +27,7 @@ For rank-1 matrices ``A_i^T A_j = (u_i . u_j) v_i v_j^T``, so no d x d matrix is
 The last line is the printed form, and its middle term *rewards* tasks for pointing the same way: near zero factors its
 gradient makes ``<A_i, A_j>`` grow. That contradicts the purpose the text gives it, so the default here is the mean
 squared cosine between task matrices, which is met by orthogonal tasks only and cannot be met by shrinking them.
+Orthogonal means ``<A_i, A_j>_F = 0``: u or v may be; ``A_i^T A_j = 0`` needs orthogonal u, of which there are only r.
 
     symbol   code     shape       meaning
     theta0   theta0   (P, d)      prompt shared by all tasks
