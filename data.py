@@ -242,7 +242,8 @@ def perturb(example: Example, seed: int) -> Example:
         prompt, hard = (text and micro.perturb(text, seed) for text in (example.prompt, example.hard_prompt))
         return replace(example, prompt=prompt, hard_prompt=hard,
                        operations=("template",) if prompt != example.prompt else ())
-    task, values = task_of(example.task, [example]), {name: example.prompt[start:end] for name, start, end in example.fields}
+    task = task_of(example.task, [example])
+    values = {name: example.prompt[start:end] for name, start, end in example.fields}
     if values.keys() != set(task.fields):  # a whole prompt of the user's own
         return example
     values, operation = rewrite.rewrite(values, task, example.protected, random.Random(f"{seed} {example.prompt}"))
