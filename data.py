@@ -25,6 +25,7 @@ from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 from textwrap import indent
+from types import SimpleNamespace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -54,37 +55,52 @@ class Example:
     fields: tuple[tuple[str, int, int], ...] = ()  # name, start and end in `prompt` of what filled the template
     row: str = ""  # file and line, for messages
     operations: tuple[str, ...] = ()  # what `perturb` did
+    own: bool = False  # a prompt of your own in a folder that is called like an entry of the table
 
 
 def to_example(name: str, row: dict, where: str = "") -> Example:
     """A row {"prompt", "answer"} as an Example; choices, references, protected, group, hard_prompt and passage (a part
     of the prompt that may be shortened) are optional. Raises UserError by file and line."""
-    lists = ("choices", "references", "protected")
-    for key in ("prompt", "answer", "group", "hard_prompt", "passage", *lists):
-        if row.get(key) is not None and isinstance(row[key], list | tuple) != (key in lists):
-            raise UserError(f"{where}: {key} is {row[key]!r}, but should be a {'list' if key in lists else 'text'}")
-    prompt, answer = str(row["prompt"]), str(row["answer"])
-    choices, references, protected = (tuple(map(str, row.get(key) or ())) for key in lists)
+    lists, texts = ("choices", "references", "protected"), ("prompt", "answer", "group", "hard_prompt", "passage")
+    for key in texts:
+        if isinstance(row.get(key), list | dict):
+            raise UserError(f"{where}: {key} is {row[key]!r}, but should be a text")
+    for key in lists:
+        value = row.get(key) or ()
+        if not isinstance(value, list | tuple) or any(isinstance(part, list | dict | None) for part in value):
+            raise UserError(f"{where}: {key} is {value!r}, but should be a list of texts")
+    prompt, answer, group, hard_prompt, passage = (_text(row.get(key)) for key in texts)
+    choices, references, protected = (tuple(map(_text, row.get(key) or ())) for key in lists)
     if choices and (answer not in choices or len(set(choices)) < max(2, len(choices))):
         raise UserError(f"{where}: choices {choices} should be two or more different texts with the answer {answer!r}")
-    fields, passage = row.get("fields", ()), str(row.get("passage") or "")
-    if passage and passage in prompt:
+    fields = row.get("fields", ())
+    own = name in TASKS and TASKS[name].template != "" and not fields
+    if passage:
+        if passage not in prompt:
+            raise UserError(f"{where}: the passage {passage[:40]!r} does not occur in the prompt as it stands")
         fields = (("text", prompt.index(passage), prompt.index(passage) + len(passage)),)
+        protected = protected if choices else (answer, *references, *protected)
     references = tuple(dict.fromkeys((answer, *references))) if references else ()
-    return Example(name, prompt, answer, choices, references, protected,
-                   str(row.get("group") or chinese.group_of(prompt)), row.get("hard_prompt") or "", fields, where)
+    return Example(name, prompt, answer, choices, references, protected, group or chinese.group_of(prompt),
+                   hard_prompt, fields, where, own=own)
+
+
+def _text(value: object) -> str:
+    """A value of JSON as text; a whole number is the same text as 1 and as 1.0."""
+    return "" if value is None else str(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def task_of(name: str, examples: Sequence[Example] = ()) -> Task:
-    """The entry of the table; for other rows what the examples show: a span task without choices, a closed one with the
-    same choices in every row, otherwise a choice task."""
-    if name in TASKS:
+    """The entry of the table; for rows of your own, in whatever folder, what the examples show: a span task without
+    choices, a closed one with the same choices in every row, in any order, otherwise a choice task."""
+    if name in TASKS and not (examples and examples[0].own):
         return TASKS[name]
-    sets = {example.choices for example in examples} or {()}
-    kind = "choice" if len(sets) > 1 else "closed" if any(sets) else "span"
-    role = "target" if name in micro.TARGETS else "source"
+    choices = examples[0].choices if examples else ()
+    same = all(set(example.choices) == set(choices) for example in examples)
+    kind = "span" if not choices else "closed" if same else "choice"
+    role = "target" if name in (*micro.TARGETS, *chinese.TARGETS) else "source"
     metric = "char_f1" if kind == "span" else "accuracy"
-    return Task(name, role, kind, metric, answers=sets.pop() if kind == "closed" else ())
+    return Task(name, role, kind, metric, answers=choices if kind == "closed" else ())
 
 
 @dataclass
@@ -110,6 +126,8 @@ def load_splits(name: str, root: str | None = None) -> Splits:
     task, notes = task_of(name), []
     if not name or name.startswith(".") or set(name) & set("/\\"):
         raise UserError(f"{name!r} cannot be a task: its name should be that of a folder, without / or a dot in front")
+    if name in micro.TASKS and root and (Path(root) / name).exists():
+        raise UserError(f"{name!r} is a task of the micro-world; give the folder {Path(root) / name} another name")
     if name in micro.TASKS:
         source = "the micro-world"
         read = {split: (number_rows(micro.rows(name, split), f"{name} {split}"), Counter()) for split in SPLITS}
@@ -119,7 +137,7 @@ def load_splits(name: str, root: str | None = None) -> Splits:
         raise UserError(f"no task {name!r}; known are {', '.join((*TASKS, *micro.TASKS))}; rows of your own are read "
                         f"from DIR/{name}/train.jsonl and test.jsonl with --data-root DIR")
     train, test = ([to_example(name, row, where) for where, row in rows] for rows, _ in read.values())
-    dropped = {split: counter for split, (_, counter) in read.items()}
+    task, dropped = task_of(name, train + test), {split: counter for split, (_, counter) in read.items()}
     seen, kept = {example.group: "test" for example in test}, {}  # texts not to train on; the train rows, each once
     if task.unseen:
         try:
@@ -137,8 +155,9 @@ def load_splits(name: str, root: str | None = None) -> Splits:
         if not rows:
             raise UserError(f"task {name!r} has no usable {split} row in {source} (left out: {_counts(dropped[split])})"
                             "; add rows or leave the task out")
-    if len({bool(example.choices) for example in train + test}) == 2:
-        raise UserError(f"task {name!r} has rows with and without choices in {source}; make two tasks of them")
+    if len({(bool(example.choices), example.own) for example in train + test}) > 1:
+        raise UserError(f"task {name!r} has rows with and without choices, or with and without prompts of their own, "
+                        f"in {source}; make two tasks of them")
     if task.metric == "micro_f1":
         train, test = _merge_labels(train), _merge_labels(test)
     train, dev = _cut_dev(name, train)
@@ -223,7 +242,8 @@ def perturb(example: Example, seed: int) -> Example:
         prompt, hard = (text and micro.perturb(text, seed) for text in (example.prompt, example.hard_prompt))
         return replace(example, prompt=prompt, hard_prompt=hard,
                        operations=("template",) if prompt != example.prompt else ())
-    task, values = task_of(example.task), {name: example.prompt[start:end] for name, start, end in example.fields}
+    task = task_of(example.task, [example])
+    values = {name: example.prompt[start:end] for name, start, end in example.fields}
     if values.keys() != set(task.fields):  # a whole prompt of the user's own
         return example
     values, operation = rewrite.rewrite(values, task, example.protected, random.Random(f"{seed} {example.prompt}"))
@@ -311,14 +331,18 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 
     If prompt and longest answer have more than max_length tokens, a window of the passage stays: around the two names
     of a relation, around the answer of a span task (at the beginning with keep_answer=False, for a test must not know
-    it). Nothing else is ever cut. Raises UserError if even that is too long, or if the answer has no token."""
+    it). Nothing else is ever cut. Raises UserError if even that is too long, or if the answer has no token. A row
+    without choices whose answer is too long comes out longer than max_length, see `fitting`."""
     frame = frame_of(tokenizer, chat)
     context = frame.context or example.prompt[-16:]  # tokens merge over a few characters at most
     answer, *choices = answer_ids(tokenizer, (example.answer, *example.choices), context, chat)
     if len(answer) < 2:
         raise UserError(f"{example.row or example.task}: the answer {example.answer!r} has no token in this tokenizer; "
                         "use another answer or tokenizer")
-    room = max_length - max(map(len, (answer, *choices))) - len(frame.before) - len(frame.after)
+    longest = max(map(len, (answer, *choices)))
+    if not (choices or keep_answer):
+        longest = min(longest, max_length // 2)  # a question may be asked however long its answer is
+    room = max_length - longest - len(frame.before) - len(frame.after)
     prompt = tokens_of(tokenizer, example.prompt)
     if len(prompt) > room:
         prompt = _shorten(example, tokenizer, room, keep_answer)
@@ -327,7 +351,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 
 def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, keep_answer: bool) -> list[int]:
     """Tokens of the prompt with the longest window of its passage that fits into `room` tokens."""
-    task = task_of(example.task)
+    task = task_of(example.task, [example])
     start, end = next((place for name, *place in example.fields if name == task.passage), (0, 0))
     passage = example.prompt[start:end]
     places = [(at, at + len(text)) for text in example.protected if (at := passage.find(text)) >= 0]
@@ -342,6 +366,8 @@ def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, ke
 
     low, high = last - first if task.kind == "span" else 0, len(passage)
     if len(window(low)) > room:
+        if low:  # the answer, once in its passage and once behind the prompt, is too long
+            return window(low)
         raise UserError(f"{example.row or example.task}: the prompt without its passage has {len(window(low))} tokens, "
                         f"but the answer leaves room for {room}; raise --max-length or drop the row")
     while low < high - 1:  # window(low) fits, window(high) does not
@@ -360,36 +386,70 @@ def rows_hash(rows: Iterable[Encoded]) -> str:
 
 def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int,
                keep_answer: bool = False, chat: bool = False) -> list[Encoded]:
-    return [encode(example, tokenizer, max_length, keep_answer, chat)
+    rows = [encode(example, tokenizer, max_length, keep_answer, chat)
             for example in tqdm(examples, "tokenising", leave=False, disable=None)]
+    for example, row in zip(examples, rows):
+        last = dict(zip(row.choice_ids, example.choices))
+        for ids, choice in zip(row.choice_ids, example.choices):
+            if choice != last[ids]:
+                raise UserError(f"{example.row or example.task}: the choices {choice!r} and {last[ids]!r} are the same "
+                                "tokens to this backbone; word one of them differently, or use another backbone")
+    return rows
 
 
-def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> dict[str, list[Encoded]]:
-    """All rows of a task before training: train, dev, test, rewritten; prints what was left out. Raises UserError for a
-    row that does not fit, too few rows for the shots, or a task that cannot be learned or answered.
+def fitting(rows: list[Encoded], max_length: int) -> list[Encoded]:
+    """The rows to learn from: without those whose answer is too long. Raises UserError if none is left."""
+    kept = [row for row in rows if len(row) <= max_length]
+    if not kept:
+        raise UserError(f"no row of {rows[0].task} fits into --max-length {max_length}; raise it")
+    return kept
+
+
+def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dict[str, list[Encoded]], Counter]:
+    """All rows of a task before training, {train | dev | test | rewritten: rows}, and how many of them cannot be
+    answered, by reason. Raises UserError for a row that does not fit, too few rows for the shots, or a task that cannot
+    be learned or answered.
 
     cfg: data_root, seed, targets, shots, dev_rows, max_length, max_new_tokens and chat_template are read."""
-    splits = load_splits(name, cfg.data_root)
-    notes = [f"{split}: left out {_counts(dropped)}" for split, dropped in splits.report["dropped"].items() if dropped]
+    splits, warnings = load_splits(name, cfg.data_root), Counter()
     if splits.train[0].choices and len({row.answer for row in splits.train}) == 1:
         raise UserError(f"all {len(splits.train)} train rows of {name} have the answer '{splits.train[0].answer}': "
                         "there is nothing to tell apart; add rows with another answer, or leave the task out")
     for shots in cfg.shots if name in cfg.targets else ():
         k_shot(splits.train, shots, cfg.seed)
-    spans = [row.references or (row.answer,) for row in splits.test if not row.choices]
-    too_long = sum(min(map(len, answer_ids(tokenizer, right))) - 1 > cfg.max_new_tokens for right in spans)
-    if too_long:
-        notes.append(f"{too_long} of {len(spans)} test answers are longer than --max-new-tokens {cfg.max_new_tokens} "
-                     "and can never be given in full; raise it")
-        if too_long == len(spans):
-            raise UserError(f"{name}: {notes[-1]}")
-    if notes := notes + splits.report["notes"]:
-        print(f"{name}: {'; '.join(notes)}")
-    rows = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": splits.test,
-            "rewritten": test_rows(name, cfg)["rewritten"]}
-    chat = cfg.chat_template == "on"
-    return {split: encode_all(examples, tokenizer, cfg.max_length, split == "train", chat)
-            for split, examples in rows.items()}
+    examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": splits.test,
+                "rewritten": test_rows(name, cfg)["rewritten"]}
+    rows = {split: encode_all(some, tokenizer, cfg.max_length, split == "train", cfg.chat_template == "on")
+            for split, some in examples.items()}
+    too_long = f"test answers are longer than --max-new-tokens {cfg.max_new_tokens} and never given in full; raise it"
+    for split in ("train", "dev", "test"):
+        for example, row in zip(examples[split], rows[split]):
+            right = [ids[:-1] for ids in answer_ids(tokenizer, example.references or (example.answer,))]
+            if split != "test" and len(row) > cfg.max_length:
+                warnings[f"{split} rows are left out for answers that are too long; raise --max-length"] += 1
+            if tokenizer.unk_token_id in row.answer_ids[:-1]:
+                warnings[f"{split} answers hold tokens that the backbone does not know"] += 1
+            if split == "test" and not example.choices and min(map(len, right)) > cfg.max_new_tokens:
+                warnings[too_long] += 1
+            if not example.choices and example.fields and example.answer in example.prompt:
+                prompt, *spans = (_show(tokenizer, ids) for ids in (row.prompt_ids, *right))
+                if not any(span in prompt for span in spans):
+                    warnings[f"{split} answers are cut away where their passage is shortened; raise --max-length"] += 1
+    if warnings[too_long] == len(splits.test):
+        raise UserError(f"{name}: {len(splits.test)} of {len(splits.test)} {too_long}")
+    return rows | {split: fitting(rows[split], cfg.max_length) for split in ("train", "dev")}, warnings
+
+
+def _show(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Tokens as text, without white space, which tokenizers may add."""
+    return "".join(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).split())
+
+
+def list_notes(name: str, root: str | None, warnings: dict[str, int]) -> list[str]:
+    """What to know about a task: rows left out, how it was read, rows that cannot be answered."""
+    report = load_splits(name, root).report
+    left_out = [f"left out of {split}: {_counts(dropped)}" for split, dropped in report["dropped"].items() if dropped]
+    return left_out + report["notes"] + [f"{count} {reason}" for reason, count in warnings.items()]
 
 
 @dataclass
@@ -479,18 +539,23 @@ class Batches:
 
 # The page about the data ---------------------------------------------------------------------------------------------
 
-def page(name: str, root: str | None = None) -> str:
-    """What to look at first: counts, rows left out, lengths, balance of answers, an example, a rewritten example."""
+def page(name: str, root: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None, cfg=None) -> str:
+    """What to look at first: counts, rows left out, lengths, balance of answers, an example, a rewritten example; with
+    a tokenizer (and cfg, as `encode_task` reads it) also how many rows cannot be answered."""
     splits = load_splits(name, root)
-    train, test, report = splits.train, splits.test, splits.report
+    train, test = splits.train, splits.test
     task, lengths = task_of(name, train), sorted(len(e.prompt) + len(e.answer) for e in train)
     rewritten = {e: new for e in test if (new := perturb(e, seed=0)).operations}
-    example = min(rewritten or test, key=lambda e: len(e.prompt))
+    example, notes = min(rewritten or test, key=lambda e: len(e.prompt)), list_notes(name, root, {})
+    if tokenizer:
+        try:
+            notes = list_notes(name, root, encode_task(name, tokenizer, cfg)[1])
+        except UserError as error:
+            notes.append(f"refused: {error}")
     lines = [
-        f"{name}: {task.role} task, {task.kind}, scored by {task.metric}, from {report['source']}",
+        f"{name}: {task.role} task, {task.kind}, scored by {task.metric}, from {splits.report['source']}",
         f"  rows        {len(train)} train, {len(splits.dev)} dev (cut from train), {len(test)} test",
-        *(f"  left out    of {split}: {_counts(dropped)}" for split, dropped in report["dropped"].items() if dropped),
-        *(f"  note        {note}" for note in report["notes"]),
+        *(f"  note        {note}" for note in notes),
         f"  characters  {lengths[len(lengths) // 2]} (median), {lengths[-1]} (longest train row, with its answer)",
         f"  answers     {_counts(Counter(e.answer for e in train))}",
         f"  example     {example.row}", indent(example.prompt, "    "), f"  answer      {example.answer}",
@@ -507,13 +572,24 @@ def main(argv: list[str]) -> None:
     parser = Parser(prog="python data.py", description="Show the tasks, a page each (default: the micro-world's).")
     parser.add_argument("--data-root", help="folder with <task>/train.jsonl and test.jsonl")
     parser.add_argument("--task", nargs="+", help="only these tasks; without --data-root, Chinese sets are downloaded")
-    options = parser.parse_args(argv)
-    root = options.data_root
-    names = sorted(path.parent.name for path in Path(root).glob("*/train.*")) if root else micro.TASKS
+    parser.add_argument("--backbone", help="folder or hub name: count the rows that it cannot answer")
+    parser.add_argument("--max-length", type=int, default=128, help="as in train.py (default: 128)")
+    parser.add_argument("--max-new-tokens", type=int, default=8, help="as in train.py (default: 8)")
+    parser.add_argument("--chat-template", default="off", choices=("on", "off"), help="as in train.py (default: off)")
+    options = parser.parse_args(argv, SimpleNamespace(seed=0, dev_rows=None, targets=()))
+    root, tokenizer = options.data_root, None
+    names = sorted({path.parent.name for path in Path(root).glob("*/*train*.*")}) if root else micro.TASKS
     if not names:
         raise UserError(f"--data-root {root} holds no <task>/train.jsonl")
+    if options.backbone:
+        from model import load_tokenizer  # data.py comes before model.py, and only this page needs it
+
+        try:
+            tokenizer = load_tokenizer(options.backbone)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--backbone {options.backbone} has no tokenizer that can be read ({error})") from None
     for name in options.task or names:
-        print(page(name, root), end="\n\n")
+        print(page(name, root, tokenizer, options), end="\n\n")
 
 
 if __name__ == "__main__":

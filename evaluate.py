@@ -395,7 +395,7 @@ def ask(stage: Trained, task: str, texts: Sequence[str], choices: Sequence[str] 
         prompt += " =>"
     choices = tuple(choices or entry.answers)
     example = Example(task, prompt, (*choices, tests[0].answer)[0], choices, fields=places, row="the text of --ask")
-    row = data.encode(example, stage.tokenizer, stage.cfg.max_length, False, stage.cfg.chat_template == "on")
+    row, = data.encode_all([example], stage.tokenizer, stage.cfg.max_length, False, stage.cfg.chat_template == "on")
     unknown = list(row.prompt_ids).count(stage.tokenizer.unk_token_id)
     note = f"\n{unknown} of {len(row.prompt_ids)} words are not in the backbone's vocabulary" if unknown else ""
     if not choices:

@@ -440,6 +440,13 @@ def describe(backbone: PreTrainedModel) -> dict:
     return {name: shape.get(name) for name in COMPUTES[:6]} | {"hash": digest.hexdigest()[:16]}
 
 
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    try:  # tokenizer.json as it is: a declared class may read it in another way, and an inferred one always does
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    except (OSError, ValueError):  # only a SentencePiece model or the like
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
 def load_backbone(path: str | Path = "", dtype: str = "float32",
                   device: torch.device | str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """The backbone ``path`` (a folder, a hub name, or "" for the micro-world's own) and its tokenizer.
@@ -452,10 +459,7 @@ def load_backbone(path: str | Path = "", dtype: str = "float32",
         quantised = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "quantization_config", None)
         if quantised:
             raise ValueError(f"its weights are quantised ({dict(quantised).get('quant_method')}); give plain ones")
-        try:  # tokenizer.json as it is: a declared class may read it in another way, and an inferred one always does
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
-        except (OSError, ValueError):  # only a SentencePiece model or the like
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = load_tokenizer(path)
         backbone, loaded = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
             trust_remote_code=False, output_loading_info=True)

@@ -382,7 +382,11 @@ class Run:
         print(f"backbone {describe_backbone(self.backbone, self.tokenizer)}; chat template {cfg.chat_template} ({why})")
         if cfg.checkpointing:
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.rows = {task: data.encode_task(task, self.tokenizer, cfg) for task in tasks}  # task -> split -> rows
+        self.rows, self.warnings = {}, {}  # task -> split -> rows; task -> what cannot be answered, and why -> rows
+        for task in tasks:
+            self.rows[task], self.warnings[task] = data.encode_task(task, self.tokenizer, cfg)
+            for note in data.list_notes(task, cfg.data_root, self.warnings[task]):
+                print(f"{task}: {note}")
         self.references = {}  # task -> column -> scores
         longest = max(len(row) for splits in self.rows.values() for rows in splits.values() for row in rows)
         if longest > self.backbone.config.max_position_embeddings:
@@ -457,8 +461,8 @@ def train_target(run: Run, folder: Path, task: str, shots: int) -> None:
         pool = data.load_task(task, "train", cfg.data_root)
         few, held = data.k_shot(pool, shots, cfg.seed)
         chat = cfg.chat_template == "on"
-        rows = {"train": data.encode_all(few, run.tokenizer, cfg.max_length, True, chat),
-                "dev": data.encode_all(held, run.tokenizer, cfg.max_length, False, chat)}
+        rows = {split: data.fitting(data.encode_all(some, run.tokenizer, cfg.max_length, split == "train", chat),
+                                    cfg.max_length) for split, some in (("train", few), ("dev", held))}
         checkpoint.write_json(folder / "shots.json", data.shots_record(pool, shots, cfg.seed))
     torch.manual_seed(cfg.seed)
     model = run.load(folder_of(cfg, "multitask")) if "multitask" in method.learns else run.new_model([task])
@@ -485,7 +489,12 @@ def nearest_start(model: AdaptedLM, task: str, rows: list[Encoded], cfg: Config)
 def finish(run: Run, folder: Path, results: dict, ids: dict[str, int], columns: dict | None = None) -> None:
     """Answer the test rows of the tasks in ``ids``, draw the stage and write results.json: the stage is finished."""
     cfg, method, model, scores, metrics, rewritten = run.cfg, run.method, run.load(folder), {}, {}, {}
+    dev, shots = {}, results.get("shots")
     for task, task_id in ids.items():
+        held = data.load_task(task, "train" if shots else "dev", cfg.data_root)
+        held = (data.k_shot(held, shots, cfg.seed)[1] if shots else held[: cfg.dev_rows])[:64]
+        found = evaluate.score_rows(model, run.tokenizer, task, task_id, cfg, {"dev": held})["dev"]
+        dev[task] = {"score": found["score"], "rows": len(held)}
         if task not in run.references:
             run.references[task] = evaluate.references(run.backbone, run.tokenizer, task, cfg)
         own = evaluate.score_rows(model, run.tokenizer, task, task_id, cfg)
@@ -493,12 +502,18 @@ def finish(run: Run, folder: Path, results: dict, ids: dict[str, int], columns: 
         tests = data.test_rows(task, cfg)
         metrics[task] = data.task_of(task, tests["plain"]).metric
         rewritten[task] = sum(bool(row.operations) for row in tests["rewritten"]) / len(tests["rewritten"])
+    if dev:
+        best = max(row.get("dev_accuracy", 0) for row in evaluate.read_metrics(folder))
+        run.log(f"development rows: {best:.1%} right token for token; answered as test rows are: " + ", ".join(
+            f"{task} {found['score']:.1%} ({found['rows']} rows)" for task, found in dev.items()))
     learning = learning_tensors(model, method.learns[results["stage"]], list(ids.values()))
     if cfg.pictures:
         evaluate.draw_run(folder, run.log)
     checkpoint.write_json(folder / "results.json", {
         **results, "method": method.name, "seed": cfg.seed, "trainable": count(model, learning),
-        "metrics": metrics, "rewritten": rewritten, "scores": scores, **checkpoint.environment(run.command)})
+        "metrics": metrics, "rewritten": rewritten, "scores": scores, "dev_as_test": dev,
+        "warnings": {task: run.warnings[task] for task in ids if run.warnings[task]},
+        **checkpoint.environment(run.command)})
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 

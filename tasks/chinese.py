@@ -11,16 +11,20 @@ of the paper: FinRE, the twin of SanWen, as the eighth target, and the Chinese p
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import random
+import re
 import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from urllib.request import urlretrieve
 
@@ -177,6 +181,8 @@ TARGETS = tuple(task.name for task in TABLE if task.role == "target")
 # From a published row to a prompt ------------------------------------------------------------------------------------
 
 ALIASES = {"text": ("text", "sentence"), "label": ("label", "score", "relation")}  # the same field at different sources
+LISTS = ("choices", "references", "protected", "choice", "answers")  # fields that hold a list
+LETTERS = ["".join(letters) for n in (1, 2) for letters in product(string.ascii_uppercase, repeat=n)]  # A .. Z AA .. ZZ
 
 
 class Unusable(Exception):
@@ -194,7 +200,7 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
     if empty := [name for name, text in values.items() if not text]:
         raise Unusable(f"empty {empty[0]}")
     if whole:
-        return row
+        return row | {"fields": ()}
     group = group_of(*(values[name] for name in task.group or (task.passage,)))
     given = _field(row, task.answer_field, where)
     values["options"] = "、".join(task.answers)
@@ -203,9 +209,9 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
         answers = {"answer": spans[0], "references": references, "protected": spans}
     elif task.kind == "choice":
         options, right = _options(given, _field(row, "choice", where), f"{values['context']}\n{values['question']}")
-        letters = string.ascii_uppercase[: len(options)]
-        values["choices"] = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options))
-        answers = {"answer": letters[right], "choices": list(letters)}
+        letters = LETTERS[: len(options)]
+        values["choices"] = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
+        answers = {"answer": letters[right], "choices": letters}
     else:
         answers = {"answer": _label(task, given, where), "choices": task.answers,
                    "protected": [values[name] for name in ("head", "tail") if name in values]}  # of a relation
@@ -286,6 +292,7 @@ def _options(given: object, choices: Sequence[object], text: str) -> tuple[list[
 
 # Files and downloads -------------------------------------------------------------------------------------------------
 
+decode = json.JSONDecoder(parse_constant=lambda name: None).decode  # NaN, as pandas writes it, is a missing value
 Rows = Iterable[tuple[str, dict | None]]  # (place, row), None for a line with too few or too many columns
 
 
@@ -320,18 +327,27 @@ def _read(task: Task, rows: Rows) -> tuple[list[tuple[str, dict]], Counter]:
 
 
 def local_rows(task: Task, root: str, split: str) -> Rows:
-    """Rows of root/<task>/<split>.jsonl, or of <split>.txt as published."""
-    path, columns = Path(root) / task.name / f"{split}.jsonl", ()
-    if not path.is_file() and path.with_suffix(".txt").is_file():
-        path = path.with_suffix(".txt")
-        columns = next((source.columns for source in task.sources if source.columns), ())
-    if not path.is_file():
-        raise UserError(f"{path} is missing: --data-root should hold {task.name}/train.jsonl and test.jsonl, one JSON "
-                        "object a line")
-    try:
-        return parse_rows(path.read_bytes().decode(), columns, str(path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+    """Rows of root/<task>/<split>.jsonl, .csv, .tsv, or .txt as published, the first that is there; otherwise of the
+    .json files of CLUE, CMRC and C3, whose development set is the test set where the test set has no answers."""
+    folder, columns = Path(root) / task.name, next((source.columns for source in task.sources if source.columns), ())
+    paths = [path for kind in ("jsonl", "csv", "tsv", "txt") if (path := folder / f"{split}.{kind}").is_file()][:1]
+    stems = ["train"] if split == "train" else ["test", "dev"]
+    if task.sources and task.sources[0].test == "validation":
+        stems.reverse()
+    for stem in stems:
+        paths = paths or sorted(folder.glob(f"{stem}.json")) or sorted(folder.glob(f"*[-_]{stem}*.json"))
+    if not paths:
+        raise UserError(f"{folder / split}.jsonl is missing: --data-root should hold {task.name}/train.jsonl and "
+                        "test.jsonl, one JSON object a line (or .csv, .tsv, or the .json files of CLUE)")
+    for path in paths:
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+        if path.suffix in (".csv", ".tsv"):
+            yield from parse_table(text, str(path))
+        else:
+            yield from parse_rows(text, columns if path.suffix == ".txt" else (), str(path))
 
 
 def published_rows(source: Source, split: str) -> Rows:
@@ -366,6 +382,30 @@ def number_rows(rows: Iterable[dict], where: str) -> Rows:
     return ((f"{where}:{number}", row) for number, row in enumerate(rows, 1))
 
 
+def parse_table(text: str, where: str) -> Rows:
+    """Rows of a CSV or TSV file whose first line names the fields. A cell of LISTS is a JSON list, or its parts with |
+    between them. In a TSV, quotation marks count only where they enclose a whole cell, as the csv module writes it."""
+    tabs = where.endswith(".tsv")
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True,
+                       quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    try:
+        rows = filter(any, lines)  # without blank lines
+        names = [cell.strip(' "') for cell in next(rows, [])]
+        for cells in rows:
+            first = lines.line_num - sum(cell.count("\n") for cell in cells)
+            if tabs:
+                cells = [c[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', c) else c for c in cells]
+            if len(cells) != len(names):
+                raise ValueError(f"{len(cells)} columns, but the first line names {len(names)}")
+            row = dict(zip(names, cells))
+            for name in row.keys() & set(LISTS):
+                cell = row[name].strip()
+                row[name] = decode(cell) if cell[:1] == "[" else [part.strip() for part in cell.split("|") if cell]
+            yield f"{where}:{first}", row
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{where}:{lines.line_num}: not readable as a table ({error})") from None
+
+
 def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Rows:
     """Rows of a file: tab-separated lines if `columns` are given, JSON lines, or one JSON document. A quotation mark in
     a tab-separated line is an ordinary character."""
@@ -378,14 +418,15 @@ def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Rows:
             yield place, dict(zip(columns, parts)) if len(parts) == len(columns) else None
         return
     try:
-        document = json.loads(text)
-        rows = _flatten(document, where) if isinstance(document, list) or "data" in document else lines
+        document = decode(text)
+        document = document.get("data") if isinstance(document, dict) else document
+        rows = _flatten(document, where) if isinstance(document, list) else lines
     except ValueError:  # several lines, or a mistake in one
         rows = lines
     for place, row in rows:
         if isinstance(row, str):
             try:
-                row = json.loads(row)
+                row = decode(row)
             except ValueError as error:
                 raise UserError(f"{place}: not readable as JSON ({error}); write one object a line") from None
         if not isinstance(row, dict):
@@ -393,14 +434,17 @@ def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Rows:
         yield place, row
 
 
-def _flatten(document: list | dict, where: str) -> Iterator[tuple[str, object]]:
-    """Rows of one JSON document: a list, or the nested forms of SQuAD and C3."""
-    for number, row in enumerate(document if isinstance(document, list) else document["data"], 1):
+def _flatten(document: list, where: str) -> Iterator[tuple[str, object]]:
+    """Rows of one JSON document: a list, or the nested forms of SQuAD, CMRC and C3."""
+    for number, row in enumerate(document, 1):
         place = f"{where}, entry {number}"
         if isinstance(row, dict) and "paragraphs" in row:  # SQuAD: article > paragraphs > questions
             for paragraph in row["paragraphs"]:
                 for question in paragraph["qas"]:
                     yield place, {"context": paragraph["context"]} | question
+        elif isinstance(row, dict) and "context_text" in row:  # CMRC before it had the form of SQuAD
+            for question in row["qas"]:
+                yield place, question | {"context": row["context_text"], "question": question["query_text"]}
         elif isinstance(row, list) and len(row) == 3 and isinstance(row[1], list):  # C3: [lines, questions, id]
             for question in row[1]:
                 yield place, {"context": row[0]} | question

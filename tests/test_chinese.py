@@ -122,6 +122,64 @@ def test_json_lines_may_hold_a_byte_order_mark_blank_lines_and_line_separators(t
     assert any("长城\u2028雄伟<N>" in e.prompt for e in splits.train + splits.dev)
 
 
+TABLES = {  # the same two rows
+    "csv": '\ufeffprompt,answer,choices,group\r\n"甲, ""乙""\n丙",好,坏|好,0\r\n'
+           '\r\n,,,\r\n丁,坏,"[""坏"", ""好""]",\r\n',
+    "tsv": '\ufeffprompt\tanswer\tchoices\tgroup\n"甲\t好\t坏 | 好\t0\n\n"丁"\t坏\t"[""坏"", ""好""]"\t\n'}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_tables_hold_rows_as_json_lines_do(tmp_path, kind):
+    write_rows(tmp_path, "mine", TABLES[kind], [], suffix=kind)
+    first, second = chinese.local_rows(data.task_of("mine"), str(tmp_path), "train")
+    prompt = '甲, "乙"\n丙' if kind == "csv" else '"甲'  # a lone quotation mark between tabs is part of the text
+    assert first[1] == {"prompt": prompt, "answer": "好", "choices": ["坏", "好"], "group": "0"}
+    assert second == (f"{tmp_path}/mine/train.{kind}:{6 if kind == 'csv' else 4}",
+                      {"prompt": "丁", "answer": "坏", "choices": ["坏", "好"], "group": ""})
+    write_rows(tmp_path, "mine", [{"prompt": "先"}], [])
+    assert len(list(chinese.local_rows(data.task_of("mine"), str(tmp_path), "train"))) == 1  # train.jsonl wins
+
+
+@pytest.mark.parametrize("text, message", [
+    ("prompt,answer\n甲,好\n乙\n", "train.csv:3: .*1 columns, but the first line names 2"),
+    ('prompt,answer\n甲,"好\n', "train.csv:2: not readable as a table"),
+    ('prompt,answer\n"甲"乙,好\n', "train.csv:2: not readable as a table"),
+    ("prompt,answer,choices\n甲,好,[坏\n", "train.csv:2: not readable as a table"),
+    ("prompt,answer,choices\n甲,好,坏|差\n", "train.csv:2: choices"),
+    ("甲,好\n乙,坏\n", "train.csv:2: no field 'prompt'")])
+def test_a_mistake_in_a_table_is_named_by_file_and_line(tmp_path, text, message):
+    write_rows(tmp_path, "mine", text, text, suffix="csv")
+    with pytest.raises(UserError, match=message):
+        data.load_splits("mine", str(tmp_path))
+
+
+def test_files_are_read_under_the_names_that_clue_cmrc_and_c3_give_them(tmp_path):
+    nested = {"cmrc2018": [{"context_text": "他生于1年。", "qas": [{"query_text": "何年？", "answers": ["1年"]}]}],
+              "drcd": {"data": [{"paragraphs": [{"context": "他生於1年。", "qas": [
+                  {"question": "何年?", "answers": [{"text": "1年"}]}]}]}]},
+              "c3": [[["男：走。"], [{"question": "去吗？", "choice": ["去", "不"], "answer": "去"}], "7-1"]]}
+    names = {"tnews": ["train", "dev", "test"], "cmrc2018": ["cmrc2018_train", "cmrc2018_dev"],
+             "drcd": ["DRCD_training", "DRCD_dev", "DRCD_test"], "c3": ["d-train", "m-train", "d-dev", "m-dev"]}
+    test = {"tnews": ["dev"], "cmrc2018": ["cmrc2018_dev"], "drcd": ["DRCD_test"], "c3": ["d-dev", "m-dev"]}
+    for task, files in names.items():
+        (tmp_path / task).mkdir()
+        for file in files:
+            row = {"sentence": "楼市"} | ({} if file == "test" else {"label": "106"})  # CLUE's test sets have no labels
+            (tmp_path / task / f"{file}.json").write_text(json.dumps(nested.get(task, row)))
+    for task, files in test.items():
+        rows = list(chinese.local_rows(TASKS[task], str(tmp_path), "test"))
+        assert [place.split(".json")[0] for place, _ in rows] == [str(tmp_path / task / file) for file in files]
+        assert chinese.to_prompt(TASKS[task], rows[0][1], "")["answer"] in ("房产", "1年", "A", "B")
+        assert len(list(chinese.local_rows(TASKS[task], str(tmp_path), "train"))) == len(files)
+
+
+def test_nan_is_a_missing_value_and_numbers_are_no_rows(tmp_path):
+    ((_, row),) = chinese.parse_rows('{"prompt": "甲", "group": NaN}')
+    assert row == {"prompt": "甲", "group": None}
+    with pytest.raises(UserError, match="f:1: a row is a JSON object"):
+        list(chinese.parse_rows("3\n", where="f"))
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 def test_nested_documents_of_squad_and_c3_are_flattened(indent):
     questions = [{"question": "何年?", "answers": [{"text": "1年", "answer_start": 3}, {"text": "沒有"}]}]
@@ -170,6 +228,12 @@ def test_c3_shuffles_its_choices_the_same_way_every_time_and_drops_doubles():
     assert example == example_of("c3", choice=["去", "不去", "去", "不去了"]) and example.choices == ("A", "B", "C")
     answers = [example_of("c3", i=i).answer for i in range(60)]
     assert min(answers.count(letter) for letter in "ABC") > 8  # as published, they all are the second
+
+
+def test_more_options_than_letters_are_lettered_further():
+    example = example_of("c3", choice=["不去", *(f"去{i}" for i in range(29))])
+    assert len(example.choices) == 30 and example.choices[25:28] == ("Z", "AA", "AB")
+    assert f"\n{example.answer}. 不去\n" in f"{example.prompt}\n"
 
 
 def test_pairs_in_either_order_and_swapped_relations_are_one_group():

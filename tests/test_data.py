@@ -96,12 +96,38 @@ def test_own_rows_need_no_entry_in_the_table(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"answer": "中"}, "train.jsonl:1: choices .*'中'"), ({"choices": ["好", "好"]}, "train.jsonl:1: .* different"),
     ({"choices": "好坏"}, "train.jsonl:1: choices.* list"), ({"prompt": ["a"]}, "train.jsonl:1: prompt.* text"),
+    ({"choices": ["坏", "好", None]}, "train.jsonl:1: choices.* list of texts"),
+    ({"answer": "a", "choices": ["A", "B"]}, "train.jsonl:1: choices .*'a'"),
+    ({"passage": "别的"}, "train.jsonl:1: the passage '别的' does not occur"), ({"prompt": {"a": 1}}, "prompt.* text"),
     ({"answer": None}, "1 empty answer"), ({"prompt": ""}, "1 empty prompt"),
     (None, "train.jsonl:1: no field 'prompt' in the row .it has text, answer")])
 def test_an_own_row_that_cannot_be_used_is_named_by_file_and_line(tmp_path, change, message):
     rows = own_rows(1, **change) if change else [{"text": "好吗？", "answer": "好"}]
     with pytest.raises(UserError, match=message):
         data.load_task("mine", "train", write_rows(tmp_path, "mine", rows, own_rows(9)))
+
+
+def test_zero_is_a_group_no_group_is_not_one_and_a_number_is_one_text(tmp_path):
+    groups = [0, 0.0, "0", 1, 2, 2.0, None, None, "", ""]
+    train = [own_rows(1, prompt=f"{i}", group=g, answer=1, choices=[1.0, 2])[0] for i, g in enumerate(groups)]
+    test = own_rows(1, prompt="新", group=0, answer=2.0, choices=[1, 2])
+    splits = data.load_splits("mine", str(write_rows(tmp_path, "mine", train, test)))
+    assert splits.report["dropped"]["train"] == {"text also in test": 3} and splits.test[0].choices == ("1", "2")
+    assert {e.answer for e in splits.train + splits.dev} == {"1"}
+    assert len({e.group for e in splits.train + splits.dev}) == 6  # 1, 2 and four texts without a group
+
+
+def test_own_rows_stay_own_rows_in_a_folder_with_the_name_of_a_known_set(tmp_path):
+    write_rows(tmp_path, "finre", own_rows(20), own_rows(24)[20:])
+    splits = data.load_splits("finre", str(tmp_path))
+    task = data.task_of("finre", splits.test)
+    assert (task.kind, task.metric, task.template, task.answers) == ("closed", "accuracy", "", ("坏", "好"))
+    assert data.perturb(splits.test[0], 0) is splits.test[0] and data.task_of("finre").metric == "micro_f1"
+    write_rows(tmp_path, "cmrc2018", own_rows(9), [published("cmrc2018")])
+    write_rows(tmp_path, "toy-bq", own_rows(9), own_rows(9))
+    for name, message in (("cmrc2018", "with and without prompts of their own"), ("toy-bq", "micro-world.*name")):
+        with pytest.raises(UserError, match=message):
+            data.load_splits(name, str(tmp_path))
 
 
 def test_missing_folders_files_names_and_splits_are_named(tmp_path):
@@ -140,6 +166,13 @@ def test_k_shot_is_balanced_disjoint_nested_and_independent_of_order():
     assert data.k_shot(examples, 0, seed=1) == ([], [])
     train, dev = data.k_shot(made_up({f"c{n}": 30 for n in range(44)}), 32, seed=0)  # fewer rows than answers
     assert len({e.answer for e in train}) == len({e.answer for e in dev}) == 32
+
+
+def test_k_shot_is_balanced_where_every_row_has_the_same_choices_in_another_order():
+    examples = [Example("made-up", f"p{i}", answer, ("a", "b")[:: 1 - 2 * (i % 2)], group=f"g{i}")
+                for i, answer in enumerate("aaaab" * 20)]
+    assert data.task_of("made-up", examples).kind == "closed"
+    assert all([e.answer for e in side].count("b") == 4 for side in data.k_shot(examples, 8, seed=0))
 
 
 def test_k_shot_keeps_groups_apart_and_says_when_k_is_too_large():
@@ -193,6 +226,47 @@ def test_the_names_of_a_relation_survive_and_what_cannot_be_shortened_is_named()
     for row, length in ((example, 40), (data.to_example("mine", {"prompt": "很长" * 50, "answer": "短"}, "f:3"), 20)):
         with pytest.raises(UserError, match="f:3.*max-length"):
             data.encode(row, TOKENIZER, length)
+
+
+def test_a_span_that_is_too_long_is_not_learned_from_but_its_question_is_still_asked():
+    example = data.to_example("mine", {"prompt": "长" * 90 + "问？", "passage": "长" * 90, "answer": "长" * 30})
+    for keep_answer, prompt in ((True, 32), (False, 30)):
+        row = data.encode(example, TOKENIZER, 60, keep_answer)
+        assert len(row.prompt_ids) == prompt and len(row.answer_ids) == 31
+        with pytest.raises(UserError, match="no row of mine fits into --max-length 60"):
+            data.fitting([row], 60)
+    assert data.fitting([row, row], 61) == [row, row]
+
+
+def test_an_own_row_is_shortened_around_its_answer_or_around_what_it_protects():
+    passage = "soup " * 100 + "oslo " + "bob " * 50
+    for change in ({}, {"answer": "ann", "protected": ["oslo"], "choices": ["ann", "bob"]}):
+        for name in ("mine", "cmrc2018"):
+            row = {"prompt": passage + "where =>", "answer": "oslo", "passage": passage, **change}
+            ids = data.encode(data.to_example(name, row), micro.tokenizer(), 40).prompt_ids
+            assert "oslo" in micro.tokenizer().decode(ids) and len(ids) == 38
+
+
+def test_choices_that_are_the_same_tokens_are_refused_by_row():
+    example = Example("mine", "soup =>", "好", ("soup", "好", "坏"), row="f:3")  # unknown words
+    with pytest.raises(UserError, match="f:3: the choices '好' and '坏' are the same tokens"):
+        data.encode_all([example], micro.tokenizer(), 40)
+
+
+def test_rows_that_cannot_be_answered_are_counted_by_reason(tmp_path, capsys):
+    passage = "soup " * 60 + "oslo"
+    spans = [{"prompt": f"{passage} ; row {i} =>", "answer": "oslo", "passage": passage} for i in range(20)]
+    spans += [{"prompt": "who =>", "answer": "我"}, {"prompt": "what =>", "answer": "ann bob ann bob"}]
+    other = [{**row, "prompt": "the " + row["prompt"]} for row in spans[-5:]]
+    write_rows(tmp_path, "mine", spans, other)
+    write_rows(tmp_path, "same", own_rows(9), own_rows(9, prompt="新"))
+    options = ["--backbone", str(micro.FOLDER), "--max-length", "50", "--max-new-tokens", "3"]
+    data.main(["--data-root", str(tmp_path), *options])
+    out = capsys.readouterr().out
+    assert "3 test answers are cut away where their passage is shortened; raise --max-length" in out
+    assert "1 test answers hold tokens that the backbone does not know" in out and "train answers are cut" not in out
+    assert "1 test answers are longer than --max-new-tokens 3" in out
+    assert "refused: " in out and "the choices '坏' and '好' are the same tokens" in out
 
 
 def test_collate_on_a_hand_written_batch():

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -230,10 +231,15 @@ def test_a_question_may_bring_its_own_choices_or_have_none(run, capsys):
 def test_the_fields_of_a_template_are_asked_for_by_name(run, monkeypatch):
     stage, = evaluate.open_run(run, task="toy-amazon")
     stage.task_ids["afqmc"] = 0
-    monkeypatch.setattr(data, "load_task", lambda *_: [Example("afqmc", "p", "不同", ("不同", "相同"))])
-    assert evaluate.ask(stage, "afqmc", ["甲", "乙"]).splitlines()[0] in ("不同", "相同")
+    row = Example("afqmc", "p", "不同", ("不同", "相同"))
+    monkeypatch.setattr(data, "load_task", lambda *_: [row])
+    assert evaluate.ask(stage, "afqmc", ["甲", "乙"], ["one", "two"]).splitlines()[0] in ("one", "two")
     with pytest.raises(UserError, match=r"afqmc reads 2 texts \(sentence1, sentence2\), but --ask has 1"):
         evaluate.ask(stage, "afqmc", ["甲"])
+    with pytest.raises(UserError, match="the text of --ask: the choices '不同' and '相同' are the same tokens"):
+        evaluate.ask(stage, "afqmc", ["甲", "乙"])
+    monkeypatch.setattr(data, "load_task", lambda *_: [replace(row, own=True)])
+    assert evaluate.ask(stage, "afqmc", ["甲 乙"], ["one", "two"]).splitlines()[0] in ("one", "two")
 
 
 def test_diagnose_closes_one_layer_after_the_other(run, capsys):

@@ -183,6 +183,28 @@ def test_results_hold_the_scores_of_every_column_on_plain_and_rewritten_rows(fin
     assert len(shots["train"]) == len(shots["dev"]) == 4 and not set(shots["train"]) & set(shots["dev"])
 
 
+def test_development_rows_are_also_scored_as_test_rows_are(finished):
+    """Choices by score, spans by generation: what chooses the adapter is greedy tokens for both."""
+    multitask, target = (json.loads((finished / folder / "results.json").read_text())
+                         for folder in ("multitask", "target/toy-drcd-8-shot"))
+    assert {task: found["rows"] for task, found in multitask["dev_as_test"].items()} == dict.fromkeys(SOURCES, 4)
+    assert target["dev_as_test"]["toy-drcd"]["rows"] == 8 and target["warnings"] == {}
+    said = f"toy-drcd {target['dev_as_test']['toy-drcd']['score']:.1%} (8 rows)"
+    assert f"right token for token; answered as test rows are: {said}" in (finished / "log.txt").read_text()
+
+
+def test_rows_that_cannot_be_answered_are_told_and_stored(small_world, tmp_path, capsys):
+    (tmp_path / "data/own").mkdir(parents=True)
+    for split, size in (("train", 20), ("test", 5)):
+        rows = [{"prompt": f"{split} soup {i} =>", "answer": ("我", "soup")[i % 2]} for i in range(size)]
+        (tmp_path / f"data/own/{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train.main(small_run(small_world, tmp_path / "run", "--stage", "multitask", "--data-root", str(tmp_path / "data"),
+                         "--sources", "own"))
+    reason = "test answers hold tokens that the backbone does not know"
+    assert f"3 {reason}" in capsys.readouterr().out.partition("== base")[0]
+    assert json.loads((tmp_path / "run/multitask/results.json").read_text())["warnings"]["own"][reason] == 3
+
+
 def test_the_log_holds_what_a_reader_wants_to_plot(finished):
     rows = read_metrics(finished / "multitask")
     steps = [row for row in rows if "loss" in row]
