@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 import sys
 from array import array
 from collections import Counter, defaultdict
@@ -287,30 +288,32 @@ class Frame:
     after: list[int]  # behind it, in front of the answer
     end: int  # ends the answer
     context: str = ""  # `after` as text
+    spaces: tuple[str, str, str] = ("", "", "")  # in front of the prompt, in front of the answer, behind the answer
 
 
 @cache
 def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> Frame:
     """The frame of a tokenizer: whatever it puts in front of a text and, with ``chat``, the turns of its template.
 
-    With a chat template the prompt is the user's turn and the answer the assistant's, which ends with that turn's end
-    token; there is no system turn, and so the turns are read off a talk that goes on. Raises UserError for a template
-    that cannot be used in this way."""
+    The prompt is then the user's turn and the answer the assistant's, up to that turn's end token; without a system
+    turn, they are the second turns of a conversation. Spaces next to a prompt or an answer are tokenised with it.
+    Raises UserError for a template that cannot be used in this way."""
     whole, text = tokenizer("a")["input_ids"], tokens_of(tokenizer, "a")
     begin = whole[: next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)]
     if not chat:
         return Frame(begin, [], tokenizer.eos_token_id)
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "MARK"}]
+    talk = [{"role": role, "content": f"MARK{i}"} for i, role in enumerate(("user", "assistant") * 2)]
     try:
-        so_far = tokenizer.apply_chat_template(talk, tokenize=False)
-        more = tokenizer.apply_chat_template([*talk, talk[0] | {"content": "MORE"}], tokenize=False,
-                                             add_generation_prompt=True)
-        before, after = more.removeprefix(so_far).split("MORE")
-        parts = before, after, so_far.split("MARK")[1]
-        ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+        _, _, between, after, closing = re.split("MARK[0-3]", tokenizer.apply_chat_template(talk, tokenize=False))
+        before = between.removeprefix(closing)
+        ids = [tokenizer(part, add_special_tokens=False)["input_ids"]
+               for part in (before.rstrip(" "), after.rstrip(" "), closing.strip())]
+        end = ids[2][0]
     except Exception as error:  # whatever a template raises
         raise UserError(f"the chat template cannot be used ({error}); use --chat-template off") from error
-    return Frame(begin + ids[0], ids[1], ids[2][0], after)
+    spaces = (before[len(before.rstrip(" ")):], after[len(after.rstrip(" ")):], closing[: -len(closing.lstrip(" "))])
+    begin = [] if ids[0][: len(begin)] == begin else begin
+    return Frame(begin + ids[0], ids[1], end, after.rstrip(" "), spaces)
 
 
 @lru_cache(maxsize=4096)
@@ -318,11 +321,11 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: tuple[str, ...], con
                chat: bool = False) -> tuple[tuple[int, ...], ...]:
     """Tokens of answers behind a context, with the end token: those they have in the joint text where that keeps the
     context's tokens for all of them (alone, SentencePiece would put a space in front), else those of each alone."""
-    before = tokens_of(tokenizer, context)
+    frame, before = frame_of(tokenizer, chat), tokens_of(tokenizer, context)
+    answers = [frame.spaces[1] + answer + frame.spaces[2] for answer in answers]
     apart, joint = ([tokens_of(tokenizer, text + answer) for answer in answers] for text in ("", context))
     kept = all(ids[: len(before)] == before and len(ids) > len(before) for ids in joint)
-    return tuple((*(ids[len(before):] if kept else alone), frame_of(tokenizer, chat).end)
-                 for ids, alone in zip(joint, apart))
+    return tuple((*(ids[len(before):] if kept else alone), frame.end) for ids, alone in zip(joint, apart))
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, keep_answer: bool = True,
@@ -334,7 +337,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     it). Nothing else is ever cut. Raises UserError if even that is too long, or if the answer has no token. A row
     without choices whose answer is too long comes out longer than max_length, see `fitting`."""
     frame = frame_of(tokenizer, chat)
-    context = frame.context or example.prompt[-16:]  # tokens merge over a few characters at most
+    context = frame.context or example.prompt[-64:]  # tokens merge over a few characters at most
     answer, *choices = answer_ids(tokenizer, (example.answer, *example.choices), context, chat)
     if len(answer) < 2:
         raise UserError(f"{example.row or example.task}: the answer {example.answer!r} has no token in this tokenizer; "
@@ -343,14 +346,15 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     if not (choices or keep_answer):
         longest = min(longest, max_length // 2)  # a question may be asked however long its answer is
     room = max_length - longest - len(frame.before) - len(frame.after)
-    prompt = tokens_of(tokenizer, example.prompt)
+    prompt = tokens_of(tokenizer, frame.spaces[0] + example.prompt)
     if len(prompt) > room:
-        prompt = _shorten(example, tokenizer, room, keep_answer)
+        prompt = _shorten(example, tokenizer, room, keep_answer, frame.spaces[0])
     return Encoded(array("i", [*frame.before, *prompt, *frame.after]), answer, tuple(choices), example.task)
 
 
-def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, keep_answer: bool) -> list[int]:
-    """Tokens of the prompt with the longest window of its passage that fits into `room` tokens."""
+def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, keep_answer: bool,
+             lead: str) -> list[int]:
+    """Tokens of the prompt, behind `lead`, with the longest window of its passage that fits into `room` tokens."""
     task = task_of(example.task, [example])
     start, end = next((place for name, *place in example.fields if name == task.passage), (0, 0))
     passage = example.prompt[start:end]
@@ -362,7 +366,7 @@ def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, ke
     def window(size: int) -> list[int]:
         begin = max(0, min((first + last - size) // 2, len(passage) - size))
         text = example.prompt[:start] + passage[begin : begin + size] + example.prompt[end:]
-        return tokens_of(tokenizer, text)
+        return tokens_of(tokenizer, lead + text)
 
     low, high = last - first if task.kind == "span" else 0, len(passage)
     if len(window(low)) > room:

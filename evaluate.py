@@ -344,7 +344,7 @@ def open_run(run: Path, model_class: type[AdaptedLM] = TALoRA, task: str = "") -
         raise UserError(f"'{run}' holds no finished multitask or target stage; python train.py --run {run} trains one")
     if task and task not in tasks:
         raise UserError(f"the run '{run}' has no task '{task}'; it has {', '.join(tasks)}")
-    cfg, stages = SimpleNamespace(**read_json(run / "options.json")), []
+    cfg, stages = SimpleNamespace(**{"chat_template": "off"} | read_json(run / "options.json")), []
     backbone, tokenizer = load_backbone(cfg.backbone, cfg.dtype, pick_device(cfg.device))
     for name, folder, results in found:
         if not task or task in results["scores"]:

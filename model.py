@@ -456,12 +456,13 @@ def load_backbone(path: str | Path = "", dtype: str = "float32",
     """
     path = path or Path(__file__).parent / "tasks" / "micro_backbone"
     try:
-        quantised = getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "quantization_config", None)
+        config = AutoConfig.from_pretrained(path, attn_implementation="sdpa", trust_remote_code=False)
+        quantised = getattr(config, "quantization_config", None)
         if quantised:
             raise ValueError(f"its weights are quantised ({dict(quantised).get('quant_method')}); give plain ones")
         tokenizer = load_tokenizer(path)
         backbone, loaded = AutoModelForCausalLM.from_pretrained(
-            path, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
+            path, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
             trust_remote_code=False, output_loading_info=True)
         AdaptedLM.check(backbone)
         broken = [name for name, p in backbone.named_parameters() if not p.detach().sum().isfinite()]

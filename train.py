@@ -379,7 +379,11 @@ class Run:
         self.backbone, self.tokenizer = load_backbone(cfg.backbone, cfg.dtype, checkpoint.pick_device(cfg.device))
         method.model.check(self.backbone)
         cfg.chat_template, why = choose_chat_template(cfg, self.backbone, self.tokenizer)
-        print(f"backbone {describe_backbone(self.backbone, self.tokenizer)}; chat template {cfg.chat_template} ({why})")
+        begin = self.tokenizer.decode(data.frame_of(self.tokenizer).before) or "none"
+        positions = self.backbone.config.max_position_embeddings
+        print(f"backbone: {type(self.backbone).__name__}, {self.backbone.num_parameters():,} weights in {cfg.dtype}, "
+              f"{positions:,} positions, begin token {begin}, end token {self.tokenizer.eos_token}, chat template "
+              f"{cfg.chat_template} ({why})")
         if cfg.checkpointing:
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.rows, self.warnings = {}, {}  # task -> split -> rows; task -> what cannot be answered, and why -> rows
@@ -388,10 +392,11 @@ class Run:
             for note in data.list_notes(task, cfg.data_root, self.warnings[task]):
                 print(f"{task}: {note}")
         self.references = {}  # task -> column -> scores
-        longest = max(len(row) for splits in self.rows.values() for rows in splits.values() for row in rows)
-        if longest > self.backbone.config.max_position_embeddings:
-            print(f"warning: rows have up to {longest} tokens, but the backbone has only "
-                  f"{self.backbone.config.max_position_embeddings} positions; lower --max-length")
+        longest = max(len(row.prompt_ids) + max(map(len, (row.answer_ids, *row.choice_ids)))
+                      for splits in self.rows.values() for rows in splits.values() for row in rows)
+        if longest > positions:
+            print(f"warning: rows have up to {longest} tokens, but the backbone has only {positions} positions; lower "
+                  "--max-length")
 
     def new_model(self, tasks: list[str]) -> AdaptedLM:
         cfg = self.cfg
@@ -405,25 +410,19 @@ class Run:
 
 
 def choose_chat_template(cfg: Config, backbone: torch.nn.Module, tokenizer) -> tuple[str, str]:
-    """on or off, and why: auto is on where a template exists and the backbone calls itself instruct or chat, by its
-    name or because its generation stops at the end token of a turn."""
+    """on or off, and why. auto is on where there is a template and the backbone calls itself instruct or chat, by its
+    name or because it stops at the end of a turn (a base model with </s> or the like stops there anyway)."""
     if cfg.chat_template != "auto":
         return cfg.chat_template, "as asked for"
     if not tokenizer.chat_template:
         return "off", "the tokenizer has none"
-    name = Path(cfg.backbone).name.lower()
-    ends = AdaptedLM(backbone).end_tokens
-    if "instruct" in name or "chat" in name:
+    if any(word in Path(cfg.backbone).name.lower() for word in ("instruct", "chat")):
         return "on", "by the backbone's name"
-    if data.frame_of(tokenizer, chat=True).end in ends:
+    end = data.frame_of(tokenizer, chat=True).end
+    base_end = tokenizer.decode([end]) in ("</s>", "<|endoftext|>", "<|end_of_text|>")
+    if end in AdaptedLM(backbone).end_tokens and not base_end:
         return "on", "its generation stops at the end of a turn"
     return "off", "the backbone does not call itself instruct or chat"
-
-
-def describe_backbone(backbone: torch.nn.Module, tokenizer) -> str:
-    begin = tokenizer.decode(data.frame_of(tokenizer).before) or "none"
-    return (f"{type(backbone).__name__}, {backbone.num_parameters():,} weights in {str(backbone.dtype)[6:]}, begin "
-            f"token {begin}, end token {tokenizer.eos_token}, {backbone.config.max_position_embeddings:,} positions")
 
 
 def folder_of(cfg: Config, stage: str, task: str = "", shots: int = 0) -> Path:

@@ -118,20 +118,16 @@ def test_answers_are_those_of_transformers_alone(family, opened, tiny_backbone, 
     assert evaluate.predict(model, tokenizer, unguided, 0, CFG) == written and any(written)
 
 
-def fault(*case):
-    return pytest.param(*case, marks=pytest.mark.xfail(strict=True, reason="frame_of reads this template wrongly"))
-
-
 @pytest.mark.parametrize("kind, around, template, prompt, answer", [
     ("bytes", "$A", CHATML, "<|im_start|> user\n hello <|im_end|> \n <|im_start|> assistant\n", "good <|im_end|>"),
     ("bytes", "<s> $A", LLAMA3, "<s> <|head|> user <|/head|> \n\n hello <|eot|> <|head|> assistant <|/head|> \n\n",
      "good <|eot|>"),
     ("bytes", "<s> $A", NEMO, "<s> [INST] hello [/INST]", "good </s>"),
-    fault("bytes", "$A", QWEN3, "<|im_start|> user\n hello <|im_end|> \n <|im_start|> "
+    ("bytes", "$A", QWEN3, "<|im_start|> user\n hello <|im_end|> \n <|im_start|> "
           "assistant\n<think>\n\n</think>\n\n", "good <|im_end|>"),  # as the template answers without thinking
-    fault("bytes", "<s> $A", MISTRAL, "<s> [INST] ~hello [/INST]", "~good </s>"),
-    fault("spaces", "<s> $A", MISTRAL, "<s> [INST] hello [/INST]", "good </s>"),  # each with the space in front
-    fault("bytes", "<s> $A", LLAMA2, "<s> [INST] ~hello~ [/INST]", "~good~ </s>")])
+    ("bytes", "<s> $A", MISTRAL, "<s> [INST] ~hello [/INST]", "~good </s>"),
+    ("spaces", "<s> $A", MISTRAL, "<s> [INST] hello [/INST]", "good </s>"),  # each with the space in front
+    ("bytes", "<s> $A", LLAMA2, "<s> [INST] ~hello~ [/INST]", "~good~ </s>")])
 def test_a_chat_template_gives_one_turn_of_the_user_and_one_of_the_assistant(kind, around, template, prompt, answer):
     tokenizer = make_tokenizer(kind, around, template)
     row = encode(Example("own", "hello", "good", ("good", "bad")), tokenizer, 99, chat=True)
@@ -197,7 +193,7 @@ def rope(kind, **more):
 
 @pytest.mark.parametrize("config", [
     {"attn_implementation": "flash_attention_2"}, rope("yarn", original_max_position_embeddings=32),
-    pytest.param({"_attn_implementation": "flash_attention_2"}, marks=pytest.mark.xfail(strict=True))])
+    {"_attn_implementation": "flash_attention_2"}])
 def test_a_folder_loads_that_declares_another_tokenizer_flash_attention_or_yarn(config, folder):
     text = "Review: 好喝 soup 2023. Sentiment:"
     edit(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizerFast")
