@@ -193,12 +193,6 @@ def _cut_dev(name: str, examples: list[Example]) -> tuple[list[Example], list[Ex
     return [example for group in groups for example in by_group[group]], dev
 
 
-def data_hash(examples: Iterable[Example]) -> str:
-    """A fingerprint of prompts and answers that ignores their order."""
-    lines = sorted(f"{example.prompt}\0{example.answer}" for example in examples)
-    return hashlib.blake2b("\0\0".join(lines).encode(), digest_size=8).hexdigest()
-
-
 # Few examples and rewritten ones -------------------------------------------------------------------------------------
 
 def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example], list[Example]]:
@@ -230,12 +224,6 @@ def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example
     return sides
 
 
-def shots_record(examples: Sequence[Example], k: int, seed: int) -> dict:
-    """What a run writes down of its k-shot choice: the names of the chosen rows, and a hash of those to choose from."""
-    train, dev = ([example.row for example in side] for side in k_shot(examples, k, seed))
-    return {"task": examples[0].task, "k": k, "seed": seed, "data": data_hash(examples), "train": train, "dev": dev}
-
-
 def perturb(example: Example, seed: int) -> Example:
     """The example with its input text rewritten and its answer kept; `operations` says how, () if nothing could be done
     safely and the example is as it was. A function of the prompt and the seed."""
@@ -255,9 +243,10 @@ def perturb(example: Example, seed: int) -> Example:
 
 
 def test_rows(name: str, cfg) -> dict[str, list[Example]]:
-    """The test rows of a task, "plain" and "rewritten" (as training never shows them, where that can be done)."""
-    plain = load_task(name, "test", cfg.data_root)
-    return {"plain": plain, "rewritten": [perturb(example, cfg.seed) for example in plain]}
+    """The test rows of a task, "plain" and, where any can be, "rewritten" in ways that training never shows."""
+    rows = {"plain": load_task(name, "test", cfg.data_root)}
+    rewritten = [perturb(example, cfg.seed) for example in rows["plain"]]
+    return rows | ({"rewritten": rewritten} if any(example.operations for example in rewritten) else {})
 
 
 # Examples -> tokens -> batches ---------------------------------------------------------------------------------------
@@ -421,8 +410,8 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dic
                         "there is nothing to tell apart; add rows with another answer, or leave the task out")
     for shots in cfg.shots if name in cfg.targets else ():
         k_shot(splits.train, shots, cfg.seed)
-    examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": splits.test,
-                "rewritten": test_rows(name, cfg)["rewritten"]}
+    examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": splits.test, }
+    examples |= {kind: rows for kind, rows in test_rows(name, cfg).items() if kind == "rewritten"}
     rows = {split: encode_all(some, tokenizer, cfg.max_length, split == "train", cfg.chat_template == "on")
             for split, some in examples.items()}
     too_long = f"test answers are longer than --max-new-tokens {cfg.max_new_tokens} and never given in full; raise it"

@@ -312,8 +312,11 @@ def report(run: Path, log: Callable[[str], None]) -> None:
         stages = [results for table_name, _, results in found if table_name == name]
         scores, metrics, rewritten = ({task: value for results in stages for task, value in results[key].items()}
                                       for key in ("scores", "metrics", "rewritten"))
-        text = (f"test rows\n\n{table(scores, metrics)}\nthe same rows, rewritten in ways that training never shows "
-                f"({sum(rewritten.values()) / len(rewritten):.0%} could be)\n\n{table(scores, metrics, 'rewritten')}")
+        text = f"test rows\n\n{table(scores, metrics)}"
+        if any(rewritten.values()):
+            share = sum(rewritten.values()) / len(rewritten)
+            text += (f"\nthe same rows, rewritten in ways that training never shows ({share:.0%} could be)\n\n"
+                     f"{table(scores, metrics, 'rewritten')}")
         with write_whole(run / name) as file:
             file.write(text.encode())
         log(f"\n{text}\nsaved as {run / name}")

@@ -287,7 +287,7 @@ class AdaptedLM(nn.Module):
                     raise ValueError(f"it was trained on a backbone with {key} = {about['backbone'].get(key)}, but "
                                      f"this one has {value}")
             model = cls(backbone, about["tasks"], TALoRAConfig(**about["config"]))
-            model.about = about["about"]
+            model.about = about.get("about", {})
             own, found = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.adapter_state(), state))
             if own != found:
                 raise ValueError(f"its tensors {sorted(dict(own.items() ^ found.items()))[:3]} do not fit adapter.json")
@@ -353,8 +353,8 @@ class TALoRA(GatedPrompts):
         L, P, r = backbone.config.num_hidden_layers, config.prompt_length, config.rank
         self.theta0 = nn.Parameter(random_words(backbone, P))  # (L, P, d)
         self.B = nn.Parameter(torch.randn(L, P, r, device=self.device) * r**-0.5)
-        # Parameters of their own, not rows of one tensor: an optimizer with momentum moves every row of a tensor that
-        # has a gradient, so a task that is absent from a batch would drift.
+        # Separate parameters, so that a target trains its own pair alone and, without the regulariser, absent tasks do
+        # not drift: an optimizer with momentum moves every row of a tensor that has a gradient.
         self.u, self.v = nn.ParameterList(), nn.ParameterList()
         for task in tasks:
             self.add_task(task)

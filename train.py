@@ -9,10 +9,9 @@ In every stage a step minimises
     loss = L_PLM + lambda * R(A_1 .. A_N)                                                               Eq. (3)
 
 where L_PLM is the cross-entropy of the answer's tokens, averaged within an example and then over the examples of the
-step, and R is the orthogonality of the task matrices (multitask stage only). Shared weights and the weights of a task
-learn at different rates:
+step, and R is the orthogonality of the task matrices (multitask stage only). In the multitask stage
 
-    slow: theta0, B          fast: u_i, v_i, gate                                                       Eq. (5)
+    theta0 and B learn slowly,    u_i, v_i and the gates fast                                           Eq. (5)
 
 Baselines and ablations call `main` with another `Method` (experiments/compare.py).
 """
@@ -269,7 +268,7 @@ def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     examples = checkpoint.total(sum(len(batch.task_ids) for batch in batches))  # over all processes
     task_loss = torch.zeros((), device=model.device)
-    optimizer.zero_grad(set_to_none=True)  # None, not 0: AdamW then leaves the factors of absent tasks alone
+    optimizer.zero_grad(set_to_none=True)  # None, not 0: without R, AdamW then leaves absent tasks alone
     for batch in batches:
         with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.autocast):
             losses = model(batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels).losses  # (B,)
@@ -357,7 +356,7 @@ def describe_learning(model: AdaptedLM, learning: dict[str, str], cfg: Config) -
 def describe_progress(stage: str, steps: int, now: dict) -> str:
     row, done = now["history"][-1], now["step"]
     left = int(now["seconds"] / done * (steps - done))
-    return "  ".join([f"{stage:9} {done:>5}/{steps}  loss {row['loss']:.4f}",
+    return "  ".join([f"{stage:9} {done:>5}/{steps}  task loss {row['loss']:.4f}",
                       *([f"reg {row['reg']:.5f}"] if row["reg"] else []),
                       *([f"|tanh g| {sum(map(abs, row['gates'])) / len(row['gates']):.3f}"] if "gates" in row else []),
                       *(f"{name} {rate:.1e}" for name, rate in row["learning_rates"].items()),
@@ -462,7 +461,8 @@ def train_target(run: Run, folder: Path, task: str, shots: int) -> None:
         chat = cfg.chat_template == "on"
         rows = {split: data.fitting(data.encode_all(some, run.tokenizer, cfg.max_length, split == "train", chat),
                                     cfg.max_length) for split, some in (("train", few), ("dev", held))}
-        checkpoint.write_json(folder / "shots.json", data.shots_record(pool, shots, cfg.seed))
+        checkpoint.write_json(folder / "shots.json", {"k": shots, "seed": cfg.seed, "train": [row.row for row in few],
+                                                      "dev": [row.row for row in held]})
     torch.manual_seed(cfg.seed)
     model = run.load(folder_of(cfg, "multitask")) if "multitask" in method.learns else run.new_model([task])
     if isinstance(model, TALoRA):
@@ -485,33 +485,33 @@ def nearest_start(model: AdaptedLM, task: str, rows: list[Encoded], cfg: Config)
     return new, model.tasks[nearest]
 
 
+def test_task(run: Run, model: AdaptedLM, task: str, task_id: int, shots: int, columns: dict) -> dict:
+    """What results.json says of a task: scores of test rows by column, and of development rows scored like them."""
+    cfg, tests = run.cfg, data.test_rows(task, run.cfg)
+    dev = data.load_task(task, "train" if shots else "dev", cfg.data_root)
+    dev = (data.k_shot(dev, shots, cfg.seed)[1] if shots else dev[: cfg.dev_rows])[:64]
+    if task not in run.references:
+        run.references[task] = evaluate.references(run.backbone, run.tokenizer, task, cfg)
+    own = evaluate.score_rows(model, run.tokenizer, task, task_id, cfg, tests | {"dev": dev})
+    dev_score = {"score": own.pop("dev")["score"], "rows": len(dev)}
+    run.log(f"{task}: {dev_score['score']:.1%} on {len(dev)} development rows, scored as test rows are")
+    return {"scores": run.references[task] | columns | {run.method.name: own}, "dev_as_test": dev_score,
+            "metrics": data.task_of(task, tests["plain"]).metric, "warnings": run.warnings[task],
+            "rewritten": sum(bool(row.operations) for row in tests.get("rewritten", ())) / len(tests["plain"])}
+
+
 def finish(run: Run, folder: Path, results: dict, ids: dict[str, int], columns: dict | None = None) -> None:
-    """Answer the test rows of the tasks in ``ids``, draw the stage and write results.json: the stage is finished."""
-    cfg, method, model, scores, metrics, rewritten = run.cfg, run.method, run.load(folder), {}, {}, {}
-    dev, shots = {}, results.get("shots")
-    for task, task_id in ids.items():
-        held = data.load_task(task, "train" if shots else "dev", cfg.data_root)
-        held = (data.k_shot(held, shots, cfg.seed)[1] if shots else held[: cfg.dev_rows])[:64]
-        found = evaluate.score_rows(model, run.tokenizer, task, task_id, cfg, {"dev": held})["dev"]
-        dev[task] = {"score": found["score"], "rows": len(held)}
-        if task not in run.references:
-            run.references[task] = evaluate.references(run.backbone, run.tokenizer, task, cfg)
-        own = evaluate.score_rows(model, run.tokenizer, task, task_id, cfg)
-        scores[task] = run.references[task] | (columns or {}) | {method.name: own}
-        tests = data.test_rows(task, cfg)
-        metrics[task] = data.task_of(task, tests["plain"]).metric
-        rewritten[task] = sum(bool(row.operations) for row in tests["rewritten"]) / len(tests["rewritten"])
-    if dev:
-        best = max(row.get("dev_accuracy", 0) for row in evaluate.read_metrics(folder))
-        run.log(f"development rows: {best:.1%} right token for token; answered as test rows are: " + ", ".join(
-            f"{task} {found['score']:.1%} ({found['rows']} rows)" for task, found in dev.items()))
-    learning = learning_tensors(model, method.learns[results["stage"]], list(ids.values()))
-    if cfg.pictures:
+    """Test the tasks in ``ids``, draw the stage and write results.json: the stage is finished."""
+    model = run.load(folder)
+    found = {task: test_task(run, model, task, task_id, results.get("shots", 0), columns or {})
+             for task, task_id in ids.items()}
+    by_key = {key: {task: about[key] for task, about in found.items()}
+              for key in ("scores", "metrics", "rewritten", "dev_as_test", "warnings")}
+    learning = learning_tensors(model, run.method.learns[results["stage"]], list(ids.values()))
+    if run.cfg.pictures:
         evaluate.draw_run(folder, run.log)
     checkpoint.write_json(folder / "results.json", {
-        **results, "method": method.name, "seed": cfg.seed, "trainable": count(model, learning),
-        "metrics": metrics, "rewritten": rewritten, "scores": scores, "dev_as_test": dev,
-        "warnings": {task: run.warnings[task] for task in ids if run.warnings[task]},
+        **results, "method": run.method.name, "seed": run.cfg.seed, "trainable": count(model, learning), **by_key,
         **checkpoint.environment(run.command)})
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -545,8 +545,8 @@ def main(argv: list[str], method: Method = TALORA, command: str = "python train.
     todo = [job for job in made_of if not (folder_of(cfg, *job) / "results.json").exists()]
     needed = dict.fromkeys(name for _, task, _ in todo for name in ([task] if task else cfg.sources))
     run = Run(cfg, method, f"{command} {shlex.join(argv)}", list(needed)) if todo else None
-    for job in made_of if todo else ():  # what is finished was built on the same backbone; its rows need not be read
-        names = ([job[1]] if job[1] else cfg.sources) if job in todo else ()
+    for job in made_of if todo else ():  # finished stages, too; their rows are compared if they are read
+        names = [name for name in ([job[1]] if job[1] else cfg.sources) if name in run.rows]
         made_of[job] |= {"backbone": describe(run.backbone)["hash"], "chat_template": cfg.chat_template} | {
             f"rows of {name}": data.rows_hash(sum(run.rows[name].values(), [])) for name in names}
         checkpoint.same_run(folder_of(cfg, *job), made_of[job])

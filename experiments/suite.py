@@ -192,7 +192,8 @@ def collect(run: Run, out: Path, started: float) -> list[dict]:
             **about, "stage": stage, "shots": shots, "numbers": result["trainable"], "scores": {}, "dev": [], **ends})
         for task, columns in result["scores"].items():
             for column, scores in columns.items():
-                for name, score in ((column, scores["plain"]), (f"{column}, rewritten", scores["rewritten"])):
+                for rows_kind, score in scores.items():
+                    name = column if rows_kind == "plain" else f"{column}, rewritten"
                     record["scores"].setdefault(name, {})[task] = round(score["score"], 5)
         record["dev"].append(max((row["dev_accuracy"], -row["dev_loss"]) for row in rows if "dev_loss" in row))
     for record in records.values():

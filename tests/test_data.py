@@ -184,13 +184,6 @@ def test_k_shot_keeps_groups_apart_and_says_when_k_is_too_large():
             data.k_shot(rows, k, seed=0)
 
 
-def test_the_record_of_a_few_shot_choice_names_its_rows_and_its_data():
-    examples = made_up({"a": 20, "b": 20})
-    record, sides = data.shots_record(examples, 4, seed=3), data.k_shot(examples, 4, seed=3)
-    assert [record["train"], record["dev"]] == [[e.row for e in side] for side in sides]
-    assert record["data"] == data.data_hash(examples[::-1]) != data.data_hash(examples[1:])
-
-
 def test_perturb_of_the_micro_world_changes_most_rows():
     rows = data.load_task("toy-amazon", "test")[:50]
     changed = [data.perturb(example, 0) for example in rows]

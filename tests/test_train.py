@@ -188,9 +188,9 @@ def test_development_rows_are_also_scored_as_test_rows_are(finished):
     multitask, target = (json.loads((finished / folder / "results.json").read_text())
                          for folder in ("multitask", "target/toy-drcd-8-shot"))
     assert {task: found["rows"] for task, found in multitask["dev_as_test"].items()} == dict.fromkeys(SOURCES, 4)
-    assert target["dev_as_test"]["toy-drcd"]["rows"] == 8 and target["warnings"] == {}
-    said = f"toy-drcd {target['dev_as_test']['toy-drcd']['score']:.1%} (8 rows)"
-    assert f"right token for token; answered as test rows are: {said}" in (finished / "log.txt").read_text()
+    assert target["dev_as_test"]["toy-drcd"]["rows"] == 8 and target["warnings"] == {"toy-drcd": {}}
+    said = f"toy-drcd: {target['dev_as_test']['toy-drcd']['score']:.1%} on 8 development rows, scored as test rows are"
+    assert said in (finished / "log.txt").read_text()
 
 
 def test_rows_that_cannot_be_answered_are_told_and_stored(small_world, tmp_path, capsys):
