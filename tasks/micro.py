@@ -36,7 +36,6 @@ TRAIN_ROWS, TEST_ROWS = 2000, 200  # of every task
 Meaning = dict[str, str]  # what a clause says: kind of word -> word
 
 # Words ---------------------------------------------------------------------------------------------------------------
-
 ASPECTS = {  # topic -> aspects; the first three topics are domain 0, the others domain 1
     "food": "soup bread cake tea menu cook".split(),
     "travel": "train flight tour map cabin guide".split(),
@@ -85,7 +84,6 @@ for kind, groups in (("aspect", ASPECTS.values()), ("place", PLACES), ("adjectiv
 WORDS, ALL_PLACES, ALL_ADJECTIVES = list(KIND), sum(PLACES, []), sum(ADJECTIVES, [])
 
 # Sentences and their meaning -----------------------------------------------------------------------------------------
-
 def parse(clause: str) -> Meaning:
     """Meaning of one clause; kinds are aspect, adjective, verb, place, name, city, and `very`."""
     return {KIND.get(word, (word,))[0]: word for word in clause.split() if word in KIND or word == "very"}
@@ -195,7 +193,6 @@ def answer_question(fact: Meaning, review: Meaning, question: str) -> dict[str, 
 
 
 # Tasks ---------------------------------------------------------------------------------------------------------------
-
 class MicroTask(NamedTuple):
     capability: str
     domains: tuple[int, ...]
@@ -298,7 +295,6 @@ def with_distractor(rng: random.Random, text: str, probability: float) -> str:
 
 
 # Pretraining text and the tokenizer ----------------------------------------------------------------------------------
-
 def draw_document(rng: random.Random) -> list[tuple[str, str]]:
     """One pretraining text, a statement or two and 1 to 4 questions about them: list of (text up to `=>`, answer)."""
     form, domain = rng.choices(["review", "pair", "reading", "fact"], [1, 5, 5, 1])[0], rng.randrange(2)
