@@ -72,7 +72,7 @@ def to_example(name: str, row: dict, where: str = "") -> Example:
     if choices and (answer not in choices or len(set(choices)) < max(2, len(choices))):
         raise UserError(f"{where}: choices {choices} should be two or more different texts with the answer {answer!r}")
     fields = row.get("fields", ())
-    own = name in TASKS and TASKS[name].template != "" and not fields
+    own = name in TASKS and not fields
     if passage:
         if passage not in prompt:
             raise UserError(f"{where}: the passage {passage[:40]!r} does not occur in the prompt as it stands")
@@ -149,7 +149,7 @@ def load_splits(name: str, root: str | None = None) -> Splits:
         elif kept.setdefault((example.prompt, example.answer), example) is not example:
             dropped["train"]["repeated"] += 1
     train = list(kept.values())
-    for split, rows in (("train", train), ("test", test)):
+    for split, rows in zip(SPLITS, (train, test)):
         if not rows:
             raise UserError(f"task {name!r} has no usable {split} row in {source} (left out: {_counts(dropped[split])})"
                             "; add rows or leave the task out")
@@ -179,10 +179,9 @@ def _cut_dev(name: str, examples: list[Example]) -> tuple[list[Example], list[Ex
     by_group = defaultdict(list)
     for example in examples:
         by_group[example.group].append(example)
-    wanted = max(1, min(DEV_ROWS, int(DEV_SHARE * len(examples))))
     groups, dev = sorted(by_group), []
     random.Random(f"dev {name}").shuffle(groups)
-    while len(dev) < wanted and len(groups) > 1:
+    while len(dev) < max(1, min(DEV_ROWS, int(DEV_SHARE * len(examples)))) and len(groups) > 1:
         dev += by_group[groups.pop()]
     if not dev:
         raise UserError(f"task {name!r} has {len(examples)} train rows on one text, no dev split can be cut; add rows")
@@ -197,8 +196,7 @@ def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example
     if k < 0:
         raise UserError(f"k = {k} examples are not possible; use 0 or more")
     name = examples[0].task if examples else ""
-    closed = task_of(name, examples).kind == "closed"
-    rng = random.Random(f"{seed} {name}")
+    closed, rng = task_of(name, examples).kind == "closed", random.Random(f"{seed} {name}")
     order = sorted(examples, key=lambda example: (example.prompt, example.answer, example.group))
     rng.shuffle(order)
     pools = defaultdict(list)  # answer -> its rows that are still free
@@ -282,15 +280,13 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> Frame:
     talk = [{"role": role, "content": f"MARK{i}"} for i, role in enumerate(("user", "assistant") * 2)]
     try:
         _, _, between, after, closing = re.split("MARK[0-3]", tokenizer.apply_chat_template(talk, tokenize=False))
-        before = between.removeprefix(closing)
-        ids = [tokenizer(part, add_special_tokens=False)["input_ids"]
-               for part in (before.rstrip(" "), after.rstrip(" "), closing.strip())]
-        end = ids[2][0]
+        (before, lead), (after, gap) = (re.fullmatch("(.*?)( *)", text, re.DOTALL).groups()
+                                        for text in (between.removeprefix(closing), after))
+        ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after, closing.strip())]
+        begin = [] if ids[0][: len(begin)] == begin else begin
+        return Frame(begin + ids[0], ids[1], ids[2][0], after, (lead, gap, closing[: -len(closing.lstrip(" "))]))
     except Exception as error:  # whatever a template raises
         raise UserError(f"the chat template cannot be used ({error}); use --chat-template off") from error
-    spaces = (before[len(before.rstrip(" ")):], after[len(after.rstrip(" ")):], closing[: -len(closing.lstrip(" "))])
-    begin = [] if ids[0][: len(begin)] == begin else begin
-    return Frame(begin + ids[0], ids[1], end, after.rstrip(" "), spaces)
 
 
 @lru_cache(maxsize=4096)
@@ -494,8 +490,7 @@ class Batches:
 
     def _window(self, number: int) -> list[list[list[Encoded]]]:
         total = self.WINDOW * self.batch_size
-        rows = sorted(self.draw(number * total, total), key=len, reverse=True)
-        batches = []
+        rows, batches = sorted(self.draw(number * total, total), key=len, reverse=True), []
         while rows:
             size = max(1, min(self.budget // len(rows[0]), self.batch_size // 2))
             batches.append(rows[:size])
@@ -553,7 +548,6 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--data-root {root} holds no <task>/train.jsonl")
     if options.backbone:
         from model import load_tokenizer  # data.py comes before model.py, and only this page needs it
-
         try:
             tokenizer = load_tokenizer(options.backbone)
         except (OSError, ValueError) as error:

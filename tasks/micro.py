@@ -117,9 +117,9 @@ def held_out(text: str) -> bool:
                 return True
             if "verb" in said and (KIND[said["verb"]][1] + place) % 4 == 0:  # relation with place
                 return True
-        if {"aspect", "adjective"} <= said.keys():
-            if (3 * ALL_ADJECTIVES.index(said["adjective"]) + WORDS.index(said["aspect"])) % 5 == 0:
-                return True
+        if {"aspect", "adjective"} <= said.keys() and (
+                3 * ALL_ADJECTIVES.index(said["adjective"]) + WORDS.index(said["aspect"])) % 5 == 0:
+            return True
         if {"name", "city"} <= said.keys() and (NAMES.index(said["name"]) + CITIES.index(said["city"])) % 4 == 0:
             return True
     return False
@@ -252,20 +252,19 @@ def draw_candidate(rng: random.Random, capability: str, domain: int) -> tuple[st
 @cache
 def _rows(name: str, split: str) -> list[dict]:
     task, rng = TASKS[name], random.Random(f"{name} {split}")
-    words, rows, seen = task.words.split(), [], set()
+    words, rows = task.words.split(), {}  # text -> row
     taken = {row["group"] for row in _rows(name, "train")} if split == "test" else set()
     while len(rows) < (TRAIN_ROWS if split == "train" else TEST_ROWS):
         body, answer, options = draw_candidate(rng, task.capability, rng.choice(task.domains))
         wanted = answer == len(rows) % len(words) if words else True  # balanced labels
         group = " ".join(word for word in body.split(" ; ")[0].split() if word in KIND)  # what the first side says
-        if not wanted or body in seen or group in taken or held_out(body) != (split == "test"):
+        if not wanted or body in rows or group in taken or held_out(body) != (split == "test"):
             continue
-        seen.add(body)
-        row = {"prompt": f"{body} =>", "hard_prompt": f"{body} {instruction(task.capability, task.words)} =>",
-               "answer": words[answer] if words else answer, "group": group}
-        rows.append(row | ({"choices": words or options} if words or options else
-                           {"references": [answer], "protected": [answer]}))
-    return rows
+        rows[body] = {"prompt": f"{body} =>", "hard_prompt": f"{body} {instruction(task.capability, task.words)} =>",
+                      "answer": words[answer] if words else answer, "group": group}
+        rows[body] |= ({"choices": words or options} if words or options else
+                       {"references": [answer], "protected": [answer]})
+    return list(rows.values())
 
 
 def rows(task: str, split: str) -> list[dict]:
