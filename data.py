@@ -498,7 +498,7 @@ class Batches:
         random.Random(f"{self.seed} window {number}").shuffle(batches)
         steps, dealt = [[] for _ in range(self.WINDOW)], 0
         for batch in batches:  # a step is full when it has its share of the window's rows
-            steps[min(dealt * self.WINDOW // total, self.WINDOW - 1)].append(batch)
+            steps[dealt // self.batch_size].append(batch)
             dealt += len(batch)
         return steps
 
@@ -508,8 +508,8 @@ def page(name: str, root: str | None = None, tokenizer: PreTrainedTokenizerBase 
     """What to look at first: counts, rows left out, lengths, balance of answers, an example, a rewritten example; with
     a tokenizer (and cfg, as `encode_task` reads it) also how many rows cannot be answered."""
     splits = load_splits(name, root)
-    train, test = splits.train, splits.test
-    task, lengths = task_of(name, train), sorted(len(e.prompt) + len(e.answer) for e in train)
+    train, test, task = splits.train, splits.test, task_of(name, splits.train)
+    lengths = sorted(len(e.prompt) + len(e.answer) for e in train)
     rewritten = {e: new for e in test if (new := perturb(e, seed=0)).operations}
     example = min(rewritten or test, key=lambda e: len(e.prompt))
     try:

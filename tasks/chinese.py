@@ -260,7 +260,7 @@ def _label(task: Task, label: object, where: str) -> str:
 def _spans(given: object, passage: str) -> tuple[list[str], list[str]]:
     """All answers, and those that really occur in the passage (published offsets are not used, some are wrong). given:
     a text, a list of texts, a list of {"text": text} as in SQuAD, or {"text": list of texts} as on the hub."""
-    given = given["text"] if isinstance(given, dict) else given or ()
+    given = (given["text"] if isinstance(given, dict) else given) or ()
     texts = [given] if isinstance(given, str) else [a["text"] if isinstance(a, dict) else a for a in given]
     answers = list(dict.fromkeys(filter(None, map(_clean, texts))))
     if not (found := [text for text in answers if text in passage]):
@@ -298,7 +298,8 @@ def read_task(task: Task, root: str | None, notes: list[str]) -> tuple[str, dict
             reason = str(error).strip().split("\n")[0][:150]
             failures.append(f"{source} ({reason or type(error).__name__})")
         else:
-            notes += [f"{'; '.join(failures)} failed, using {source}"] if failures else []
+            if failures:
+                notes.append(f"{'; '.join(failures)} failed, using {source}")
             return str(source), read
     raise UserError(f"task {task.name!r} cannot be loaded, tried {'; '.join(failures)}: connect to the network once "
                     f"(files are kept), or put {task.name}/train.jsonl and test.jsonl into the folder --data-root")
@@ -332,9 +333,8 @@ def local_rows(task: Task, root: str, split: str) -> Rows:
             text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
-        is_table = path.suffix in (".csv", ".tsv")
-        columns = columns if path.suffix == ".txt" else ()
-        yield from parse_table(text, str(path)) if is_table else parse_rows(text, columns, str(path))
+        yield from (parse_table(text, str(path)) if path.suffix in (".csv", ".tsv") else
+                    parse_rows(text, columns if path.suffix == ".txt" else (), str(path)))
 
 
 def published_rows(source: Source, split: str) -> Rows:

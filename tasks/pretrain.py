@@ -155,8 +155,8 @@ def main(argv: list[str]) -> None:
     out, seed, steps = made.pop("out"), made["seed"], made["steps"]
     model = new_backbone(tokenizer, seed, made["width"], made["layers"])
     losses = pretrain(model, weigh_documents(seed, DOCUMENTS_PER_STEP * steps, tokenizer), seed, steps)
-    for part in (model, tokenizer):
-        part.save_pretrained(out)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
     scores = score_capabilities(model, tokenizer)
     worst = min(scores, key=scores.get)
     print(f"{out}: {model.num_parameters():,} parameters, {len(scores)} capabilities asked for in words: mean "

@@ -173,13 +173,6 @@ def test_files_are_read_under_the_names_that_clue_cmrc_and_c3_give_them(tmp_path
         assert len(list(chinese.local_rows(TASKS[task], str(tmp_path), "train"))) == len(files)
 
 
-def test_nan_is_a_missing_value_and_numbers_are_no_rows(tmp_path):
-    ((_, row),) = chinese.parse_rows('{"prompt": "甲", "group": NaN}')
-    assert row == {"prompt": "甲", "group": None}
-    with pytest.raises(UserError, match="f:1: a row is a JSON object"):
-        list(chinese.parse_rows("3\n", where="f"))
-
-
 def test_a_question_is_scored_against_all_its_answers_and_trained_on_one_that_stands_in_the_passage():
     example = example_of("cmrc2018", answers={"text": ["第0年。", "第0年", "在第0年", "第零年"]})
     assert example.answer == "第0年" and example.protected == ("第0年", "在第0年")
@@ -199,7 +192,7 @@ def test_the_relations_of_two_names_in_a_text_are_one_question_of_the_test_and_a
 
 @pytest.mark.parametrize("name, changes, reasons", [
     ("ocnli", [{"label": -1}, {"label": "-"}, {"label": None}, {"sentence2": " "}],
-     {"no label": 3, "empty sentence2": 1}),
+     {"no label": 3, "empty sentence2": 1}), ("drcd", [{"question": float("nan")}], {"empty question": 1}),
     ("cmrc2018", [{"answers": {"text": ["火星"]}}, {"answers": {"text": []}}, {"question": ""}],
      {"answer not in the text": 1, "no answer": 1, "empty question": 1}),
     ("c3", [{"answer": ""}, {"answer": "都不是"}, {"choice": ["不去", "不去"]}],
@@ -234,7 +227,7 @@ def test_pairs_in_either_order_and_swapped_relations_are_one_group():
      ["train.jsonl:5", "'Nahe'", "'sanwen'", "Part-Whole"]),
     ([published("sanwen"), {"head": "我", "tail": "河", "text": "我在河边"}],
      ["train.jsonl:2", "'relation'", "head, tail, text"]),
-    ("[1, 2]\n[3]\n", ["train.jsonl:1", "list"]),
+    ("[1, 2]\n[3]\n", ["train.jsonl:1", "list"]), ("3\n", ["train.jsonl:1: a row is a JSON object"]),
     ([published("sanwen", text="")], ["no usable train row", "1 empty text"]),
     ([published("sanwen")], ["'sanwen'", "dev"])])
 def test_what_is_wrong_with_the_rows_is_said_in_one_sentence(tmp_path, train, parts):
