@@ -132,13 +132,12 @@ def score_capabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     {"topic 0": ..., "topic mixed": ...}, by convention or mixed word by word; spans and options have no convention."""
     scores = {}
     for capability in [*micro.CONVENTIONS, *micro.SPANS, *micro.OPTIONS]:
-        known = micro.CONVENTIONS.get(capability)
+        known = micro.CONVENTIONS.get(capability, [])
         for kind in [*range(len(known)), "mixed"] if known else [None]:
-            rng, pairs, words = random.Random(f"scores 0 {capability} {kind}"), [], []
+            rng, pairs = random.Random(f"scores 0 {capability} {kind}"), []
             while len(pairs) < count:
                 body, answer, _ = micro.draw_candidate(rng, capability, rng.randrange(2))
-                if known:
-                    words = [rng.choice(row) for row in zip(*known)] if kind == "mixed" else known[kind]
+                words = [rng.choice(row) for row in zip(*known)] if kind == "mixed" else known[kind] if known else []
                 if micro.held_out(body):
                     prompt = f"{body} {micro.instruction(capability, ' '.join(words))} =>"
                     pairs.append((prompt, words[answer] if words else answer))
