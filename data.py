@@ -26,7 +26,6 @@ from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 from textwrap import indent
-from types import SimpleNamespace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -40,11 +39,9 @@ from tasks.chinese import SPLITS, TASKS, Task, number_rows
 DEV_SHARE, DEV_ROWS = 0.1, 1024  # a tenth of the train rows, at most 1,024, becomes the development set
 
 # Rows -> examples -> train, dev, test --------------------------------------------------------------------------------
-
 @dataclass(frozen=True, slots=True)
 class Example:
     """One row as text. The model reads `prompt` and is to write `answer`."""
-
     task: str
     prompt: str
     answer: str
@@ -75,7 +72,7 @@ def to_example(name: str, row: dict, where: str = "") -> Example:
     if choices and (answer not in choices or len(set(choices)) < max(2, len(choices))):
         raise UserError(f"{where}: choices {choices} should be two or more different texts with the answer {answer!r}")
     fields = row.get("fields", ())
-    own = name in TASKS and TASKS[name].template != "" and not fields
+    own = name in TASKS and not fields
     if passage:
         if passage not in prompt:
             raise UserError(f"{where}: the passage {passage[:40]!r} does not occur in the prompt as it stands")
@@ -97,11 +94,11 @@ def task_of(name: str, examples: Sequence[Example] = ()) -> Task:
     if name in TASKS and not (examples and examples[0].own):
         return TASKS[name]
     choices = examples[0].choices if examples else ()
-    same = all(set(example.choices) == set(choices) for example in examples)
-    kind = "span" if not choices else "closed" if same else "choice"
     role = "target" if name in (*micro.TARGETS, *chinese.TARGETS) else "source"
-    metric = "char_f1" if kind == "span" else "accuracy"
-    return Task(name, role, kind, metric, answers=choices if kind == "closed" else ())
+    if not choices:
+        return Task(name, role, "span", "char_f1")
+    same = all(set(example.choices) == set(choices) for example in examples)
+    return Task(name, role, "closed" if same else "choice", "accuracy", answers=choices if same else ())
 
 
 @dataclass
@@ -127,9 +124,9 @@ def load_splits(name: str, root: str | None = None) -> Splits:
     task, notes = task_of(name), []
     if not name or name.startswith(".") or set(name) & set("/\\"):
         raise UserError(f"{name!r} cannot be a task: its name should be that of a folder, without / or a dot in front")
-    if name in micro.TASKS and root and (Path(root) / name).exists():
-        raise UserError(f"{name!r} is a task of the micro-world; give the folder {Path(root) / name} another name")
     if name in micro.TASKS:
+        if root and (Path(root) / name).exists():
+            raise UserError(f"{name!r} is a task of the micro-world; give the folder {Path(root) / name} another name")
         source = "the micro-world"
         read = {split: (number_rows(micro.rows(name, split), f"{name} {split}"), Counter()) for split in SPLITS}
     elif root or name in TASKS:
@@ -152,17 +149,16 @@ def load_splits(name: str, root: str | None = None) -> Splits:
         elif kept.setdefault((example.prompt, example.answer), example) is not example:
             dropped["train"]["repeated"] += 1
     train = list(kept.values())
-    for split, rows in (("train", train), ("test", test)):
+    for split, rows in zip(SPLITS, (train, test)):
         if not rows:
             raise UserError(f"task {name!r} has no usable {split} row in {source} (left out: {_counts(dropped[split])})"
                             "; add rows or leave the task out")
     if len({(bool(example.choices), example.own) for example in train + test}) > 1:
         raise UserError(f"task {name!r} has rows with and without choices, or with and without prompts of their own, "
                         f"in {source}; make two tasks of them")
-    if task.metric == "micro_f1":
-        train, test = _merge_labels(train), _merge_labels(test)
     train, dev = _cut_dev(name, train)
     if task.metric == "micro_f1":  # training has a row for each relation of two names; dev and test ask once for all
+        train, dev, test = map(_merge_labels, (train, dev, test))
         dev, test = (list({example.prompt: example for example in rows}.values()) for rows in (dev, test))
     for rows in (train, test):
         random.Random(f"order {name}").shuffle(rows)
@@ -183,10 +179,9 @@ def _cut_dev(name: str, examples: list[Example]) -> tuple[list[Example], list[Ex
     by_group = defaultdict(list)
     for example in examples:
         by_group[example.group].append(example)
-    wanted = max(1, min(DEV_ROWS, int(DEV_SHARE * len(examples))))
     groups, dev = sorted(by_group), []
     random.Random(f"dev {name}").shuffle(groups)
-    while len(dev) < wanted and len(groups) > 1:
+    while len(dev) < max(1, min(DEV_ROWS, int(DEV_SHARE * len(examples)))) and len(groups) > 1:
         dev += by_group[groups.pop()]
     if not dev:
         raise UserError(f"task {name!r} has {len(examples)} train rows on one text, no dev split can be cut; add rows")
@@ -194,7 +189,6 @@ def _cut_dev(name: str, examples: list[Example]) -> tuple[list[Example], list[Ex
 
 
 # Few examples and rewritten ones -------------------------------------------------------------------------------------
-
 def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example], list[Example]]:
     """(train, dev): k rows each, no group in both, balanced over the answers of a closed set as far as the rows allow.
     The same seed gives the same rows whatever the order of `examples`, and a smaller k a part of the rows of a larger
@@ -202,8 +196,7 @@ def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example
     if k < 0:
         raise UserError(f"k = {k} examples are not possible; use 0 or more")
     name = examples[0].task if examples else ""
-    closed = task_of(name, examples).kind == "closed"
-    rng = random.Random(f"{seed} {name}")
+    closed, rng = task_of(name, examples).kind == "closed", random.Random(f"{seed} {name}")
     order = sorted(examples, key=lambda example: (example.prompt, example.answer, example.group))
     rng.shuffle(order)
     pools = defaultdict(list)  # answer -> its rows that are still free
@@ -231,10 +224,8 @@ def perturb(example: Example, seed: int) -> Example:
         prompt, hard = (text and micro.perturb(text, seed) for text in (example.prompt, example.hard_prompt))
         return replace(example, prompt=prompt, hard_prompt=hard,
                        operations=("template",) if prompt != example.prompt else ())
-    task = task_of(example.task, [example])
+    task = task_of(example.task, [example])  # a prompt of the user's own has no operations
     values = {name: example.prompt[start:end] for name, start, end in example.fields}
-    if values.keys() != set(task.fields):  # a whole prompt of the user's own
-        return example
     values, operation = rewrite.rewrite(values, task, example.protected, random.Random(f"{seed} {example.prompt}"))
     if not operation:
         return example
@@ -250,11 +241,9 @@ def test_rows(name: str, cfg) -> dict[str, list[Example]]:
 
 
 # Examples -> tokens -> batches ---------------------------------------------------------------------------------------
-
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One example as tokens; len() counts prompt and answer. Answers and choices end with the end-of-sequence token."""
-
     prompt_ids: array  # 4 bytes a token, in a list 36
     answer_ids: tuple[int, ...]
     choice_ids: tuple[tuple[int, ...], ...]
@@ -272,7 +261,6 @@ def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 @dataclass(frozen=True)
 class Frame:
     """What stands around a prompt because the backbone was trained so: a begin token, or the turns of a chat."""
-
     before: list[int]  # in front of the prompt
     after: list[int]  # behind it, in front of the answer
     end: int  # ends the answer
@@ -282,11 +270,9 @@ class Frame:
 
 @cache
 def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> Frame:
-    """The frame of a tokenizer: whatever it puts in front of a text and, with ``chat``, the turns of its template.
-
-    The prompt is then the user's turn and the answer the assistant's, up to that turn's end token; without a system
-    turn, they are the second turns of a conversation. Spaces next to a prompt or an answer are tokenised with it.
-    Raises UserError for a template that cannot be used in this way."""
+    """Whatever a tokenizer puts in front of a text or, with `chat`, the turns of its template: the prompt is the user's
+    and the answer the assistant's, up to its end token, both in the second round of a conversation (the first may have
+    a system turn). Spaces next to a prompt or an answer are tokenised with it. Raises UserError for other templates."""
     whole, text = tokenizer("a")["input_ids"], tokens_of(tokenizer, "a")
     begin = whole[: next(i for i in range(len(whole)) if whole[i : i + len(text)] == text)]
     if not chat:
@@ -294,15 +280,13 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> Frame:
     talk = [{"role": role, "content": f"MARK{i}"} for i, role in enumerate(("user", "assistant") * 2)]
     try:
         _, _, between, after, closing = re.split("MARK[0-3]", tokenizer.apply_chat_template(talk, tokenize=False))
-        before = between.removeprefix(closing)
-        ids = [tokenizer(part, add_special_tokens=False)["input_ids"]
-               for part in (before.rstrip(" "), after.rstrip(" "), closing.strip())]
-        end = ids[2][0]
+        (before, lead), (after, gap) = (re.fullmatch("(.*?)( *)", text, re.DOTALL).groups()
+                                        for text in (between.removeprefix(closing), after))
+        ids = [tokenizer(part, add_special_tokens=False)["input_ids"] for part in (before, after, closing.strip())]
+        begin = [] if ids[0][: len(begin)] == begin else begin
+        return Frame(begin + ids[0], ids[1], ids[2][0], after, (lead, gap, closing[: -len(closing.lstrip(" "))]))
     except Exception as error:  # whatever a template raises
         raise UserError(f"the chat template cannot be used ({error}); use --chat-template off") from error
-    spaces = (before[len(before.rstrip(" ")):], after[len(after.rstrip(" ")):], closing[: -len(closing.lstrip(" "))])
-    begin = [] if ids[0][: len(begin)] == begin else begin
-    return Frame(begin + ids[0], ids[1], end, after.rstrip(" "), spaces)
 
 
 @lru_cache(maxsize=4096)
@@ -319,18 +303,22 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: tuple[str, ...], con
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, keep_answer: bool = True,
            chat: bool = False) -> Encoded:
-    """Tokens of an example in its frame (`frame_of`).
-
-    If prompt and longest answer have more than max_length tokens, a window of the passage stays: around the two names
-    of a relation, around the answer of a span task (at the beginning with keep_answer=False, for a test must not know
-    it). Nothing else is ever cut. Raises UserError if even that is too long, or if the answer has no token. A row
-    without choices whose answer is too long comes out longer than max_length, see `fitting`."""
-    frame = frame_of(tokenizer, chat)
+    """Tokens of an example in its frame. If prompt and longest answer have more than max_length tokens, a window of the
+    passage stays: around the two names of a relation, around the answer of a span task (at the beginning with
+    keep_answer=False, for a test must not know it). Nothing else is ever cut. Raises UserError if even that is too
+    long, if the answer has no token, or if two choices have the same ones. A row without choices whose answer is too
+    long comes out longer than max_length, see `fitting`."""
+    frame, where = frame_of(tokenizer, chat), example.row or example.task
     context = frame.context or example.prompt[-64:]  # tokens merge over a few characters at most
     answer, *choices = answer_ids(tokenizer, (example.answer, *example.choices), context, chat)
     if len(answer) < 2:
-        raise UserError(f"{example.row or example.task}: the answer {example.answer!r} has no token in this tokenizer; "
-                        "use another answer or tokenizer")
+        raise UserError(f"{where}: the answer {example.answer!r} has no token in this tokenizer; use another answer or "
+                        "tokenizer")
+    last = dict(zip(choices, example.choices))
+    for ids, choice in zip(choices, example.choices):
+        if choice != last[ids]:
+            raise UserError(f"{where}: the choices {choice!r} and {last[ids]!r} are the same tokens to this backbone; "
+                            "word one of them differently, or use another backbone")
     longest = max(map(len, (answer, *choices)))
     if not (choices or keep_answer):
         longest = min(longest, max_length // 2)  # a question may be asked however long its answer is
@@ -350,7 +338,7 @@ def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, ke
     places = [(at, at + len(text)) for text in example.protected if (at := passage.find(text)) >= 0]
     if task.kind == "span":
         places = places[:1] if keep_answer else []
-    first, last = min((begin for begin, _ in places), default=0), max((stop for _, stop in places), default=0)
+    first, last = min(places, default=(0, 0))[0], max((stop for _, stop in places), default=0)
 
     def window(size: int) -> list[int]:
         begin = max(0, min((first + last - size) // 2, len(passage) - size))
@@ -358,12 +346,10 @@ def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, ke
         return tokens_of(tokenizer, lead + text)
 
     low, high = last - first if task.kind == "span" else 0, len(passage)
-    if len(window(low)) > room:
-        if low:  # the answer, once in its passage and once behind the prompt, is too long
-            return window(low)
-        raise UserError(f"{example.row or example.task}: the prompt without its passage has {len(window(low))} tokens, "
+    if not low and len(window(0)) > room:
+        raise UserError(f"{example.row or example.task}: the prompt without its passage has {len(window(0))} tokens, "
                         f"but the answer leaves room for {room}; raise --max-length or drop the row")
-    while low < high - 1:  # window(low) fits, window(high) does not
+    while low < high - 1:  # window(high) does not fit; window(low) does, unless it is an answer that is too long
         middle = (low + high) // 2
         low, high = (middle, high) if len(window(middle)) <= room else (low, middle)
     return window(low)
@@ -379,15 +365,8 @@ def rows_hash(rows: Iterable[Encoded]) -> str:
 
 def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int,
                keep_answer: bool = False, chat: bool = False) -> list[Encoded]:
-    rows = [encode(example, tokenizer, max_length, keep_answer, chat)
+    return [encode(example, tokenizer, max_length, keep_answer, chat)
             for example in tqdm(examples, "tokenising", leave=False, disable=None)]
-    for example, row in zip(examples, rows):
-        last = dict(zip(row.choice_ids, example.choices))
-        for ids, choice in zip(row.choice_ids, example.choices):
-            if choice != last[ids]:
-                raise UserError(f"{example.row or example.task}: the choices {choice!r} and {last[ids]!r} are the same "
-                                "tokens to this backbone; word one of them differently, or use another backbone")
-    return rows
 
 
 def fitting(rows: list[Encoded], max_length: int) -> list[Encoded]:
@@ -401,41 +380,37 @@ def fitting(rows: list[Encoded], max_length: int) -> list[Encoded]:
 def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dict[str, list[Encoded]], Counter]:
     """All rows of a task before training, {train | dev | test | rewritten: rows}, and how many of them cannot be
     answered, by reason. Raises UserError for a row that does not fit, too few rows for the shots, or a task that cannot
-    be learned or answered.
-
-    cfg: data_root, seed, targets, shots, dev_rows, max_length, max_new_tokens and chat_template are read."""
+    be learned or answered. cfg: data_root seed targets shots dev_rows max_length max_new_tokens chat_template."""
     splits, warnings = load_splits(name, cfg.data_root), Counter()
     if splits.train[0].choices and len({row.answer for row in splits.train}) == 1:
         raise UserError(f"all {len(splits.train)} train rows of {name} have the answer '{splits.train[0].answer}': "
                         "there is nothing to tell apart; add rows with another answer, or leave the task out")
     for shots in cfg.shots if name in cfg.targets else ():
         k_shot(splits.train, shots, cfg.seed)
-    examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": splits.test, }
-    examples |= {kind: rows for kind, rows in test_rows(name, cfg).items() if kind == "rewritten"}
+    examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": splits.test, **test_rows(name, cfg)}
+    del examples["plain"]  # the test rows
     rows = {split: encode_all(some, tokenizer, cfg.max_length, split == "train", cfg.chat_template == "on")
             for split, some in examples.items()}
     too_long = f"test answers are longer than --max-new-tokens {cfg.max_new_tokens} and never given in full; raise it"
     for split in ("train", "dev", "test"):
         for example, row in zip(examples[split], rows[split]):
-            right = [ids[:-1] for ids in answer_ids(tokenizer, example.references or (example.answer,))]
             if split != "test" and len(row) > cfg.max_length:
                 warnings[f"{split} rows are left out for answers that are too long; raise --max-length"] += 1
             if tokenizer.unk_token_id in row.answer_ids[:-1]:
                 warnings[f"{split} answers hold tokens that the backbone does not know"] += 1
-            if split == "test" and not example.choices and min(map(len, right)) > cfg.max_new_tokens:
+            if example.choices:
+                continue
+            right = [tokens_of(tokenizer, answer) for answer in example.references or (example.answer,)]
+            if split == "test" and min(map(len, right)) > cfg.max_new_tokens:
                 warnings[too_long] += 1
-            if not example.choices and example.fields and example.answer in example.prompt:
-                prompt, *spans = (_show(tokenizer, ids) for ids in (row.prompt_ids, *right))
+            if example.fields and example.answer in example.prompt:
+                prompt, *spans = ("".join(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).split())
+                                  for ids in (row.prompt_ids, *right))  # without the white space that tokenizers add
                 if not any(span in prompt for span in spans):
                     warnings[f"{split} answers are cut away where their passage is shortened; raise --max-length"] += 1
     if warnings[too_long] == len(splits.test):
         raise UserError(f"{name}: {len(splits.test)} of {len(splits.test)} {too_long}")
     return rows | {split: fitting(rows[split], cfg.max_length) for split in ("train", "dev")}, warnings
-
-
-def _show(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Tokens as text, without white space, which tokenizers may add."""
-    return "".join(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).split())
 
 
 def list_notes(name: str, root: str | None, warnings: dict[str, int]) -> list[str]:
@@ -448,7 +423,6 @@ def list_notes(name: str, root: str | None, warnings: dict[str, int]) -> list[st
 @dataclass
 class Batch:
     """Right-padded rows; all tensors are long."""
-
     input_ids: torch.Tensor  # (B, T)
     attention_mask: torch.Tensor  # (B, T)
     labels: torch.Tensor  # (B, T), -100 except at the tokens of the answer
@@ -516,8 +490,7 @@ class Batches:
 
     def _window(self, number: int) -> list[list[list[Encoded]]]:
         total = self.WINDOW * self.batch_size
-        rows = sorted(self.draw(number * total, total), key=len, reverse=True)
-        batches = []
+        rows, batches = sorted(self.draw(number * total, total), key=len, reverse=True), []
         while rows:
             size = max(1, min(self.budget // len(rows[0]), self.batch_size // 2))
             batches.append(rows[:size])
@@ -525,26 +498,24 @@ class Batches:
         random.Random(f"{self.seed} window {number}").shuffle(batches)
         steps, dealt = [[] for _ in range(self.WINDOW)], 0
         for batch in batches:  # a step is full when it has its share of the window's rows
-            steps[min(dealt * self.WINDOW // total, self.WINDOW - 1)].append(batch)
+            steps[dealt // self.batch_size].append(batch)
             dealt += len(batch)
         return steps
 
 
 # The page about the data ---------------------------------------------------------------------------------------------
-
 def page(name: str, root: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None, cfg=None) -> str:
     """What to look at first: counts, rows left out, lengths, balance of answers, an example, a rewritten example; with
     a tokenizer (and cfg, as `encode_task` reads it) also how many rows cannot be answered."""
     splits = load_splits(name, root)
-    train, test = splits.train, splits.test
-    task, lengths = task_of(name, train), sorted(len(e.prompt) + len(e.answer) for e in train)
+    train, test, task = splits.train, splits.test, task_of(name, splits.train)
+    lengths = sorted(len(e.prompt) + len(e.answer) for e in train)
     rewritten = {e: new for e in test if (new := perturb(e, seed=0)).operations}
-    example, notes = min(rewritten or test, key=lambda e: len(e.prompt)), list_notes(name, root, {})
-    if tokenizer:
-        try:
-            notes = list_notes(name, root, encode_task(name, tokenizer, cfg)[1])
-        except UserError as error:
-            notes.append(f"refused: {error}")
+    example = min(rewritten or test, key=lambda e: len(e.prompt))
+    try:
+        notes = list_notes(name, root, encode_task(name, tokenizer, cfg)[1] if tokenizer else {})
+    except UserError as error:
+        notes = [*list_notes(name, root, {}), f"refused: {error}"]
     lines = [
         f"{name}: {task.role} task, {task.kind}, scored by {task.metric}, from {splits.report['source']}",
         f"  rows        {len(train)} train, {len(splits.dev)} dev (cut from train), {len(test)} test",
@@ -569,14 +540,14 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-length", type=int, default=128, help="as in train.py (default: 128)")
     parser.add_argument("--max-new-tokens", type=int, default=8, help="as in train.py (default: 8)")
     parser.add_argument("--chat-template", default="off", choices=("on", "off"), help="as in train.py (default: off)")
-    options = parser.parse_args(argv, SimpleNamespace(seed=0, dev_rows=None, targets=()))
+    parser.set_defaults(seed=0, dev_rows=None, targets=())
+    options = parser.parse_args(argv)
     root, tokenizer = options.data_root, None
     names = sorted({path.parent.name for path in Path(root).glob("*/*train*.*")}) if root else micro.TASKS
     if not names:
         raise UserError(f"--data-root {root} holds no <task>/train.jsonl")
     if options.backbone:
         from model import load_tokenizer  # data.py comes before model.py, and only this page needs it
-
         try:
             tokenizer = load_tokenizer(options.backbone)
         except (OSError, ValueError) as error:

@@ -22,6 +22,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -54,7 +55,6 @@ class Source:
 @dataclass(frozen=True)
 class Task:
     """One task. `template` names fields of a row in braces; {options} are all answers, {choices} a row's own ones."""
-
     name: str
     role: str  # source | target
     kind: str  # closed (one of `answers`) | span (copied from the text) | choice (the letter of an option)
@@ -77,7 +77,6 @@ class Task:
 
 
 # The table -----------------------------------------------------------------------------------------------------------
-
 def clue(config: str, test: str = "validation") -> Source:
     """CLUE publishes its test sets without labels: validation is the test set, and dev is cut from train."""
     return Source("clue/clue", test=test, config=config, revision="28178267a609dd08bdc703dd6c931dfc2c2f4431")
@@ -179,7 +178,6 @@ TARGETS = tuple(task.name for task in TABLE if task.role == "target")
 
 
 # From a published row to a prompt ------------------------------------------------------------------------------------
-
 ALIASES = {"text": ("text", "sentence"), "label": ("label", "score", "relation")}  # the same field at different sources
 LISTS = ("choices", "references", "protected", "choice", "answers")  # fields that hold a list
 LETTERS = ["".join(letters) for n in (1, 2) for letters in product(string.ascii_uppercase, repeat=n)]  # A .. Z AA .. ZZ
@@ -187,7 +185,6 @@ LETTERS = ["".join(letters) for n in (1, 2) for letters in product(string.ascii_
 
 class Unusable(Exception):
     """A row that cannot be used; the message is the reason under which it is counted."""
-
 
 def to_prompt(task: Task, row: dict | None, where: str) -> dict:
     """A published row in the form of the micro-world's rows, with the `fields` of `fill`; a row that has a prompt stays
@@ -201,17 +198,15 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
         raise Unusable(f"empty {empty[0]}")
     if whole:
         return row | {"fields": ()}
-    group = group_of(*(values[name] for name in task.group or (task.passage,)))
-    given = _field(row, task.answer_field, where)
+    group, given = group_of(*map(values.get, task.group or (task.passage,))), _field(row, task.answer_field, where)
     values["options"] = "、".join(task.answers)
     if task.kind == "span":
         references, spans = _spans(given, values[task.passage])
         answers = {"answer": spans[0], "references": references, "protected": spans}
     elif task.kind == "choice":
         options, right = _options(given, _field(row, "choice", where), f"{values['context']}\n{values['question']}")
-        letters = LETTERS[: len(options)]
-        values["choices"] = "\n".join(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
-        answers = {"answer": letters[right], "choices": letters}
+        values["choices"] = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
+        answers = {"answer": LETTERS[right], "choices": LETTERS[: len(options)]}
     else:
         answers = {"answer": _label(task, given, where), "choices": task.answers,
                    "protected": [values[name] for name in ("head", "tail") if name in values]}  # of a relation
@@ -252,24 +247,21 @@ def _clean(value: object) -> str:
 
 def _label(task: Task, label: object, where: str) -> str:
     """The answer of a published label: a name, or a number in the order of `answers`."""
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)
-    name = str(label).strip()
+    name = str(int(label) if isinstance(label, float) and label.is_integer() else label).strip()
     if name in ("", "-", "-1", "None"):
         raise Unusable("no label")
     for names in (task.labels, task.answers, [str(number) for number in range(len(task.answers))]):
         if name in names:
             return task.answers[names.index(name)]
-    known = ", ".join((*(task.labels or task.answers), f"or 0 to {len(task.answers) - 1}"))
-    raise UserError(f"{where}: unknown label {name!r} for task {task.name!r}; known are {known}")
+    raise UserError(f"{where}: unknown label {name!r} for task {task.name!r}; known are "
+                    f"{', '.join(task.labels or task.answers)}, or 0 to {len(task.answers) - 1}")
 
 
 def _spans(given: object, passage: str) -> tuple[list[str], list[str]]:
     """All answers, and those that really occur in the passage (published offsets are not used, some are wrong). given:
     a text, a list of texts, a list of {"text": text} as in SQuAD, or {"text": list of texts} as on the hub."""
-    if isinstance(given, dict):
-        given = given["text"]
-    texts = [given] if isinstance(given, str) else [a["text"] if isinstance(a, dict) else a for a in given or ()]
+    given = (given["text"] if isinstance(given, dict) else given) or ()
+    texts = [given] if isinstance(given, str) else [a["text"] if isinstance(a, dict) else a for a in given]
     answers = list(dict.fromkeys(filter(None, map(_clean, texts))))
     if not (found := [text for text in answers if text in passage]):
         raise Unusable("answer not in the text" if answers else "no answer")
@@ -279,11 +271,9 @@ def _spans(given: object, passage: str) -> tuple[list[str], list[str]]:
 def _options(given: object, choices: Sequence[object], text: str) -> tuple[list[str], int]:
     """The options in a random order, fixed by the text (as published, some places are right more often than others),
     and the place of the right one."""
-    answer, options = _clean(given), list(dict.fromkeys(option for option in map(_clean, choices) if option))
-    if not answer:
-        raise Unusable("no answer")
+    answer, options = _clean(given), list(dict.fromkeys(filter(None, map(_clean, choices))))
     if answer not in options:
-        raise Unusable("answer not among the choices")
+        raise Unusable("answer not among the choices" if answer else "no answer")
     if len(options) < 2:
         raise Unusable("fewer than two choices")
     random.Random("\n".join((text, *options))).shuffle(options)
@@ -291,7 +281,6 @@ def _options(given: object, choices: Sequence[object], text: str) -> tuple[list[
 
 
 # Files and downloads -------------------------------------------------------------------------------------------------
-
 decode = json.JSONDecoder(parse_constant=lambda name: None).decode  # NaN, as pandas writes it, is a missing value
 Rows = Iterable[tuple[str, dict | None]]  # (place, row), None for a line with too few or too many columns
 
@@ -308,10 +297,10 @@ def read_task(task: Task, root: str | None, notes: list[str]) -> tuple[str, dict
         except Exception as error:  # `datasets` raises a different type for every way in which a download can fail
             reason = str(error).strip().split("\n")[0][:150]
             failures.append(f"{source} ({reason or type(error).__name__})")
-            continue
-        if failures:
-            notes.append(f"{'; '.join(failures)} failed, using {source}")
-        return str(source), read
+        else:
+            if failures:
+                notes.append(f"{'; '.join(failures)} failed, using {source}")
+            return str(source), read
     raise UserError(f"task {task.name!r} cannot be loaded, tried {'; '.join(failures)}: connect to the network once "
                     f"(files are kept), or put {task.name}/train.jsonl and test.jsonl into the folder --data-root")
 
@@ -344,10 +333,8 @@ def local_rows(task: Task, root: str, split: str) -> Rows:
             text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
-        if path.suffix in (".csv", ".tsv"):
-            yield from parse_table(text, str(path))
-        else:
-            yield from parse_rows(text, columns if path.suffix == ".txt" else (), str(path))
+        yield from (parse_table(text, str(path)) if path.suffix in (".csv", ".tsv") else
+                    parse_rows(text, columns if path.suffix == ".txt" else (), str(path)))
 
 
 def published_rows(source: Source, split: str) -> Rows:
@@ -410,19 +397,17 @@ def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Rows:
     """Rows of a file: tab-separated lines if `columns` are given, JSON lines, or one JSON document. A quotation mark in
     a tab-separated line is an ordinary character."""
     text = text.removeprefix("\ufeff")
-    lines = [(f"{where}:{number}", line.strip("\r"))  # split at \n only: U+2028 may stand inside a text
-             for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = [(f"{where}:{number}", line.strip("\r"))  # split at \n only: U+2028 may stand inside a text
+            for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if columns:
-        for place, line in lines:
-            parts = line.split("\t")
-            yield place, dict(zip(columns, parts)) if len(parts) == len(columns) else None
+        for place, line in rows:
+            cells = line.split("\t")
+            yield place, dict(zip(columns, cells)) if len(cells) == len(columns) else None
         return
-    try:
+    with suppress(ValueError):  # several lines, or a mistake in one
         document = decode(text)
         document = document.get("data") if isinstance(document, dict) else document
-        rows = _flatten(document, where) if isinstance(document, list) else lines
-    except ValueError:  # several lines, or a mistake in one
-        rows = lines
+        rows = _flatten(document, where) if isinstance(document, list) else rows
     for place, row in rows:
         if isinstance(row, str):
             try:
@@ -438,15 +423,12 @@ def _flatten(document: list, where: str) -> Iterator[tuple[str, object]]:
     """Rows of one JSON document: a list, or the nested forms of SQuAD, CMRC and C3."""
     for number, row in enumerate(document, 1):
         place = f"{where}, entry {number}"
+        flat = [row]
         if isinstance(row, dict) and "paragraphs" in row:  # SQuAD: article > paragraphs > questions
-            for paragraph in row["paragraphs"]:
-                for question in paragraph["qas"]:
-                    yield place, {"context": paragraph["context"]} | question
+            flat = [{"context": part["context"]} | question for part in row["paragraphs"] for question in part["qas"]]
         elif isinstance(row, dict) and "context_text" in row:  # CMRC before it had the form of SQuAD
-            for question in row["qas"]:
-                yield place, question | {"context": row["context_text"], "question": question["query_text"]}
+            flat = [question | {"context": row["context_text"], "question": question["query_text"]}
+                    for question in row["qas"]]
         elif isinstance(row, list) and len(row) == 3 and isinstance(row[1], list):  # C3: [lines, questions, id]
-            for question in row[1]:
-                yield place, {"context": row[0]} | question
-        else:
-            yield place, row
+            flat = [{"context": row[0]} | question for question in row[1]]
+        yield from ((place, row) for row in flat)

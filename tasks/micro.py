@@ -36,7 +36,6 @@ TRAIN_ROWS, TEST_ROWS = 2000, 200  # of every task
 Meaning = dict[str, str]  # what a clause says: kind of word -> word
 
 # Words ---------------------------------------------------------------------------------------------------------------
-
 ASPECTS = {  # topic -> aspects; the first three topics are domain 0, the others domain 1
     "food": "soup bread cake tea menu cook".split(),
     "travel": "train flight tour map cabin guide".split(),
@@ -85,7 +84,6 @@ for kind, groups in (("aspect", ASPECTS.values()), ("place", PLACES), ("adjectiv
 WORDS, ALL_PLACES, ALL_ADJECTIVES = list(KIND), sum(PLACES, []), sum(ADJECTIVES, [])
 
 # Sentences and their meaning -----------------------------------------------------------------------------------------
-
 def parse(clause: str) -> Meaning:
     """Meaning of one clause; kinds are aspect, adjective, verb, place, name, city, and `very`."""
     return {KIND.get(word, (word,))[0]: word for word in clause.split() if word in KIND or word == "very"}
@@ -119,9 +117,9 @@ def held_out(text: str) -> bool:
                 return True
             if "verb" in said and (KIND[said["verb"]][1] + place) % 4 == 0:  # relation with place
                 return True
-        if {"aspect", "adjective"} <= said.keys():
-            if (3 * ALL_ADJECTIVES.index(said["adjective"]) + WORDS.index(said["aspect"])) % 5 == 0:
-                return True
+        if {"aspect", "adjective"} <= said.keys() and (
+                3 * ALL_ADJECTIVES.index(said["adjective"]) + WORDS.index(said["aspect"])) % 5 == 0:
+            return True
         if {"name", "city"} <= said.keys() and (NAMES.index(said["name"]) + CITIES.index(said["city"])) % 4 == 0:
             return True
     return False
@@ -195,7 +193,6 @@ def answer_question(fact: Meaning, review: Meaning, question: str) -> dict[str, 
 
 
 # Tasks ---------------------------------------------------------------------------------------------------------------
-
 class MicroTask(NamedTuple):
     capability: str
     domains: tuple[int, ...]
@@ -255,20 +252,19 @@ def draw_candidate(rng: random.Random, capability: str, domain: int) -> tuple[st
 @cache
 def _rows(name: str, split: str) -> list[dict]:
     task, rng = TASKS[name], random.Random(f"{name} {split}")
-    words, rows, seen = task.words.split(), [], set()
+    words, rows = task.words.split(), {}  # text -> row
     taken = {row["group"] for row in _rows(name, "train")} if split == "test" else set()
     while len(rows) < (TRAIN_ROWS if split == "train" else TEST_ROWS):
         body, answer, options = draw_candidate(rng, task.capability, rng.choice(task.domains))
         wanted = answer == len(rows) % len(words) if words else True  # balanced labels
         group = " ".join(word for word in body.split(" ; ")[0].split() if word in KIND)  # what the first side says
-        if not wanted or body in seen or group in taken or held_out(body) != (split == "test"):
+        if not wanted or body in rows or group in taken or held_out(body) != (split == "test"):
             continue
-        seen.add(body)
-        row = {"prompt": f"{body} =>", "hard_prompt": f"{body} {instruction(task.capability, task.words)} =>",
-               "answer": words[answer] if words else answer, "group": group}
-        rows.append(row | ({"choices": words or options} if words or options else
-                           {"references": [answer], "protected": [answer]}))
-    return rows
+        rows[body] = {"prompt": f"{body} =>", "hard_prompt": f"{body} {instruction(task.capability, task.words)} =>",
+                      "answer": words[answer] if words else answer, "group": group}
+        rows[body] |= ({"choices": words or options} if words or options else
+                       {"references": [answer], "protected": [answer]})
+    return list(rows.values())
 
 
 def rows(task: str, split: str) -> list[dict]:
@@ -298,7 +294,6 @@ def with_distractor(rng: random.Random, text: str, probability: float) -> str:
 
 
 # Pretraining text and the tokenizer ----------------------------------------------------------------------------------
-
 def draw_document(rng: random.Random) -> list[tuple[str, str]]:
     """One pretraining text, a statement or two and 1 to 4 questions about them: list of (text up to `=>`, answer)."""
     form, domain = rng.choices(["review", "pair", "reading", "fact"], [1, 5, 5, 1])[0], rng.randrange(2)

@@ -8,8 +8,8 @@ document blind to its neighbours, so packing changes the cost and nothing else.
     row        the soup was lovely ask stars => four <eos> | ann owns the bank ask relation => owner <eos> | <pad>
     segment     0   0    0    0     0    0    0   0    0      1   1    1   1    1     1      1   1     1      -1
 
-Matrices learn with Muon, whose step is the momentum made orthogonal; everything else (embeddings, head, norms, biases)
-with AdamW. With AdamW alone, comparing two statements takes several times as many steps to learn.
+Matrices learn with Muon, whose step is the momentum made orthogonal; everything else with AdamW. With AdamW alone,
+comparing two statements takes several times as many steps to learn.
 
 `python -m tasks.pretrain --seed 1 --out DIR` makes one for `--backbone DIR`, with its scores.
 """
@@ -51,9 +51,8 @@ def pack(documents: Sequence[Document], row_tokens: int, pad_id: int) -> list[to
     -> input_ids, weights, segments, positions, each (R, T); segments number the documents of a row, -1 is padding."""
     closed, open_rows = [], []  # rows of tokens (id, weight, segment, position)
     for ids, weights in documents:
-        row = max((row for row in open_rows if len(row) + len(ids) <= row_tokens), key=len, default=None)
-        if row is None:
-            row = []
+        row = max((row for row in open_rows if len(row) + len(ids) <= row_tokens), key=len, default=[])
+        if not row:
             open_rows.append(row)
             if len(open_rows) > 32:  # enough that rows end about full
                 closed.append(open_rows.pop(max(range(32), key=lambda i: len(open_rows[i]))))
@@ -123,11 +122,9 @@ def share_right(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pair
     """Share of (text, answer) pairs whose answer and end token are the model's first choice at every position."""
     rows = [torch.tensor(tokenizer(f"{text} {answer} {micro.EOS}").input_ids) for text, answer in pairs]
     padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (N, T); attention is causal, so without a mask
-    guesses, right = model(input_ids=padded).logits.argmax(-1), 0
-    for row, guess, (text, _) in zip(rows, guesses, pairs):
-        start = len(tokenizer(text).input_ids)
-        right += torch.equal(guess[start - 1 : len(row) - 1], row[start:])
-    return right / len(rows)
+    guesses, starts = model(input_ids=padded).logits.argmax(-1), [len(tokenizer(text).input_ids) for text, _ in pairs]
+    return sum(torch.equal(guess[start - 1 : len(row) - 1], row[start:])
+               for row, guess, start in zip(rows, guesses, starts)) / len(rows)
 
 
 def score_capabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int = 400) -> dict:
@@ -135,13 +132,12 @@ def score_capabilities(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     {"topic 0": ..., "topic mixed": ...}, by convention or mixed word by word; spans and options have no convention."""
     scores = {}
     for capability in [*micro.CONVENTIONS, *micro.SPANS, *micro.OPTIONS]:
-        known = micro.CONVENTIONS.get(capability)
+        known = micro.CONVENTIONS.get(capability, [])
         for kind in [*range(len(known)), "mixed"] if known else [None]:
-            rng, pairs, words = random.Random(f"scores 0 {capability} {kind}"), [], []
+            rng, pairs = random.Random(f"scores 0 {capability} {kind}"), []
             while len(pairs) < count:
                 body, answer, _ = micro.draw_candidate(rng, capability, rng.randrange(2))
-                if known:
-                    words = [rng.choice(row) for row in zip(*known)] if kind == "mixed" else known[kind]
+                words = [rng.choice(row) for row in zip(*known)] if kind == "mixed" else known[kind] if known else []
                 if micro.held_out(body):
                     prompt = f"{body} {micro.instruction(capability, ' '.join(words))} =>"
                     pairs.append((prompt, words[answer] if words else answer))
@@ -154,9 +150,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--out", required=True, help="folder for weights, tokenizer and scores.json")
     for name, default in (("seed", 0), ("steps", 1500), ("width", 128), ("layers", 4)):
         parser.add_argument(f"--{name}", type=int, default=default, help="(default %(default)s)")
-    made = vars(parser.parse_args(argv))
+    made, tokenizer = vars(parser.parse_args(argv)), micro.tokenizer()
     out, seed, steps = made.pop("out"), made["seed"], made["steps"]
-    tokenizer = micro.tokenizer()
     model = new_backbone(tokenizer, seed, made["width"], made["layers"])
     losses = pretrain(model, weigh_documents(seed, DOCUMENTS_PER_STEP * steps, tokenizer), seed, steps)
     model.save_pretrained(out)

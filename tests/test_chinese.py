@@ -104,7 +104,7 @@ def test_labels_follow_the_published_order(name, label, answer):
     assert example_of(name, **{field: label}).answer == answer
 
 
-def test_tab_separated_files_may_hold_quotes_blank_lines_and_a_broken_line(tmp_path):
+def test_files_may_hold_a_byte_order_mark_quotes_blank_lines_line_separators_and_a_broken_line(tmp_path):
     train = "\ufeff" + "\r\n \r\n".join(f'我\t"河\tNear\t我走到"河边{i}' for i in range(12)) + "\r\n\r\nonly\ttwo\r\n"
     write_rows(tmp_path, "sanwen", train, "我\t河\tunknown\t我在河边\n", suffix="txt")
     splits = data.load_splits("sanwen", str(tmp_path))
@@ -112,14 +112,10 @@ def test_tab_separated_files_may_hold_quotes_blank_lines_and_a_broken_line(tmp_p
     assert len(rows) == 12 and splits.report["dropped"]["train"] == {"wrong number of columns": 1}
     assert all('乙："河\n' in e.prompt and "\r" not in e.prompt and "\ufeff" not in e.prompt for e in rows)
     assert splits.test[0].answer == "无关"
-
-
-def test_json_lines_may_hold_a_byte_order_mark_blank_lines_and_line_separators(tmp_path):
-    rows = [published("cote_bd", i) for i in range(3)] + [{"s": "长城\u2028雄伟<N>", "ot": "长城"}]
-    train = "\ufeff" + "\r\n\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\r\n"
-    splits = data.load_splits("cote_bd", str(write_rows(tmp_path, "cote_bd", train, [published("cote_bd", 9)])))
-    assert len(splits.train + splits.dev) == 4
-    assert any("长城\u2028雄伟<N>" in e.prompt for e in splits.train + splits.dev)
+    lines = [json.dumps(published("cote_bd", i, s=f"长城{i}\u2028雄伟<N>"), ensure_ascii=False) for i in range(4)]
+    write_rows(tmp_path, "cote_bd", "\ufeff" + "\r\n\r\n".join(lines) + "\r\n", [published("cote_bd", 9)])
+    splits = data.load_splits("cote_bd", str(tmp_path))
+    assert ["\u2028雄伟<N>" in e.prompt for e in splits.train + splits.dev] == [True] * 4
 
 
 TABLES = {  # the same two rows
@@ -156,7 +152,7 @@ def test_a_mistake_in_a_table_is_named_by_file_and_line(tmp_path, text, message)
 def test_files_are_read_under_the_names_that_clue_cmrc_and_c3_give_them(tmp_path):
     nested = {"cmrc2018": [{"context_text": "他生于1年。", "qas": [{"query_text": "何年？", "answers": ["1年"]}]}],
               "drcd": {"data": [{"paragraphs": [{"context": "他生於1年。", "qas": [
-                  {"question": "何年?", "answers": [{"text": "1年"}]}]}]}]},
+                  {"question": "何年?", "answers": [{"text": "1年", "answer_start": 3}, {"text": "沒有"}]}]}]}]},
               "c3": [[["男：走。"], [{"question": "去吗？", "choice": ["去", "不"], "answer": "去"}], "7-1"]]}
     names = {"tnews": ["train", "dev", "test"], "cmrc2018": ["cmrc2018_train", "cmrc2018_dev"],
              "drcd": ["DRCD_training", "DRCD_dev", "DRCD_test"], "c3": ["d-train", "m-train", "d-dev", "m-dev"]}
@@ -165,31 +161,16 @@ def test_files_are_read_under_the_names_that_clue_cmrc_and_c3_give_them(tmp_path
         (tmp_path / task).mkdir()
         for file in files:
             row = {"sentence": "楼市"} | ({} if file == "test" else {"label": "106"})  # CLUE's test sets have no labels
-            (tmp_path / task / f"{file}.json").write_text(json.dumps(nested.get(task, row)))
+            indent = 1 if task in nested and "m-" not in file else None  # on many lines or on one
+            (tmp_path / task / f"{file}.json").write_text(json.dumps(nested.get(task, row), indent=indent))
     for task, files in test.items():
         rows = list(chinese.local_rows(TASKS[task], str(tmp_path), "test"))
-        assert [place.split(".json")[0] for place, _ in rows] == [str(tmp_path / task / file) for file in files]
-        assert chinese.to_prompt(TASKS[task], rows[0][1], "")["answer"] in ("房产", "1年", "A", "B")
+        place = ".json, entry 1" if task in nested else ".json:1"
+        assert [place for place, _ in rows] == [f"{tmp_path / task / file}{place}" for file in files]
+        prompt = chinese.to_prompt(TASKS[task], rows[0][1], "")
+        assert prompt["answer"] in ("房产", "1年") or f"{prompt['answer']}. 去\n" in prompt["prompt"]
+        assert prompt.get("references", ["1年"]) == ["1年", "沒有"][: 2 if task == "drcd" else 1]
         assert len(list(chinese.local_rows(TASKS[task], str(tmp_path), "train"))) == len(files)
-
-
-def test_nan_is_a_missing_value_and_numbers_are_no_rows(tmp_path):
-    ((_, row),) = chinese.parse_rows('{"prompt": "甲", "group": NaN}')
-    assert row == {"prompt": "甲", "group": None}
-    with pytest.raises(UserError, match="f:1: a row is a JSON object"):
-        list(chinese.parse_rows("3\n", where="f"))
-
-
-@pytest.mark.parametrize("indent", [None, 1])
-def test_nested_documents_of_squad_and_c3_are_flattened(indent):
-    questions = [{"question": "何年?", "answers": [{"text": "1年", "answer_start": 3}, {"text": "沒有"}]}]
-    squad = {"data": [{"paragraphs": [{"context": "他生於1年。", "qas": questions}]}]}
-    c3 = [[["男：走。"], [{"question": "去吗？", "choice": ["去", "不"], "answer": "去"}], "7-1"]]
-    for name, document in (("drcd", squad), ("c3", c3)):
-        ((place, row),) = chinese.parse_rows(json.dumps(document, indent=indent), where="f")
-        example = data.to_example(name, chinese.to_prompt(TASKS[name], row, place), place)
-        assert example.row == "f, entry 1"
-        assert example.references == ("1年", "沒有") if name == "drcd" else f"{example.answer}. 去" in example.prompt
 
 
 def test_a_question_is_scored_against_all_its_answers_and_trained_on_one_that_stands_in_the_passage():
@@ -211,7 +192,7 @@ def test_the_relations_of_two_names_in_a_text_are_one_question_of_the_test_and_a
 
 @pytest.mark.parametrize("name, changes, reasons", [
     ("ocnli", [{"label": -1}, {"label": "-"}, {"label": None}, {"sentence2": " "}],
-     {"no label": 3, "empty sentence2": 1}),
+     {"no label": 3, "empty sentence2": 1}), ("drcd", [{"question": float("nan")}], {"empty question": 1}),
     ("cmrc2018", [{"answers": {"text": ["火星"]}}, {"answers": {"text": []}}, {"question": ""}],
      {"answer not in the text": 1, "no answer": 1, "empty question": 1}),
     ("c3", [{"answer": ""}, {"answer": "都不是"}, {"choice": ["不去", "不去"]}],
@@ -223,14 +204,11 @@ def test_unusable_rows_are_left_out_and_counted_by_reason(tmp_path, name, change
     assert splits.report["dropped"] == {"train": reasons, "test": {}} and len(splits.train + splits.dev) == 12
 
 
-def test_c3_shuffles_its_choices_the_same_way_every_time_and_drops_doubles():
+def test_c3_shuffles_its_choices_the_same_way_every_time_drops_doubles_and_has_letters_for_all():
     example = example_of("c3", choice=["去", "不去", "去", "不去了"])
     assert example == example_of("c3", choice=["去", "不去", "去", "不去了"]) and example.choices == ("A", "B", "C")
     answers = [example_of("c3", i=i).answer for i in range(60)]
     assert min(answers.count(letter) for letter in "ABC") > 8  # as published, they all are the second
-
-
-def test_more_options_than_letters_are_lettered_further():
     example = example_of("c3", choice=["不去", *(f"去{i}" for i in range(29))])
     assert len(example.choices) == 30 and example.choices[25:28] == ("Z", "AA", "AB")
     assert f"\n{example.answer}. 不去\n" in f"{example.prompt}\n"
@@ -247,12 +225,9 @@ def test_pairs_in_either_order_and_swapped_relations_are_one_group():
 @pytest.mark.parametrize("train, parts", [
     ([published("sanwen", i, relation="Nahe" if i == 4 else "Near") for i in range(9)],
      ["train.jsonl:5", "'Nahe'", "'sanwen'", "Part-Whole"]),
-    ([published("sanwen"), {"head": "我", "tail": "河", "relation": "Near"}],
-     ["train.jsonl:2", "'text'", "head, tail, relation"]),
-    ([published("sanwen"), {"head": "我", "tail": "河", "text": "我在河边"}], ["train.jsonl:2", "'relation'"]),
-    ('{"head": "我", "tail"\n', ["train.jsonl:1", "JSON"]),
-    ("[1, 2]\n[3]\n", ["train.jsonl:1", "list"]),
-    ("", ["'sanwen'", "no usable train row"]),
+    ([published("sanwen"), {"head": "我", "tail": "河", "text": "我在河边"}],
+     ["train.jsonl:2", "'relation'", "head, tail, text"]),
+    ("[1, 2]\n[3]\n", ["train.jsonl:1", "list"]), ("3\n", ["train.jsonl:1: a row is a JSON object"]),
     ([published("sanwen", text="")], ["no usable train row", "1 empty text"]),
     ([published("sanwen")], ["'sanwen'", "dev"])])
 def test_what_is_wrong_with_the_rows_is_said_in_one_sentence(tmp_path, train, parts):

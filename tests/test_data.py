@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,15 +16,12 @@ from tasks import micro
 
 
 class Characters:
-    """A tokenizer with one token a character, end of sequence 0; it merges the text `merge` into one token."""
+    """A tokenizer with one token a character, end of sequence 0; it merges ：答 into one token."""
 
     eos_token_id = 0
 
-    def __init__(self, merge="@"):
-        self.merge = merge
-
     def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
-        return {"input_ids": [ord(character) for character in text.replace(self.merge, "@")]}
+        return {"input_ids": [ord(character) for character in text.replace("：答", "@")]}
 
 
 TOKENIZER = Characters()
@@ -37,7 +35,7 @@ def own_rows(n, **change):
     return [{"prompt": f"好吗{i}？", "answer": "坏好"[i % 2], "choices": ["坏", "好"]} | change for i in range(n)]
 
 
-def test_the_micro_world_loads_offline_with_its_groups_apart():
+def test_the_micro_world_loads_offline_with_its_groups_apart_and_the_rows_of_the_first_release():
     kinds = {"toy-cmrc2018": "span", "toy-drcd": "span", "toy-cote_mfw": "span", "toy-cote_bd": "span",
              "toy-c3": "choice"}
     for name in micro.TASKS:
@@ -45,9 +43,6 @@ def test_the_micro_world_loads_offline_with_its_groups_apart():
         assert (len(splits.train), len(splits.dev), len(splits.test)) == (1800, 200, 200)
         assert not {e.group for e in splits.train} & {e.group for e in splits.dev + splits.test}
         assert data.task_of(name, splits.train).kind == kinds.get(name, "closed")
-
-
-def test_splits_and_few_shot_rows_are_those_of_the_first_release():
     splits = data.load_splits("toy-tnews")
     chosen = [splits.train[:4], splits.dev[:4], splits.test[:4], *data.k_shot(splits.train, 8, seed=1)]
     assert [[int(example.row.split(":")[1]) for example in rows] for rows in chosen] == [
@@ -94,8 +89,7 @@ def test_own_rows_need_no_entry_in_the_table(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"answer": "中"}, "train.jsonl:1: choices .*'中'"), ({"choices": ["好", "好"]}, "train.jsonl:1: .* different"),
-    ({"choices": "好坏"}, "train.jsonl:1: choices.* list"), ({"prompt": ["a"]}, "train.jsonl:1: prompt.* text"),
+    ({"choices": ["好", "好"]}, "train.jsonl:1: .* different"), ({"prompt": ["a"]}, "train.jsonl:1: prompt.* text"),
     ({"choices": ["坏", "好", None]}, "train.jsonl:1: choices.* list of texts"),
     ({"answer": "a", "choices": ["A", "B"]}, "train.jsonl:1: choices .*'a'"),
     ({"passage": "别的"}, "train.jsonl:1: the passage '别的' does not occur"), ({"prompt": {"a": 1}}, "prompt.* text"),
@@ -134,7 +128,6 @@ def test_missing_folders_files_names_and_splits_are_named(tmp_path):
     write_rows(tmp_path, "sanwen", [published("sanwen")], [])
     write_rows(tmp_path, "gbk", own_rows(1), own_rows(1))
     (tmp_path / "gbk" / "train.jsonl").write_bytes("我".encode("gbk"))
-    write_rows(tmp_path, "mine", own_rows(20), [{"prompt": "谁？", "answer": "我"}])
     for root, name, split, message in (
         (tmp_path / "none", "sanwen", "train", "none/sanwen/train.jsonl is missing.*--data-root"),
         (tmp_path, "sanwen", "valid", "'valid'.*dev"),
@@ -142,7 +135,6 @@ def test_missing_folders_files_names_and_splits_are_named(tmp_path):
         (None, "nothing", "train", "'nothing'.*afqmc.*toy-afqmc.*--data-root"),
         (tmp_path, "sanwen", "test", "no usable test row"),
         (tmp_path, "gbk", "train", "UTF-8"),
-        (tmp_path, "mine", "train", "with and without choices"),
     ):
         with pytest.raises(UserError, match=message):
             data.load_task(name, split, root)
@@ -166,13 +158,8 @@ def test_k_shot_is_balanced_disjoint_nested_and_independent_of_order():
     assert data.k_shot(examples, 0, seed=1) == ([], [])
     train, dev = data.k_shot(made_up({f"c{n}": 30 for n in range(44)}), 32, seed=0)  # fewer rows than answers
     assert len({e.answer for e in train}) == len({e.answer for e in dev}) == 32
-
-
-def test_k_shot_is_balanced_where_every_row_has_the_same_choices_in_another_order():
-    examples = [Example("made-up", f"p{i}", answer, ("a", "b")[:: 1 - 2 * (i % 2)], group=f"g{i}")
-                for i, answer in enumerate("aaaab" * 20)]
-    assert data.task_of("made-up", examples).kind == "closed"
-    assert all([e.answer for e in side].count("b") == 4 for side in data.k_shot(examples, 8, seed=0))
+    turned = [replace(e, choices=e.choices[:: 1 - 2 * (i % 2)]) for i, e in enumerate(made_up({"a": 80, "b": 20}))]
+    assert all([e.answer for e in side].count("b") == 4 for side in data.k_shot(turned, 8, seed=0))
 
 
 def test_k_shot_keeps_groups_apart_and_says_when_k_is_too_large():
@@ -184,19 +171,21 @@ def test_k_shot_keeps_groups_apart_and_says_when_k_is_too_large():
             data.k_shot(rows, k, seed=0)
 
 
-def test_perturb_of_the_micro_world_changes_most_rows():
-    rows = data.load_task("toy-amazon", "test")[:50]
-    changed = [data.perturb(example, 0) for example in rows]
-    assert sum(e.operations == ("template",) for e in changed) > 40
-    assert all(a.answer == b.answer and b.hard_prompt != a.hard_prompt for a, b in zip(rows, changed) if b.operations)
+def test_perturb_of_the_micro_world_changes_every_row_and_its_hard_prompt():
+    for row in data.load_task("toy-amazon", "test")[:50]:
+        new = data.perturb(row, 0)
+        assert (new.answer, new.operations) == (row.answer, ("template",)) and new.hard_prompt != row.hard_prompt
 
 
-def test_prompt_and_answer_are_tokenised_apart_and_end_with_eos():
-    row = data.encode(Example("made-up", "问：", "答案", ("答案", "别的")), Characters(merge="：答"), 100)
+def test_prompt_and_answer_are_tokenised_apart_end_with_eos_and_choices_can_be_told_apart():
+    row = data.encode(Example("made-up", "问：", "答案", ("答案", "别的")), TOKENIZER, 100)
     assert text_of(row.prompt_ids) == "问：" and text_of(row.answer_ids) == "答案\0"  # not merged across the boundary
     assert [text_of(choice) for choice in row.choice_ids] == ["答案\0", "别的\0"] and len(row) == 5
-    with pytest.raises(UserError, match="no token"):
+    with pytest.raises(UserError, match="made-up: the answer '' has no token"):
         data.encode(Example("made-up", "问：", ""), TOKENIZER, 100)
+    example = Example("mine", "soup =>", "好", ("soup", "好", "坏"), row="f:3")  # unknown words
+    with pytest.raises(UserError, match="f:3: the choices '好' and '坏' are the same tokens"):
+        data.encode(example, micro.tokenizer(), 40)
 
 
 @pytest.mark.parametrize("length", [60, 100, 400])
@@ -238,12 +227,6 @@ def test_an_own_row_is_shortened_around_its_answer_or_around_what_it_protects():
             row = {"prompt": passage + "where =>", "answer": "oslo", "passage": passage, **change}
             ids = data.encode(data.to_example(name, row), micro.tokenizer(), 40).prompt_ids
             assert "oslo" in micro.tokenizer().decode(ids) and len(ids) == 38
-
-
-def test_choices_that_are_the_same_tokens_are_refused_by_row():
-    example = Example("mine", "soup =>", "好", ("soup", "好", "坏"), row="f:3")  # unknown words
-    with pytest.raises(UserError, match="f:3: the choices '好' and '坏' are the same tokens"):
-        data.encode_all([example], micro.tokenizer(), 40)
 
 
 def test_rows_that_cannot_be_answered_are_counted_by_reason(tmp_path, capsys):
@@ -306,22 +289,23 @@ def test_steps_are_those_of_the_first_release(mixing, first, expected):
     assert hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:16] == expected
 
 
+@pytest.mark.parametrize("budget", [0, 30])
+def test_uniform_steps_hold_equally_many_rows_of_each_task_and_every_row_comes_once_an_epoch(budget):
+    batches = Batches({"a": numbered("a", 96, lambda i: 3 + i % 9), "b": numbered("b", 48)}, 6, 0, budget=budget)
+    steps = [flat(batches[step]) for step in range(64)]  # two windows of a budget
+    assert budget or all([row.task for row in step].count("a") == 3 for step in steps)
+    for task, size in (("a", 96), ("b", 48)):
+        order = [row.prompt_ids[0] for step in steps for row in step if row.task == task]
+        assert sorted(order[:96]) == sorted(order[96:]) == sorted([*range(size)] * (96 // size))
+        assert order[:96] != order[96:]
+
+
 @pytest.mark.parametrize("mixing", ["uniform", "proportional"])
 @pytest.mark.parametrize("budget", [0, 64])
 def test_a_step_depends_on_nothing_but_its_number(mixing, budget):
     first, second = (Batches(THREE_TASKS, 8, 5, mixing, budget) for _ in range(2))
     assert [first[step] for step in range(100)][40:] == [second[step] for step in range(40, 100)]
     assert first[3] == second[3] != Batches(THREE_TASKS, 8, 6, mixing, budget)[3]
-
-
-def test_uniform_steps_hold_equally_many_rows_of_each_task_and_go_through_epochs():
-    batches = Batches({"a": numbered("a", 12), "b": numbered("b", 5)}, 6, seed=0)
-    steps = [flat(batches[step]) for step in range(20)]
-    assert all([row.task for row in step].count("a") == 3 for step in steps)
-    for task, size in (("a", 12), ("b", 5)):
-        order = [row.prompt_ids[0] for step in steps for row in step if row.task == task]
-        epochs = [order[i : i + size] for i in range(0, 60, size)]
-        assert all(sorted(epoch) == list(range(size)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
 def test_a_token_budget_keeps_the_budget_the_mixture_and_little_padding():
@@ -336,11 +320,6 @@ def test_a_token_budget_keeps_the_budget_the_mixture_and_little_padding():
     assert sum(len({row.task for row in flat(step)}) > 1 for step in steps) > 150
     plain = Batches(rows, 32, seed=0)
     assert padding(steps) < 0.05 and padding([[flat(plain[step])] for step in range(50)]) > 0.4
-
-
-def test_every_row_comes_once_an_epoch_with_a_token_budget():
-    batches = Batches({"a": numbered("a", 64, lambda i: 3 + i % 9)}, 2, seed=0, budget=30)
-    assert sorted(row.prompt_ids[0] for step in range(Batches.WINDOW) for row in flat(batches[step])) == list(range(64))
 
 
 def test_the_page_shows_counts_an_example_and_a_rewritten_one(tmp_path, capsys):

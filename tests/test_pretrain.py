@@ -38,12 +38,9 @@ def test_every_document_is_packed_once_and_whole():
 def test_a_document_is_blind_to_its_neighbours(model):
     ids, _, segments, positions = pretrain.pack(DOCUMENTS, 16, pad_id=0)
     logits = pretrain.read_packed(model, ids, segments, positions)
-    changed = pretrain.read_packed(model, torch.where(segments == 0, ids + 11, ids), segments, positions)
-    torch.testing.assert_close(changed[segments > 0], logits[segments > 0], atol=1e-6, rtol=0)
-    assert (changed[segments == 0] - logits[segments == 0]).abs().max() > 0.01
-    for r in range(len(ids)):  # and reads as if it stood alone
-        where = segments[r] == 1
-        torch.testing.assert_close(logits[r][where], model(input_ids=ids[r][where][None]).logits[0], atol=1e-5, rtol=0)
+    for row, text, owner in zip(logits, ids, segments):  # reads as if it stood alone
+        for where in (owner == segment for segment in range(int(owner.max()) + 1)):
+            torch.testing.assert_close(row[where], model(input_ids=text[where][None]).logits[0], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()

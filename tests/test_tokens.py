@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import small_run
-from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -187,12 +186,9 @@ def folder(tmp_path, tiny_backbone):
     return tmp_path
 
 
-def rope(kind, **more):
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, **more}}
-
-
 @pytest.mark.parametrize("config", [
-    {"attn_implementation": "flash_attention_2"}, rope("yarn", original_max_position_embeddings=32),
+    {"attn_implementation": "flash_attention_2"}, {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}},
     {"_attn_implementation": "flash_attention_2"}])
 def test_a_folder_loads_that_declares_another_tokenizer_flash_attention_or_yarn(config, folder):
     text = "Review: 好喝 soup 2023. Sentiment:"
@@ -206,14 +202,10 @@ def test_a_folder_loads_that_declares_another_tokenizer_flash_attention_or_yarn(
 
 @pytest.mark.parametrize("config, words", [
     ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, r"quantised \(modelopt\)"),
-    ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, r"quantised \(fp8\)"),
-    (rope("dynamic"), "'dynamic' RoPE"), ({}, "1 of its tensors are not read by it: model.norm.scale"),
-    (rope("longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=64),
-     "'longrope' RoPE")])
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0] * 4,
+                          "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}}, "'longrope' RoPE")])
 def test_a_folder_whose_weights_or_positions_are_not_what_they_seem_is_refused(config, words, folder):
     edit(folder / "config.json", **config)
-    weights = folder / "model.safetensors"
-    save_file(load_file(weights) | {"model.norm.scale": torch.ones(1)}, weights, metadata={"format": "pt"})
     with pytest.raises(UserError, match=words):
         load_backbone(folder)
 
