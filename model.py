@@ -109,12 +109,13 @@ class AdaptedLM(nn.Module):
         return len(self.tasks) - 1
 
     @torch.no_grad()
-    def copy_task(self, old: int, new: int) -> None:
-        """Give task ``new`` the weights of task ``old``."""
+    def copy_task(self, old: int, new: int) -> str:
+        """Give task ``new`` the weights of task ``old`` and return the name of that one."""
         state = self.adapter_state()
         for name, tensor in state.items():
             if name.endswith(f".{old}"):
                 state[name.removesuffix(f".{old}") + f".{new}"].copy_(tensor)
+        return self.tasks[old]
 
     def check_tasks(self, task_ids: Tensor, rows: int) -> tuple[list[int], Tensor]:
         """The n distinct task ids of a batch, and which of them each row has, (B,). ValueError for wrong ids."""
