@@ -152,8 +152,7 @@ ALL_TASKS = "all tasks"  # the one task of a method that has one set of weights 
 def parse(argv: list[str], method: Method = TALORA) -> Config:
     """Command line -> options: Config's defaults, the preset's, the method's, then what is typed; the last one wins.
 
-    Raises UserError for an unknown option, value or type.
-    """
+    Raises UserError for an unknown option, value or type."""
     parser = checkpoint.Parser(
         prog="python train.py", usage="python train.py [--stage STAGE] [OPTION ...]", allow_abbrev=False,
         description=__doc__.partition("\n\nIn every")[0],
@@ -233,8 +232,7 @@ def learning_tensors(model: AdaptedLM, learns: dict[str, str], task_ids: list[in
 def build_optimizer(model: AdaptedLM, learning: dict[str, str], cfg: Config) -> torch.optim.AdamW:
     """AdamW with one group for each learning rate; everything in no group is frozen. Eq. (5)
 
-    Weight decay spares the gates: pulled towards zero they would close. Each group remembers its rate as "initial".
-    """
+    Weight decay spares the gates: pulled towards zero they would close. Each group remembers its rate as "initial"."""
     model.requires_grad_(False)
     groups = {}
     for name, rate in learning.items():
@@ -255,8 +253,7 @@ def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list
                regularise: bool) -> dict[str, float]:
     """One optimizer step over the micro-batches of one step; returns what it measured. Eq. (3)
 
-    Raises RunFailed, before any weight has changed, if the loss or the gradient is not finite.
-    """
+    Raises RunFailed, before any weight has changed, if the loss or the gradient is not finite."""
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     examples = checkpoint.total(sum(len(batch.task_ids) for batch in batches))  # over all processes
     task_loss = torch.zeros((), device=model.device)
@@ -273,7 +270,7 @@ def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list
         (cfg.reg_weight * reg).backward()  # Eq. (3)
     norm = torch.nn.utils.clip_grad_norm_(learning, cfg.clip)
     if not torch.isfinite(task_loss + norm):
-        raise RunFailed(f"loss is {task_loss:.3g}, gradient norm {norm:.3g}; try another --run with lower learning rates")
+        raise RunFailed(f"loss is {task_loss:.3g}, gradient norm {norm:.3g}; try a new --run with lower learning rates")
     optimizer.step()
     return {"loss": task_loss.item(), "reg": reg.item(), "grad_norm": norm.item()}
 
@@ -375,7 +372,7 @@ class Run:
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.rows, self.warnings = {}, {}  # task -> split -> rows; task -> what cannot be answered, and why -> rows
         self.references = {}  # task -> column -> scores
-        for task in dict.fromkeys(name for _, task, _ in jobs for name in ([task] if task else cfg.sources)):
+        for task in dict.fromkeys(name for _, own, _ in jobs for name in ([own] if own else cfg.sources)):
             self.rows[task], self.warnings[task] = data.encode_task(task, self.tokenizer, cfg)
             for note in data.list_notes(task, cfg.data_root, self.warnings[task]):
                 print(f"{task}: {note}")
@@ -481,8 +478,7 @@ def finish(run: Run, folder: Path, about: dict, ids: dict[str, int], held: list[
            columns: dict | None = None) -> None:
     """Test the tasks in ``ids``, draw the stage and write results.json: the stage is finished.
 
-    held: the development rows of a few-shot target; columns: scores to put next to the method's.
-    """
+    held: the development rows of a few-shot target; columns: scores to put next to the method's."""
     cfg, model = run.cfg, run.load(folder)
     learning = learning_tensors(model, run.method.learns[about["stage"]], list(ids.values()))
     results = {**about, "method": run.method.name, "seed": cfg.seed, "trainable": count(model, learning),
