@@ -226,10 +226,9 @@ class AdaptedLM(nn.Module):
             -F.cross_entropy(self.backbone.get_output_embeddings()(hidden[rows[part], states[part]]).float(),
                              tokens[part], reduction="none")
             for part in torch.arange(len(where), device=device).split(1024)])  # (answer tokens,)
-        scores = torch.zeros(len(ids), max(map(len, choices)), device=device)  # (B, C)
-        scores.index_put_((rows, columns), log_p, accumulate=True)
-        counts = torch.tensor([len(row) for row in choices], device=device)
-        return scores.masked_fill(torch.arange(scores.shape[1], device=device) >= counts[:, None], -torch.inf)
+        scores = torch.full((len(ids), max(map(len, choices))), -torch.inf, device=device)  # (B, C)
+        scores[rows, columns] = 0.0
+        return scores.index_put_((rows, columns), log_p, accumulate=True)
 
     def check_window(self, tokens: int) -> None:
         """UserError for a text longer than the backbone's sliding window, if any: the mask of `score` ignores it."""
@@ -333,9 +332,8 @@ class TALoRA(GatedPrompts):
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
         super().__init__(backbone, config)
-        L, P, r = backbone.config.num_hidden_layers, config.prompt_length, config.rank
-        self.theta0 = nn.Parameter(random_words(backbone, P))  # (L, P, d)
-        self.B = nn.Parameter(torch.randn(L, P, r, device=self.device) * r**-0.5)
+        self.theta0, r = nn.Parameter(random_words(backbone, config.prompt_length)), config.rank  # (L, P, d)
+        self.B = nn.Parameter(torch.randn(*self.theta0.shape[:2], r, device=self.device) * r**-0.5)  # (L, P, r)
         # Separate parameters, so that a target trains its own pair alone and, without the regulariser, absent tasks do
         # not drift: an optimizer with momentum moves every row of a tensor that has a gradient.
         self.u, self.v = nn.ParameterList(), nn.ParameterList()

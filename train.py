@@ -151,7 +151,6 @@ ALL_TASKS = "all tasks"  # the one task of a method that has one set of weights 
 
 def parse(argv: list[str], method: Method = TALORA) -> Config:
     """Command line -> options: Config's defaults, the preset's, the method's, then what is typed; the last one wins.
-
     Raises UserError for an unknown option, value or type."""
     parser = checkpoint.Parser(
         prog="python train.py", usage="python train.py [--stage STAGE] [OPTION ...]", allow_abbrev=False,
@@ -186,7 +185,7 @@ def check(cfg: Config, method: Method = TALORA) -> None:
     problems = [f"{flag(name)} is {value}, but must be {'0 or more' if name in MAY_BE_ZERO else 'above 0'}"
                 for name, value in vars(cfg).items() if type(value) in (int, float)
                 and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO)]
-    names, there = [*cfg.sources, *cfg.targets], f"is in '{cfg.data_root}'; name the tasks that are there with"
+    names, there = [*cfg.sources, *cfg.targets], f"is in '{cfg.data_root}'; name those that are there with"
     twice = ", ".join(sorted({name for name in names if names.count(name) > 1}))
     problems += [sentence for sentence, wrong in {
         f"--rank is {cfg.rank}, above --prompt-length {cfg.prompt_length}: B has only that many rows; lower it":
@@ -232,7 +231,8 @@ def learning_tensors(model: AdaptedLM, learns: dict[str, str], task_ids: list[in
 def build_optimizer(model: AdaptedLM, learning: dict[str, str], cfg: Config) -> torch.optim.AdamW:
     """AdamW with one group for each learning rate; everything in no group is frozen. Eq. (5)
 
-    Weight decay spares the gates: pulled towards zero they would close. Each group remembers its rate as "initial"."""
+    Weight decay spares the gates: pulled towards zero they would close. Each group remembers its rate as "initial".
+    """
     model.requires_grad_(False)
     groups = {}
     for name, rate in learning.items():
@@ -252,7 +252,6 @@ def rate_factor(step: int, steps: int, warmup: int) -> float:
 def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list[Batch], cfg: Config,
                regularise: bool) -> dict[str, float]:
     """One optimizer step over the micro-batches of one step; returns what it measured. Eq. (3)
-
     Raises RunFailed, before any weight has changed, if the loss or the gradient is not finite."""
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     examples = checkpoint.total(sum(len(batch.task_ids) for batch in batches))  # over all processes
@@ -313,8 +312,7 @@ def fit(run: "Run", model: AdaptedLM, stage: str, rows: dict[str, dict[str, list
                 accuracy, loss = evaluate.dev_score(model, dev, task_ids, cfg.eval_tokens)
                 now["history"].append({"step": done, "dev_accuracy": accuracy, "dev_loss": loss, **model.diagnose()})
                 if not math.isfinite(loss):
-                    raise RunFailed(f"{stage}, step {done}: development loss {loss}; begin another --run with lower "
-                                    "learning rates")
+                    raise RunFailed(f"step {done}: development loss {loss}; try a new --run with lower learning rates")
                 better = [accuracy, -loss] > now["best"]
                 if better:
                     now["best"] = [accuracy, -loss]
@@ -379,8 +377,7 @@ class Run:
         longest = max(len(row.prompt_ids) + max(map(len, (row.answer_ids, *row.choice_ids)))
                       for splits in self.rows.values() for rows in splits.values() for row in rows)
         if longest > positions:
-            print(f"warning: rows have up to {longest} tokens, but the backbone has only {positions} positions; lower "
-                  "--max-length")
+            print(f"warning: a row has {longest} tokens, the backbone only {positions} positions; lower --max-length")
 
     def new_model(self, tasks: list[str]) -> AdaptedLM:
         cfg = self.cfg
@@ -476,9 +473,8 @@ def nearest_start(model: AdaptedLM, task: str, rows: list[Encoded], cfg: Config)
 
 def finish(run: Run, folder: Path, about: dict, ids: dict[str, int], held: list[data.Example] | None = None,
            columns: dict | None = None) -> None:
-    """Test the tasks in ``ids``, draw the stage and write results.json: the stage is finished.
-
-    held: the development rows of a few-shot target; columns: scores to put next to the method's."""
+    """Test the tasks in ``ids``, draw the stage and write results.json: the stage is finished. held: the development
+    rows of a few-shot target; columns: scores to put next to the method's."""
     cfg, model = run.cfg, run.load(folder)
     learning = learning_tensors(model, run.method.learns[about["stage"]], list(ids.values()))
     results = {**about, "method": run.method.name, "seed": cfg.seed, "trainable": count(model, learning),
