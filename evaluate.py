@@ -124,7 +124,7 @@ def table(scores: dict, metrics: dict[str, str], rows: str = "plain") -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "", pad: bool = False) -> str:
-    """A table in Markdown. align: "<" or ">" for each column (default: the first left, the others right)."""
+    """A table in Markdown. align: "<" or ">" for each column (default: "<>>.."); pad: columns of one width."""
     align = align or "<" + ">" * (len(head) - 1)
     rules = ["---" if side == "<" else "---:" for side in align]
     widths = [max(len(row[i]) for row in (head, rules, *rows)) if pad else 0 for i in range(len(head))]
