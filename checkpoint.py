@@ -1,13 +1,12 @@
 r"""The machinery of a run: errors, whole files, an exact resume, several GPUs. The method can be read without it.
 
 A run may end at any moment: a power cut, a full disk, Ctrl-C. So a file is written under another name and then moved
-into place in one step: a reader finds the old file or the new one, never half of one. A checkpoint is one such file
-with all that the next step depends on: the tensors that learn, the optimizer's state and the log so far; the batches of
-a step are a function of its number.
+into place: a reader finds the old file or the new one, never half of one. A checkpoint is one such file with all that
+the next step depends on: the tensors that learn, the optimizer's state and the log so far.
 
 With several GPUs (torchrun --nproc-per-node N -- train.py ...) every process holds the whole model and reads its share
-of a step's rows; one exchange a step adds up the gradients. torch's DistributedDataParallel expects all processes to
-use the same parameters; here one may have no row of a task, and a task that none has must keep a gradient of None.
+of a step's rows; one exchange a step adds up the gradients. (DistributedDataParallel expects all processes to use the
+same parameters; here one may have no row of a task, and a task that none has must keep a gradient of None.)
 """
 
 import argparse
@@ -84,9 +83,8 @@ def write_whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    finally:
         part.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: Path, value) -> None:
@@ -148,7 +146,7 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], optimizer: t
     bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if bad:
         raise RunFailed(f"{', '.join(bad[:3])} at step {progress['step']} are no longer finite and were not saved; "
-                        f"begin another --run with lower learning rates; the last good checkpoint is in {folder}")
+                        f"try a new --run with lower learning rates; the last good checkpoint is in {folder}")
     buffer = io.BytesIO()  # torch.save would hide a full disk behind an error of its own
     torch.save({"tensors": tensors, "optimizer": optimizer.state_dict(), "progress": progress}, buffer)
     with write_whole(folder / "metrics.jsonl") as file:  # first: after the last checkpoint no step would write it again
@@ -160,14 +158,14 @@ def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], optimizer: t
 def load_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict | None:
     """Put the checkpoint's state into ``tensors`` and ``optimizer`` and return its progress; None if there is none."""
     path = folder / "checkpoint.pt"
-    if not path.exists():
-        return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain values, never code
         optimizer.load_state_dict(saved["optimizer"])
         for name, tensor in tensors.items():
             tensor.copy_(saved["tensors"][name])
         return saved["progress"]
+    except FileNotFoundError:
+        return None
     except Exception as error:  # whatever a broken file makes torch raise
         raise UserError(f"the checkpoint '{path}' cannot be read ({type(error).__name__}: {error}); delete it to "
                         "restart this stage") from error

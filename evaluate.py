@@ -14,8 +14,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,15 +34,12 @@ from tasks.metrics import NAMES, accuracy, char_f1, exact_match, macro_f1, major
 
 def predict(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task_id: int,
             cfg) -> list[str]:
-    """The model's answer to every example, in order. cfg: max_length, max_new_tokens, eval_tokens, chat_template.
-
-    Where an example has choices, the answer is the whole choice with the highest log-probability, end token included;
-    otherwise the greedy continuation up to the first end token.
-    """
+    """The model's answer to every example, in order: of choices the whole one with the highest log-probability, end
+    token included; otherwise the greedy continuation up to the first end token. cfg: the options of a run."""
     chat = cfg.chat_template == "on"
     rows = [data.encode(example, tokenizer, cfg.max_length, False, chat) for example in examples]
     answers, ends = [""] * len(rows), {data.frame_of(tokenizer, chat).end, tokenizer.eos_token_id, *model.end_tokens}
-    for part in progress(length_batches(rows, cfg.eval_tokens), "answering"):
+    for part in tqdm(length_batches(rows, cfg.eval_tokens), "answering", leave=False, disable=None):
         ids, mask = (t.to(model.device) for t in data.collate_prompts([rows[i] for i in part]))  # (B, T) x 2
         task_ids = torch.full((len(part),), task_id)
         if examples[part[0]].choices:  # a task has choices in all of its rows or in none
@@ -58,16 +54,10 @@ def predict(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, examples: Sequ
     return answers
 
 
-def progress(items: Sequence, what: str) -> tqdm:
-    """The items, with a progress bar where a person is watching; a log file stays clean."""
-    return tqdm(items, what, leave=False, disable=None)
-
-
 def length_batches(rows: Sequence[Encoded], tokens: int) -> list[list[int]]:
     """Indices of rows, sorted by length and cut where a batch with its padding would exceed `tokens` tokens. A row is
     as long as its prompt and all its choices, which are read behind it."""
-    lengths = [len(row.prompt_ids) + sum(map(len, row.choice_ids)) for row in rows]
-    batches = []
+    lengths, batches = [len(row.prompt_ids) + sum(map(len, row.choice_ids)) for row in rows], []
     for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens:
             batches.append([])
@@ -98,8 +88,8 @@ def score_task(task: str, predictions: Sequence[str], examples: Sequence[Example
     golds = [example.references or (example.answer,) for example in examples]
     if entry.kind == "span":
         pairs = list(zip(predictions, golds, strict=True))
-        scores = {"exact_match": sum(exact_match(p, g) for p, g in pairs) / len(pairs),
-                  "char_f1": sum(char_f1(p, g) for p, g in pairs) / len(pairs)}
+        scores = {metric.__name__: sum(metric(prediction, gold) for prediction, gold in pairs) / len(pairs)
+                  for metric in (exact_match, char_f1)}
     else:
         scores = {"accuracy": accuracy(predictions, golds)}
         if entry.metric == "micro_f1":
@@ -134,8 +124,7 @@ def table(scores: dict, metrics: dict[str, str], rows: str = "plain") -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = "", pad: bool = False) -> str:
-    """A table in Markdown. align: "<" or ">" for each column (default: the first left, the others right); pad: fill
-    the cells of a column to one width."""
+    """A table in Markdown. align: "<" or ">" for each column (default: "<>>.."); pad: columns of one width."""
     align = align or "<" + ">" * (len(head) - 1)
     rules = ["---" if side == "<" else "---:" for side in align]
     widths = [max(len(row[i]) for row in (head, rules, *rows)) if pad else 0 for i in range(len(head))]
@@ -156,21 +145,17 @@ def score_rows(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, task: str, 
 
 def references(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str,
                cfg) -> dict[str, dict[str, dict[str, float]]]:
-    """Columns to compare a method with, {column: {rows: {metric: value}}}.
-
-    "majority" always gives the most frequent answer of the train rows. With cfg.references also "frozen backbone", with
-    nothing learned, and, where rows have such a prompt, "hard instruction": the same, told in words what to do.
-    """
+    """Columns to compare a method with, {column: {rows: {metric: value}}}: "majority", the most frequent answer of the
+    train rows; with cfg.references also "frozen backbone", with nothing learned, and, where rows have such a prompt,
+    "hard instruction": the same, told in words what to do."""
     tests = data.test_rows(task, cfg)
     usual = majority([example.answer for example in data.load_task(task, "train", cfg.data_root)])
-    columns = {"majority": {rows: score_task(task, [usual] * len(examples), examples)
-                            for rows, examples in tests.items()}}
+    columns = {"majority": {rows: score_task(task, [usual] * len(some), some) for rows, some in tests.items()}}
     if cfg.references:
         frozen = AdaptedLM(backbone)
         columns["frozen backbone"] = score_rows(frozen, tokenizer, task, NO_TASK, cfg, tests)
         if all(example.hard_prompt for example in tests["plain"]):
-            told = {rows: [replace(example, prompt=example.hard_prompt) for example in examples]
-                    for rows, examples in tests.items()}
+            told = {rows: [replace(row, prompt=row.hard_prompt) for row in some] for rows, some in tests.items()}
             columns["hard instruction"] = score_rows(frozen, tokenizer, task, NO_TASK, cfg, told)
     return columns
 
@@ -199,7 +184,7 @@ def save_figure(figure, path: Path) -> None:
 
 def label_tasks(names: Sequence[str], path: Path, log: Callable[[str], None] = print) -> list[str]:
     """Task names as the picture can show them: what matplotlib's font lacks comes from the first of CHINESE_FONTS that
-    is installed; a name that no font can show becomes "task 1" and so on, and the log says which."""
+    is installed; the n-th name is "task n" if no font has all its characters, and the log says which that are."""
     import matplotlib
     from matplotlib import font_manager
 
@@ -207,16 +192,12 @@ def label_tasks(names: Sequence[str], path: Path, log: Callable[[str], None] = p
     fonts = list(dict.fromkeys([*matplotlib.rcParams["font.family"], *installed[:1]]))
     matplotlib.rcParams["font.family"] = fonts  # a character is drawn in the first font that has it
     files = [font_manager.findfont(font_manager.FontProperties(family=[font])) for font in fonts]
-    known = {code for file in files for code in font_manager.get_font(file).get_charmap()}
-    labels, numbers = {}, {}
-    for name in names:
-        if unknown := "".join(character for character in name if ord(character) not in known):
-            rest = "".join(character for character in name if ord(character) in known).strip(" -_")
-            labels[name] = f"task {numbers.setdefault(unknown, len(numbers) + 1)} {rest}".strip()
-    if labels:
-        log(f"{path}: {', '.join(f'{label} is {name}' for name, label in labels.items())}; no font has the characters "
-            f"(install one such as Noto Sans CJK, and delete {matplotlib.get_cachedir()})")
-    return [labels.get(name, name) for name in names]
+    known = {chr(code) for file in files for code in font_manager.get_font(file).get_charmap()}
+    labels = [name if known.issuperset(name) else f"task {n}" for n, name in enumerate(names, 1)]
+    if unknown := [f"{label} is {name}" for label, name in zip(labels, names) if label != name]:
+        log(f"{path}: {', '.join(unknown)}; no font has the characters (install one such as Noto Sans CJK, and delete "
+            f"{matplotlib.get_cachedir()})")
+    return labels
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -227,7 +208,7 @@ def read_metrics(folder: Path) -> list[dict]:
 def draw_run(folder: Path, log: Callable[[str], None] = print) -> None:
     """Draw a stage from its metrics.jsonl: loss.png, and gates.png and cosines.png if the stage changed them."""
     rows = read_metrics(folder)
-    steps, dev = [row for row in rows if "loss" in row], [row for row in rows if "dev_loss" in row]
+    steps, dev, gates, cosines = ([r for r in rows if key in r] for key in ("loss", "dev_loss", "gates", "cosines"))
     if steps:
         figure, axis = new_figure()
         axis.plot([r["step"] for r in steps], [r["loss"] for r in steps], color=COLOURS[0], label="training batch")
@@ -235,12 +216,10 @@ def draw_run(folder: Path, log: Callable[[str], None] = print) -> None:
         axis.set(xlabel="step", ylabel="cross-entropy of an answer token (nats)", ylim=(0, None), title="Task loss")
         axis.legend()
         save_figure(figure, folder / "loss.png")
-    gates = [row for row in rows if "gates" in row]
     if gates and gates[0]["gates"] != gates[-1]["gates"]:
         figure, axis = new_figure()
         figure.colorbar(gates_over_steps(axis, gates), label="tanh g")
         save_figure(figure, folder / "gates.png")
-    cosines = [row for row in rows if "cosines" in row]
     if cosines and cosines[0]["cosines"] != cosines[-1]["cosines"]:
         draw_cosines(folder / "cosines.png", cosines[0], cosines[-1], log)
 
@@ -298,8 +277,8 @@ def find_results(run: Path) -> list[tuple[str, Path, dict]]:
     found = []
     for path in [*run.glob("multitask/results.json"), *sorted(run.glob("target/*/results.json"))]:
         results = read_json(path)
-        k = results.get("shots")
-        name = "multitask/table.md" if k is None else f"target/table-{k}-shot.md" if k else "target/table-full.md"
+        name = {None: "multitask/table.md", 0: "target/table-full.md"}.get(
+            results.get("shots"), f"target/table-{results.get('shots')}-shot.md")
         if "scores" in results:  # not so in a run of the first release
             found.append((name, path.parent, results))
     return found
@@ -331,11 +310,11 @@ class Trained:
 
     folder: Path
     table: str  # the run's table that it belongs to
-    cfg: SimpleNamespace  # the run's options
     method: str
+    cfg: SimpleNamespace  # the run's options
     backbone: PreTrainedModel  # as it was before the adapter: model.backbone may be a copy with more modules
-    model: AdaptedLM
     tokenizer: PreTrainedTokenizerBase
+    model: AdaptedLM
     task_ids: dict[str, int]  # of the tasks that have test rows
 
 
@@ -349,12 +328,12 @@ def open_run(run: Path, model_class: type[AdaptedLM] = TALoRA, task: str = "") -
         raise UserError(f"the run '{run}' has no task '{task}'; it has {', '.join(tasks)}")
     cfg, stages = SimpleNamespace(**{"chat_template": "off"} | read_json(run / "options.json")), []
     backbone, tokenizer = load_backbone(cfg.backbone, cfg.dtype, pick_device(cfg.device))
-    for name, folder, results in found:
+    for table_name, folder, results in found:
         if not task or task in results["scores"]:
             model = model_class.load(folder / "best", backbone).eval()
             # An adapter with the same weights for all tasks does not list them.
-            ids = {task: model.tasks.index(task) if task in model.tasks else 0 for task in results["scores"]}
-            stages.append(Trained(folder, name, cfg, results["method"], backbone, model, tokenizer, ids))
+            ids = {name: model.tasks.index(name) if name in model.tasks else 0 for name in results["scores"]}
+            stages.append(Trained(folder, table_name, results["method"], cfg, backbone, tokenizer, model, ids))
     return stages
 
 
@@ -367,8 +346,7 @@ def evaluate_run(stages: Sequence[Trained]) -> str:
             rows = data.load_task(task, "test", stage.cfg.data_root)
             answers = predict(stage.model, stage.tokenizer, rows, task_id, stage.cfg)
             metrics[task] = task_of(task, rows).metric
-            column = {stage.method: {"plain": score_task(task, answers, rows)}}
-            tables.setdefault(stage.table, {})[task] = column
+            tables.setdefault(stage.table, {})[task] = {stage.method: {"plain": score_task(task, answers, rows)}}
             for row, answer in zip(rows, answers):
                 golds = row.references or (row.answer,)
                 right = answer in golds if row.choices else bool(exact_match(answer, golds))
@@ -379,11 +357,10 @@ def evaluate_run(stages: Sequence[Trained]) -> str:
 
 
 def ask(stage: Trained, task: str, texts: Sequence[str], choices: Sequence[str] = ()) -> str:
-    """Answer one input, with the probability of every choice.
+    """Answer one input, with the probability of every choice. Raises UserError if texts or choices are missing.
 
     texts: the fields of the task's template in its order; for a task without a template the whole prompt. choices: what
-    to choose from, for a task whose rows each have their own. Raises UserError if texts or choices are missing.
-    """
+    to choose from, for a task whose rows each have their own."""
     tests = data.load_task(task, "test", stage.cfg.data_root)
     entry, prompt, places = task_of(task, tests), " ".join(texts), ()
     fields = [name for name in entry.fields if name != "options"]
@@ -410,23 +387,8 @@ def ask(stage: Trained, task: str, texts: Sequence[str], choices: Sequence[str] 
     return "\n".join([choices[p.index(max(p))], "", *(f"{share:6.1%}  {choice}" for share, choice in shares)]) + note
 
 
-@contextmanager
-def close_gates(model: AdaptedLM, layer: int) -> Iterator[None]:
-    """Shut the gates of one layer, and restore them whatever happens."""
-    gates = [parameter.data[layer] for name, parameter in model.named_parameters() if name.startswith("gate")]
-    before = [gate.clone() for gate in gates]  # scalars, or one number a head
-    try:
-        for gate in gates:
-            gate.zero_()
-        yield
-    finally:
-        for gate, value in zip(gates, before):
-            gate.copy_(value)
-
-
 def diagnose(stage: Trained) -> str:
-    """Does the adapter do anything? Development rows with and without it; layer by layer the gate, the size of the
-    prompts, and the rows with this one gate closed; and the cosines of the tasks."""
+    """Does the adapter do anything? Development rows with it, without it, and with each layer's gate closed."""
     model, cfg, ids = stage.model, stage.cfg, stage.task_ids
     rows = {task: data.encode_all(data.load_task(task, "dev", cfg.data_root)[:16], stage.tokenizer, cfg.max_length,
                                   False, cfg.chat_template == "on") for task in ids}
@@ -440,9 +402,13 @@ def diagnose(stage: Trained) -> str:
     if "gates" in logged:
         norms = model.prompts(list(ids.values())).norm(dim=-1).mean((1, 2)).tolist()  # (L, n, P, d) -> (L,)
         lines += ["", "layer   tanh g  norm of a prompt row  right if this layer's gate is closed"]
+        state = model.adapter_state()  # the tensors themselves
+        gates = {name: state[name].clone() for name in state if name.startswith("gate")}
         for layer, (gate, norm) in enumerate(zip(logged["gates"], norms)):
-            with close_gates(model, layer):
-                right, loss = dev_score(model, rows, ids, cfg.eval_tokens)
+            for name in gates:
+                state[name][layer] = 0
+            right, loss = dev_score(model, rows, ids, cfg.eval_tokens)
+            model.load_state_dict(gates, strict=False)
             lines.append(f"{layer:>5}  {gate:+7.3f}  {norm:20.2f}  {right:7.1%} (loss {loss:.3f})")
     if "cosines" in logged:
         lines += ["", f"|cos| of every task with {', '.join(ids)}, mean over layers"]

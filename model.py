@@ -10,7 +10,7 @@ Everything that learns is in five kinds of tensors, stacked over the L layers of
 
 One forward pass is:  task ids -> theta_i of every layer, Eq. (1) -> its keys and values through the layer's own frozen
 projections -> handed to the backbone as an argument -> every layer adds gated attention to them, Eq. (2).
-Training, scoring, generation and the notebooks all take this one path. Each of three classes adds one thing:
+Training, scoring and generation all take this path. Each of three classes adds one thing:
 
     AdaptedLM       a frozen backbone: loss, greedy generation, scores of given answers, saving and loading
     GatedPrompts    a prompt in every layer, behind a gate
@@ -80,9 +80,7 @@ class AdaptedLM(nn.Module):
 
     def __init__(self, backbone: PreTrainedModel, config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
         """Wrap and freeze ``backbone``, of any dtype; what learns is fp32 on its device. Several adapters can share it.
-
-        Raises UserError for a backbone that is not of one of FAMILIES.
-        """
+        Raises UserError for a backbone that `check` refuses."""
         super().__init__()
         self.check(backbone)
         self.backbone, self.config, self.described = backbone.requires_grad_(False), config, describe(backbone)
@@ -109,12 +107,13 @@ class AdaptedLM(nn.Module):
         return len(self.tasks) - 1
 
     @torch.no_grad()
-    def copy_task(self, old: int, new: int) -> None:
-        """Give task ``new`` the weights of task ``old``."""
+    def copy_task(self, old: int, new: int) -> str:
+        """Give task ``new`` the weights of task ``old`` and return the name of that one."""
         state = self.adapter_state()
         for name, tensor in state.items():
             if name.endswith(f".{old}"):
                 state[name.removesuffix(f".{old}") + f".{new}"].copy_(tensor)
+        return self.tasks[old]
 
     def check_tasks(self, task_ids: Tensor, rows: int) -> tuple[list[int], Tensor]:
         """The n distinct task ids of a batch, and which of them each row has, (B,). ValueError for wrong ids."""
@@ -128,10 +127,7 @@ class AdaptedLM(nn.Module):
     def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
                text: Tensor) -> dict:
         """The arguments of the backbone's forward; a method may add to them or put rows in front of the text.
-
-        (B, T) x 3 ((B, 1, T, T) for a mask that says who sees whom), task_ids (B,); text (B, <= T) is True for the
-        tokens of the input: no padding, no answer.
-        """
+        (B, T) x 3 (a mask also (B, 1, T, T): who sees whom), task_ids (B,); text (B, <= T): no padding, no answer."""
         return dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
 
     def read(self, given: dict, **cache) -> Tensor:
@@ -146,10 +142,8 @@ class AdaptedLM(nn.Module):
         """Logits of a batch, or with labels its loss; rows may belong to different tasks and be padded on any side.
 
         input_ids, attention_mask, labels (B, T), task_ids (B,), all long; labels are -100 where nothing is asked.
-        ``.losses`` (B,) is the cross-entropy averaged within each example over its answer tokens; ``.loss``, their
-        mean, is L_PLM of Eq. (3). Only hidden states that predict an answer token pass the output layer: with a
-        vocabulary of 152,064 that is most of the memory of a step. Raises ValueError for a row without any label.
-        """
+        ``.loss`` is L_PLM of Eq. (3). Only hidden states that predict an answer token pass the output layer: with a
+        vocabulary of 152,064 that is most of the memory of a step. Raises ValueError for a row without any label."""
         text = attention_mask.bool() if labels is None else attention_mask.bool() & (labels == -100)  # (B, T)
         given = self.inputs(input_ids, attention_mask, positions(attention_mask), task_ids, text)
         hidden = self.read(given, use_cache=False)[:, self.in_front:]  # (B, T, d)
@@ -168,11 +162,8 @@ class AdaptedLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy continuation of left-padded prompts; (B, T) x 2, (B,) -> (B, T + max_new_tokens).
-
-        The last max_new_tokens columns are the new tokens; a row that has ended is filled with the first end token.
-        Raises ValueError if a prompt does not end in the last column.
-        """
+        """Greedy continuation of left-padded prompts; (B, T) x 2, (B,) -> (B, T + max_new_tokens). A row that has ended
+        is filled with the first end token. Raises ValueError if a prompt does not end in the last column."""
         if not attention_mask[:, -1].all():
             raise ValueError("generate needs prompts padded on the left: every row must end with a token of its own")
         ends = torch.tensor(self.end_tokens, dtype=torch.long, device=self.device)
@@ -205,8 +196,7 @@ class AdaptedLM(nn.Module):
         A row with fewer than C choices has -inf in the rest. A choice is scored exactly as given: end it with the end
         token to ask for the whole answer. All choices of a row are read in one pass behind one copy of the text: each
         sees the text and itself, not its siblings, and its positions follow the text's. Raises ValueError for an empty
-        choice and a row without text or choices, UserError for a text longer than the backbone's sliding window.
-        """
+        choice and a row without text or choices, UserError for a text longer than the backbone's sliding window."""
         if len(choices) != len(input_ids) or not all(row and all(row) for row in choices):
             raise ValueError("every row needs at least one choice, and every choice at least one token")
         if not attention_mask.any(1).all():
@@ -236,10 +226,9 @@ class AdaptedLM(nn.Module):
             -F.cross_entropy(self.backbone.get_output_embeddings()(hidden[rows[part], states[part]]).float(),
                              tokens[part], reduction="none")
             for part in torch.arange(len(where), device=device).split(1024)])  # (answer tokens,)
-        scores = torch.zeros(len(ids), max(map(len, choices)), device=device)  # (B, C)
-        scores.index_put_((rows, columns), log_p, accumulate=True)
-        counts = torch.tensor([len(row) for row in choices], device=device)
-        return scores.masked_fill(torch.arange(scores.shape[1], device=device) >= counts[:, None], -torch.inf)
+        scores = torch.full((len(ids), max(map(len, choices))), -torch.inf, device=device)  # (B, C)
+        scores[rows, columns] = 0.0
+        return scores.index_put_((rows, columns), log_p, accumulate=True)
 
     def check_window(self, tokens: int) -> None:
         """UserError for a text longer than the backbone's sliding window, if any: the mask of `score` ignores it."""
@@ -272,20 +261,17 @@ class AdaptedLM(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, backbone: PreTrainedModel) -> "AdaptedLM":
-        """Read what ``save`` wrote, bit for bit.
-
-        Raises UserError for files that are missing, broken or of another method, and for another backbone than the
-        adapter was trained on.
-        """
+        """Read what ``save`` wrote, bit for bit. Raises UserError for files that are missing, broken or of another
+        method, and for another backbone than the adapter was trained on."""
         try:
             about = json.loads((Path(folder) / "adapter.json").read_text(encoding="utf-8"))
             state = load_file(Path(folder) / "adapter.safetensors")
             if about["method"] != cls.method:
                 raise ValueError(f"it is an adapter of method '{about['method']}', not '{cls.method}'")
-            for key, value in describe(backbone).items():
-                if about["backbone"].get(key) != value:
-                    raise ValueError(f"it was trained on a backbone with {key} = {about['backbone'].get(key)}, but "
-                                     f"this one has {value}")
+            wrong = [f"{key} = {about['backbone'].get(key)} (this one has {value})"
+                     for key, value in describe(backbone).items() if about["backbone"].get(key) != value]
+            if wrong:
+                raise ValueError(f"it was trained on a backbone with {', '.join(wrong)}")
             model = cls(backbone, about["tasks"], TALoRAConfig(**about["config"]))
             model.about = about.get("about", {})
             own, found = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.adapter_state(), state))
@@ -305,20 +291,17 @@ class AdaptedLM(nn.Module):
 class GatedPrompts(AdaptedLM):
     """A prompt for each task in every layer, attended to through a gate. Subclasses say what the prompts are:
 
-    `prompts(ids)` -> (L, n, P, d), and for the log `cosines()` -> (L, N, N) and `norms()` -> name: (L,).
-    """
+    `prompts(ids)` -> (L, n, P, d), and for the log `cosines()` -> (L, N, N) and `norms()` -> name: (L,)."""
 
     def __init__(self, backbone: PreTrainedModel, config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
         super().__init__(backbone, config)
-        L, heads = backbone.config.num_hidden_layers, backbone.config.num_attention_heads
-        shape = (L, heads) if config.gate_per_head else (L,)
-        self.gate = nn.Parameter(torch.zeros(shape, device=self.device))  # the only zero on the path: see gating.py
+        L, H = backbone.config.num_hidden_layers, backbone.config.num_attention_heads
+        gates = torch.zeros((L, H) if config.gate_per_head else (L,), device=self.device)
+        self.gate = nn.Parameter(gates)  # the only zero on the path: see gating.py
 
     def prefix(self, task_ids: Tensor, rows: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Keys, values and gate of every layer's prompt for ``rows`` rows; task_ids (B,) -> L x ((B,K,P,h) x 2, gate).
-
-        Computed in every call, once for each *distinct* task. Raises ValueError as `check_tasks` does.
-        """
+        Computed in every call, once for each *distinct* task. Raises ValueError as `check_tasks` does."""
         ids, row = self.check_tasks(task_ids, rows)
         layers = zip(self.backbone.model.layers, self.prompts(ids).unbind(), self.gate.unbind())
         key_values = [(*prefix_key_value(layer.self_attn, theta), g) for layer, theta, g in layers]
@@ -348,11 +331,9 @@ class TALoRA(GatedPrompts):
     reads = ("prompt_length", "rank", "scale", "gate_per_head")
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
-        """Wrap ``backbone``, which is frozen, for the tasks of these names. Raises UserError as `AdaptedLM` does."""
         super().__init__(backbone, config)
-        L, P, r = backbone.config.num_hidden_layers, config.prompt_length, config.rank
-        self.theta0 = nn.Parameter(random_words(backbone, P))  # (L, P, d)
-        self.B = nn.Parameter(torch.randn(L, P, r, device=self.device) * r**-0.5)
+        self.theta0, r = nn.Parameter(random_words(backbone, config.prompt_length)), config.rank  # (L, P, d)
+        self.B = nn.Parameter(torch.randn(*self.theta0.shape[:2], r, device=self.device) * r**-0.5)  # (L, P, r)
         # Separate parameters, so that a target trains its own pair alone and, without the regulariser, absent tasks do
         # not drift: an optimizer with momentum moves every row of a tensor that has a gradient.
         self.u, self.v = nn.ParameterList(), nn.ParameterList()
@@ -360,10 +341,8 @@ class TALoRA(GatedPrompts):
             self.add_task(task)
 
     def add_task(self, name: str) -> int:
-        """Add a task with new random factors and return its id; nothing else changes, earlier ids stay valid.
-
-        u has variance 1/r, so that (B u)[p] has it as well; v is small but not zero. UserError for a taken name.
-        """
+        """Add a task with new random factors and return its id; nothing else changes, earlier ids stay valid. u has
+        variance 1/r, so that (B u)[p] has it as well; v is small but not zero. UserError for a taken name."""
         new_id, r, (L, _, d) = super().add_task(name), self.config.rank, self.theta0.shape
         self.u.append(nn.Parameter(torch.randn(L, r, device=self.device) * r**-0.5))
         self.v.append(nn.Parameter(torch.randn(L, d, device=self.device) * 0.02))
@@ -371,17 +350,15 @@ class TALoRA(GatedPrompts):
 
     def factors(self, ids: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """The fast weights of these tasks (all, if None), u (L, n, r) and v (L, n, d); zero for NO_TASK."""
-        ids = range(len(self.tasks)) if ids is None else ids
         zero_v = torch.zeros_like(self.theta0[:, 0])  # (L, d)
         zero_u = zero_v[:, :1].expand(-1, self.config.rank)  # (L, r)
-        u = [zero_u if i == NO_TASK else self.u[i] for i in ids]
-        v = [zero_v if i == NO_TASK else self.v[i] for i in ids]
+        u, v = zip(*((zero_u, zero_v) if i == NO_TASK else (self.u[i], self.v[i])
+                     for i in (range(len(self.tasks)) if ids is None else ids)))
         return torch.stack(u, 1), torch.stack(v, 1)
 
     def prompts(self, ids: list[int]) -> Tensor:
         """The prompts of these tasks in every layer, (L, n, P, d); theta0 + s * B 0 = theta0 for NO_TASK."""
-        u, v = self.factors(ids)  # (L, n, r), (L, n, d)
-        return task_prompt(self.theta0[:, None], self.B[:, None], u, v, self.config.scale)  # Eq. (1)
+        return task_prompt(self.theta0[:, None], self.B[:, None], *self.factors(ids), self.config.scale)  # Eq. (1)
 
     def orthogonality(self, form: str) -> Tensor:
         """The regulariser R over all tasks, a scalar, Eq. (4)."""
@@ -398,10 +375,8 @@ class TALoRA(GatedPrompts):
 
 
 def random_words(backbone: PreTrainedModel, P: int) -> Tensor:
-    """A new prompt for every layer that reads like random words, (L, P, d) in fp32.
-
-    A layer's projections expect normed inputs, so the words pass the layer's own norm (paper: open).
-    """
+    """A new prompt for every layer that reads like random words, (L, P, d) in fp32. A layer's projections expect normed
+    inputs, so the words pass the layer's own norm (paper: open)."""
     layers, words = backbone.model.layers, backbone.get_input_embeddings().weight  # (V, d)
     chosen = torch.randint(len(words), (len(layers), P), device=words.device)  # (L, P)
     with torch.no_grad():
@@ -449,16 +424,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 def load_backbone(path: str | Path = "", dtype: str = "float32",
                   device: torch.device | str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The backbone ``path`` (a folder, a hub name, or "" for the micro-world's own) and its tokenizer.
-
-    dtype: "float32" or "bfloat16". Only data is read (safetensors, never code), into host memory first. UserError for
-    what is not a causal language model of one of FAMILIES with all its weights and a tokenizer that belongs to it.
-    """
+    """The backbone ``path`` (a folder, a hub name, or "" for the micro-world's own) and its tokenizer. dtype:
+    "float32" or "bfloat16". Only data is read (safetensors, never code), into host memory first. UserError for
+    what is not a causal language model of one of FAMILIES with all its weights and a tokenizer that belongs to it."""
     path = path or Path(__file__).parent / "tasks" / "micro_backbone"
     try:
         config = AutoConfig.from_pretrained(path, attn_implementation="sdpa", trust_remote_code=False)
-        quantised = getattr(config, "quantization_config", None)
-        if quantised:
+        if quantised := getattr(config, "quantization_config", None):
             raise ValueError(f"its weights are quantised ({dict(quantised).get('quant_method')}); give plain ones")
         tokenizer = load_tokenizer(path)
         backbone, loaded = AutoModelForCausalLM.from_pretrained(

@@ -41,8 +41,7 @@ from tasks import chinese, micro
 # --------------------------------------------------------------------------------------------------------- options
 
 RUN, DATA, METHOD, EVERY, BASE, MULTITASK, TARGET = GROUPS = (
-    "the run", "data and backbone", "the method", "every stage", "base stage", "multitask stage",
-    "target stage")
+    "the run", "data and backbone", "the method", "every stage", "base stage", "multitask stage", "target stage")
 
 
 def option(default, group: str, help: str, **how):
@@ -152,9 +151,7 @@ ALL_TASKS = "all tasks"  # the one task of a method that has one set of weights 
 
 def parse(argv: list[str], method: Method = TALORA) -> Config:
     """Command line -> options: Config's defaults, the preset's, the method's, then what is typed; the last one wins.
-
-    Raises UserError for an unknown option, value or type.
-    """
+    Raises UserError for an unknown option, value or type."""
     parser = checkpoint.Parser(
         prog="python train.py", usage="python train.py [--stage STAGE] [OPTION ...]", allow_abbrev=False,
         description=__doc__.partition("\n\nIn every")[0],
@@ -163,8 +160,6 @@ def parse(argv: list[str], method: Method = TALORA) -> Config:
     for f in dataclasses.fields(Config):
         groups[f.metadata["group"]].add_argument(flag(f.name), default=None, **f.metadata["how"])
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    for name in {"sources", "targets"} & typed.keys():
-        typed[name] = tuple(" ".join(typed[name]).replace(",", " ").split())
     preset = typed.get("preset", "toy")
     cfg = Config(**{**PRESETS[preset], **method.defaults.get("toy" if preset == "toy" else "large", {}), **typed})
     cfg = dataclasses.replace(cfg, shots=tuple(cfg.shots), **method.fixes(cfg))
@@ -172,7 +167,9 @@ def parse(argv: list[str], method: Method = TALORA) -> Config:
         if os.path.isdir(getattr(cfg, name)):
             setattr(cfg, name, str(Path(getattr(cfg, name)).resolve()))
     for name, known in (("sources", chinese.SOURCES), ("targets", chinese.TARGETS)):
-        if cfg.data_root and name not in typed:  # whatever is there of the sixteen sets
+        if name in typed:
+            setattr(cfg, name, tuple(" ".join(typed[name]).replace(",", " ").split()))
+        elif cfg.data_root:  # whatever is there of the sixteen sets
             setattr(cfg, name, tuple(task for task in known if os.path.isdir(Path(cfg.data_root) / task)))
     cfg.base_task = cfg.base_task or (*cfg.sources, "")[0]
     words = [preset, *method.name.split(), f"seed{cfg.seed}"]
@@ -180,36 +177,35 @@ def parse(argv: list[str], method: Method = TALORA) -> Config:
     return cfg
 
 
+MAY_BE_ZERO = ("seed", "warmup", "tokens_per_batch", "scale", "reg_weight", "weight_decay")
+
+
 def check(cfg: Config, method: Method = TALORA) -> None:
     """Refuse options that cannot work, before anything is loaded or written; UserError with all of them at once."""
-    may_be_zero, problems = ("seed", "warmup", "tokens_per_batch", "scale", "reg_weight", "weight_decay"), []
-    for f in dataclasses.fields(cfg):
-        value, least = getattr(cfg, f.name), "0 or more" if f.name in may_be_zero else "above 0"
-        if f.type in (int, float) and not (0 < value < math.inf or value == 0 and f.name in may_be_zero):
-            problems.append(f"{flag(f.name)} is {value}, but must be {least}")
-    names, data_root = [*cfg.sources, *cfg.targets], f"'{cfg.data_root}'"
+    problems = [f"{flag(name)} is {value}, but must be {'0 or more' if name in MAY_BE_ZERO else 'above 0'}"
+                for name, value in vars(cfg).items() if type(value) in (int, float)
+                and not (0 < value < math.inf or value == 0 and name in MAY_BE_ZERO)]
+    names, there = [*cfg.sources, *cfg.targets], f"is in '{cfg.data_root}'; name those that are there with"
     twice = ", ".join(sorted({name for name in names if names.count(name) > 1}))
-    for wrong, sentence in (
-        (issubclass(method.model, TALoRA) and cfg.rank > cfg.prompt_length,
-         f"--rank is {cfg.rank}, above --prompt-length {cfg.prompt_length}: B has only that many rows; lower it"),
-        (cfg.data_root and not os.path.isdir(cfg.data_root),
-         f"--data-root {data_root} is not a folder; it should hold <task>/train.jsonl and test.jsonl"),
-        (cfg.data_root and not cfg.backbone, "--data-root needs --backbone: the micro-world's own knows 184 words; "
-         "name a folder or a model on the hub, such as Qwen/Qwen2.5-0.5B"),
-        (cfg.stage not in ("all", *method.learns),
-         f"method {method.name} has no stage '{cfg.stage}'; its stages are {', '.join(method.learns)}"),
-        (not cfg.sources, f"no known source is in {data_root}; name the tasks that are there with --sources"),
-        (cfg.stage in ("target", "all") and not cfg.targets,
-         f"no known target is in {data_root}; name the tasks that are there with --targets"),
-        (cfg.base_task not in (*cfg.sources, ""),
-         f"--base-task '{cfg.base_task}' is not among the sources {', '.join(cfg.sources)}"),
-        (twice, f"{twice}: named twice among sources and targets; remove one"),
-        (0 < cfg.tokens_per_batch < cfg.max_length, f"--tokens-per-batch is {cfg.tokens_per_batch}, less than one row "
-         f"of --max-length {cfg.max_length}; raise it or lower that"),
-        (any(path.is_file() for path in (Path(cfg.run), *Path(cfg.run).parents)),
-         f"--run '{cfg.run}' is a file or in one; name a folder"),
-    ):
-        problems += [sentence] if wrong else []
+    problems += [sentence for sentence, wrong in {
+        f"--rank is {cfg.rank}, above --prompt-length {cfg.prompt_length}: B has only that many rows; lower it":
+            issubclass(method.model, TALoRA) and cfg.rank > cfg.prompt_length,
+        f"--data-root '{cfg.data_root}' is not a folder; it should hold <task>/train.jsonl and test.jsonl":
+            cfg.data_root and not os.path.isdir(cfg.data_root),
+        "--data-root needs --backbone, such as Qwen/Qwen2.5-0.5B: the micro-world's own knows 184 words":
+            cfg.data_root and not cfg.backbone,
+        f"method {method.name} has no stage '{cfg.stage}'; its stages are {', '.join(method.learns)}":
+            cfg.stage not in ("all", *method.learns),
+        f"no known source {there} --sources": not cfg.sources,
+        f"no known target {there} --targets": cfg.stage in ("target", "all") and not cfg.targets,
+        f"--base-task '{cfg.base_task}' is not among the sources {', '.join(cfg.sources)}":
+            cfg.base_task not in (*cfg.sources, ""),
+        f"{twice}: named twice among sources and targets; remove one": twice,
+        f"--tokens-per-batch is {cfg.tokens_per_batch}, below one row of --max-length {cfg.max_length}; raise it":
+            0 < cfg.tokens_per_batch < cfg.max_length,
+        f"--run '{cfg.run}' is a file or in one; name a folder":
+            any(path.is_file() for path in (Path(cfg.run), *Path(cfg.run).parents)),
+    }.items() if wrong]
     try:
         torch.empty(1, device=checkpoint.pick_device(cfg.device))
     except (RuntimeError, AssertionError):
@@ -225,17 +221,11 @@ def flag(name: str) -> str:
 # -------------------------------------------------------------------------------------------------------- the loop
 
 def learning_tensors(model: AdaptedLM, learns: dict[str, str], task_ids: list[int]) -> dict[str, str]:
-    """Name of every tensor that learns -> its learning rate ("slow", "fast" ...), by one stage of a method's table.
-
-    Of the tensors that each task has one of (u.i, v.i) only those of ``task_ids`` learn.
-    """
-    learning = {}
-    for tensor, rate in learns.items():
-        for name in model.adapter_state():
-            kind, _, task = name.partition(".")
-            if kind == tensor and (not task.isdigit() or int(task) in task_ids):
-                learning[name] = rate
-    return learning
+    """Name of every tensor that learns -> its learning rate ("slow", "fast" ...), by one stage of a method's table. Of
+    the tensors that each task has one of (u.i, v.i) only those of ``task_ids`` learn."""
+    names = [(name, *name.partition(".")[::2]) for name in model.adapter_state()]  # ("u.0", "u", "0")
+    return {name: rate for tensor, rate in learns.items() for name, kind, task in names
+            if kind == tensor and (not task.isdigit() or int(task) in task_ids)}
 
 
 def build_optimizer(model: AdaptedLM, learning: dict[str, str], cfg: Config) -> torch.optim.AdamW:
@@ -262,9 +252,7 @@ def rate_factor(step: int, steps: int, warmup: int) -> float:
 def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list[Batch], cfg: Config,
                regularise: bool) -> dict[str, float]:
     """One optimizer step over the micro-batches of one step; returns what it measured. Eq. (3)
-
-    Raises RunFailed, before any weight has changed, if the loss or the gradient is not finite.
-    """
+    Raises RunFailed, before any weight has changed, if the loss or the gradient is not finite."""
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     examples = checkpoint.total(sum(len(batch.task_ids) for batch in batches))  # over all processes
     task_loss = torch.zeros((), device=model.device)
@@ -281,26 +269,22 @@ def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list
         (cfg.reg_weight * reg).backward()  # Eq. (3)
     norm = torch.nn.utils.clip_grad_norm_(learning, cfg.clip)
     if not torch.isfinite(task_loss + norm):
-        raise RunFailed(f"the loss is {task_loss:.3g}, the gradient norm {norm:.3g}; no weight was changed: begin "
-                        "another --run with lower learning rates")
+        raise RunFailed(f"loss is {task_loss:.3g}, gradient norm {norm:.3g}; try a new --run with lower learning rates")
     optimizer.step()
     return {"loss": task_loss.item(), "reg": reg.item(), "grad_norm": norm.item()}
 
 
-def fit(run: "Run", model: AdaptedLM, stage: str, train: dict[str, list[Encoded]], dev: dict[str, list[Encoded]],
-        task_ids: dict[str, int], folder: Path) -> None:
-    """The one loop. Keeps the adapter that is best on ``dev`` in best/ and resumes from checkpoint.pt if there is one.
+def fit(run: "Run", model: AdaptedLM, stage: str, rows: dict[str, dict[str, list[Encoded]]], task_ids: dict[str, int],
+        folder: Path) -> None:
+    """The one loop. Keeps the adapter that is best on development rows in best/ and resumes from checkpoint.pt.
 
-    train, dev: encoded rows by task; task_ids: the id that a task's rows are given (NO_TASK: theta0 alone). Raises
-    SystemExit after the step in which a signal arrived, RunFailed for numbers that are no longer finite.
-    """
+    rows: task -> "train" and "dev" -> rows; task_ids: task -> the id that its rows are given (NO_TASK: theta0 alone).
+    SystemExit after the step in which a signal arrived, RunFailed for numbers that are not finite."""
     cfg, method, steps = run.cfg, run.method, getattr(run.cfg, f"{stage}_steps")
     learning = learning_tensors(model, method.learns[stage], list(task_ids.values()))
     optimizer = build_optimizer(model, learning, cfg)
+    train, dev = ({task: rows[task][split] for task in task_ids} for split in ("train", "dev"))
     batches = data.Batches(train, getattr(cfg, f"{stage}_batch"), cfg.seed, cfg.mixing, cfg.tokens_per_batch)
-    for name in learning:
-        if stage == "multitask" and method.fresh_gates and name.startswith("gate"):
-            torch.nn.init.zeros_(model.get_parameter(name))  # zero-init attention warms up again (paper: open)
     for tensor in model.adapter_state().values() if checkpoint.PROCESSES > 1 else ():
         torch.distributed.broadcast(tensor, 0)
     run.log(describe_learning(model, learning, cfg))
@@ -312,13 +296,13 @@ def fit(run: "Run", model: AdaptedLM, stage: str, train: dict[str, list[Encoded]
         for step in range(now["step"], steps):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial"] * rate_factor(step, steps, cfg.warmup)
-            rows = batches[step]  # a list of micro-batches
+            drawn = batches[step]  # a list of micro-batches
             parts = [data.collate(own, [task_ids[row.task] for row in own]).to(model.device)
-                     for part in rows if (own := part[checkpoint.RANK :: checkpoint.PROCESSES])]
+                     for part in drawn if (own := part[checkpoint.RANK :: checkpoint.PROCESSES])]
             measured = train_step(model, optimizer, parts, cfg, stage == "multitask" and method.regularised)
 
             done, better = step + 1, False
-            now.update(step=done, tokens=now["tokens"] + sum(len(row) for part in rows for row in part),
+            now.update(step=done, tokens=now["tokens"] + sum(len(row) for part in drawn for row in part),
                        seconds=time.perf_counter() - started)
             if done % cfg.log_every == 0 or done == steps:
                 rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
@@ -328,8 +312,7 @@ def fit(run: "Run", model: AdaptedLM, stage: str, train: dict[str, list[Encoded]
                 accuracy, loss = evaluate.dev_score(model, dev, task_ids, cfg.eval_tokens)
                 now["history"].append({"step": done, "dev_accuracy": accuracy, "dev_loss": loss, **model.diagnose()})
                 if not math.isfinite(loss):
-                    raise RunFailed(f"{stage}, step {done}: the loss on development rows is {loss}; begin another "
-                                    "--run with lower learning rates")
+                    raise RunFailed(f"step {done}: development loss {loss}; try a new --run with lower learning rates")
                 better = [accuracy, -loss] > now["best"]
                 if better:
                     now["best"] = [accuracy, -loss]
@@ -348,8 +331,8 @@ def describe_learning(model: AdaptedLM, learning: dict[str, str], cfg: Config) -
     for kind in dict.fromkeys(name.partition(".")[0] for name in learning):
         names = [name for name in learning if name.partition(".")[0] == kind]
         shape, rate = "x".join(map(str, model.get_parameter(names[0]).shape)), learning[names[0]]
-        lines.append(f"{kind:12} {f'{len(names)} x {shape}' if len(names) > 1 else shape:>16} "
-                     f"{count(model, names):>12,}  {rate} {getattr(cfg, f'{rate}_rate'):.1e}")
+        shape = f"{len(names)} x {shape}" if len(names) > 1 else shape
+        lines.append(f"{kind:12} {shape:>16} {count(model, names):>12,}  {rate} {getattr(cfg, f'{rate}_rate'):.1e}")
     return "\n".join([*lines, f"{'in all':12} {count(model, learning):>29,}"])
 
 
@@ -372,8 +355,8 @@ def count(model: AdaptedLM, names) -> int:
 class Run:
     """What the stages share: options, the backbone, and the rows of every task as tokens."""
 
-    def __init__(self, cfg: Config, method: Method, command: str, tasks: list[str]):
-        """Load all that ``tasks`` need, so that whatever cannot be used shows now and not after hours."""
+    def __init__(self, cfg: Config, method: Method, command: str, jobs: list[tuple[str, str, int]]):
+        """Load all that ``jobs`` need, so that whatever cannot be used shows now and not after hours."""
         self.cfg, self.method, self.command, self.log = cfg, method, command, print
         self.backbone, self.tokenizer = load_backbone(cfg.backbone, cfg.dtype, checkpoint.pick_device(cfg.device))
         method.model.check(self.backbone)
@@ -386,16 +369,15 @@ class Run:
         if cfg.checkpointing:
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.rows, self.warnings = {}, {}  # task -> split -> rows; task -> what cannot be answered, and why -> rows
-        for task in tasks:
+        self.references = {}  # task -> column -> scores
+        for task in dict.fromkeys(name for _, own, _ in jobs for name in ([own] if own else cfg.sources)):
             self.rows[task], self.warnings[task] = data.encode_task(task, self.tokenizer, cfg)
             for note in data.list_notes(task, cfg.data_root, self.warnings[task]):
                 print(f"{task}: {note}")
-        self.references = {}  # task -> column -> scores
         longest = max(len(row.prompt_ids) + max(map(len, (row.answer_ids, *row.choice_ids)))
                       for splits in self.rows.values() for rows in splits.values() for row in rows)
         if longest > positions:
-            print(f"warning: rows have up to {longest} tokens, but the backbone has only {positions} positions; lower "
-                  "--max-length")
+            print(f"warning: a row has {longest} tokens, the backbone only {positions} positions; lower --max-length")
 
     def new_model(self, tasks: list[str]) -> AdaptedLM:
         cfg = self.cfg
@@ -403,6 +385,12 @@ class Run:
         model = self.method.model(self.backbone, tasks, sizes)
         model.about = {"chat_template": cfg.chat_template}
         return model
+
+    def identify(self, task: str) -> dict:
+        """What a stage of this task (of the sources, if "") is made of besides its options, as far as it was read."""
+        rows = {f"rows of {name}": data.rows_hash(sum(self.rows[name].values(), []))
+                for name in ([task] if task else self.cfg.sources) if name in self.rows}
+        return {"backbone": describe(self.backbone)["hash"], "chat_template": self.cfg.chat_template, **rows}
 
     def load(self, folder: Path) -> AdaptedLM:
         return self.method.model.load(folder / "best", self.backbone)
@@ -418,8 +406,8 @@ def choose_chat_template(cfg: Config, backbone: torch.nn.Module, tokenizer) -> t
     if any(word in Path(cfg.backbone).name.lower() for word in ("instruct", "chat")):
         return "on", "by the backbone's name"
     end = data.frame_of(tokenizer, chat=True).end
-    base_end = tokenizer.decode([end]) in ("</s>", "<|endoftext|>", "<|end_of_text|>")
-    if end in AdaptedLM(backbone).end_tokens and not base_end:
+    ends_text = tokenizer.decode([end]) in ("</s>", "<|endoftext|>", "<|end_of_text|>")
+    if end in AdaptedLM(backbone).end_tokens and not ends_text:
         return "on", "its generation stops at the end of a turn"
     return "off", "the backbone does not call itself instruct or chat"
 
@@ -433,8 +421,7 @@ def folder_of(cfg: Config, stage: str, task: str = "", shots: int = 0) -> Path:
 def train_base(run: Run, folder: Path, task: str, shots: int) -> None:
     """theta0 and the gates of a new adapter, on one source task."""
     torch.manual_seed(10 * run.cfg.seed + 1)
-    model, rows = run.new_model(list(run.cfg.sources)), run.rows[task]
-    fit(run, model, "base", {task: rows["train"]}, {task: rows["dev"]}, {task: NO_TASK}, folder)
+    fit(run, run.new_model(list(run.cfg.sources)), "base", run.rows, {task: NO_TASK}, folder)
     finish(run, folder, {"stage": "base", "task": task}, {})
 
 
@@ -446,18 +433,19 @@ def train_multitask(run: Run, folder: Path, task: str, shots: int) -> None:
         model = run.load(folder_of(run.cfg, "base"))
     else:
         model = run.new_model(sources if method.per_task else [ALL_TASKS])
+    for name, tensor in model.adapter_state().items():
+        if method.fresh_gates and name.startswith("gate"):
+            tensor.zero_()  # zero-init attention warms up again (paper: open)
     ids = {task: i if method.per_task else 0 for i, task in enumerate(sources)}
-    train, dev = ({task: run.rows[task][split] for task in sources} for split in ("train", "dev"))
-    fit(run, model, "multitask", train, dev, ids, folder)
+    fit(run, model, "multitask", run.rows, ids, folder)
     finish(run, folder, {"stage": "multitask"}, ids)
 
 
 def train_target(run: Run, folder: Path, task: str, shots: int) -> None:
     """One target task, from k examples or all of them; everything that tasks share is frozen."""
-    cfg, method, rows, task_id, start, columns = run.cfg, run.method, run.rows[task], 0, "", {}
+    cfg, method, rows, task_id, start, held, columns = run.cfg, run.method, run.rows[task], 0, "", None, {}
     if shots:
-        pool = data.load_task(task, "train", cfg.data_root)
-        few, held = data.k_shot(pool, shots, cfg.seed)
+        few, held = data.k_shot(data.load_task(task, "train", cfg.data_root), shots, cfg.seed)
         chat = cfg.chat_template == "on"
         rows = {split: data.fitting(data.encode_all(some, run.tokenizer, cfg.max_length, split == "train", chat),
                                     cfg.max_length) for split, some in (("train", few), ("dev", held))}
@@ -470,49 +458,44 @@ def train_target(run: Run, folder: Path, task: str, shots: int) -> None:
     if method.per_task:
         task_id, start = nearest_start(model, task, rows["train"], cfg)
         run.log(f"starts from {start} (of the sources the one with the lowest loss on its examples)")
-    fit(run, model, "target", {task: rows["train"]}, {task: rows["dev"]}, {task: task_id}, folder)
-    finish(run, folder, {"stage": "target", "task": task, "shots": shots, "start": start}, {task: task_id}, columns)
+    fit(run, model, "target", {task: rows}, {task: task_id}, folder)
+    about = {"stage": "target", "task": task, "shots": shots, "start": start}
+    finish(run, folder, about, {task: task_id}, held, columns)
 
 
 def nearest_start(model: AdaptedLM, task: str, rows: list[Encoded], cfg: Config) -> tuple[int, str]:
     """Add ``task`` with the weights of the source task that give the lowest loss on ``rows``; (id, source)."""
     losses = [evaluate.dev_score(model, {task: rows[:64]}, {task: i}, cfg.eval_tokens)[1]
               for i in range(len(model.tasks))]
-    nearest, new = losses.index(min(losses)), model.add_task(task)
-    if max(losses) == losses[nearest] and len(losses) > 1:  # prompts side by side: the task id makes no difference
-        return new, "new weights"
-    model.copy_task(nearest, new)
-    return new, model.tasks[nearest]
+    new = model.add_task(task)
+    return new, model.copy_task(losses.index(min(losses)), new)
 
 
-def test_task(run: Run, model: AdaptedLM, task: str, task_id: int, shots: int, columns: dict) -> dict:
-    """What results.json says of a task: scores of test rows by column, and of development rows scored like them."""
-    cfg, tests = run.cfg, data.test_rows(task, run.cfg)
-    dev = data.load_task(task, "train" if shots else "dev", cfg.data_root)
-    dev = (data.k_shot(dev, shots, cfg.seed)[1] if shots else dev[: cfg.dev_rows])[:64]
-    if task not in run.references:
-        run.references[task] = evaluate.references(run.backbone, run.tokenizer, task, cfg)
-    own = evaluate.score_rows(model, run.tokenizer, task, task_id, cfg, tests | {"dev": dev})
-    dev_score = {"score": own.pop("dev")["score"], "rows": len(dev)}
-    run.log(f"{task}: {dev_score['score']:.1%} on {len(dev)} development rows, scored as test rows are")
-    return {"scores": run.references[task] | columns | {run.method.name: own}, "dev_as_test": dev_score,
-            "metrics": data.task_of(task, tests["plain"]).metric, "warnings": run.warnings[task],
-            "rewritten": sum(bool(row.operations) for row in tests.get("rewritten", ())) / len(tests["plain"])}
-
-
-def finish(run: Run, folder: Path, results: dict, ids: dict[str, int], columns: dict | None = None) -> None:
-    """Test the tasks in ``ids``, draw the stage and write results.json: the stage is finished."""
-    model = run.load(folder)
-    found = {task: test_task(run, model, task, task_id, results.get("shots", 0), columns or {})
-             for task, task_id in ids.items()}
-    by_key = {key: {task: about[key] for task, about in found.items()}
-              for key in ("scores", "metrics", "rewritten", "dev_as_test", "warnings")}
-    learning = learning_tensors(model, run.method.learns[results["stage"]], list(ids.values()))
-    if run.cfg.pictures:
+def finish(run: Run, folder: Path, about: dict, ids: dict[str, int], held: list[data.Example] | None = None,
+           columns: dict | None = None) -> None:
+    """Test the tasks in ``ids``, draw the stage and write results.json: the stage is finished. held: the development
+    rows of a few-shot target; columns: scores to put next to the method's."""
+    cfg, model = run.cfg, run.load(folder)
+    learning = learning_tensors(model, run.method.learns[about["stage"]], list(ids.values()))
+    results = {**about, "method": run.method.name, "seed": cfg.seed, "trainable": count(model, learning),
+               "scores": {}, "metrics": {}, "rewritten": {}, "dev_as_test": {}, "warnings": {}}
+    for task, task_id in ids.items():
+        tests = data.test_rows(task, cfg)
+        dev = (held or data.load_task(task, "dev", cfg.data_root)[: cfg.dev_rows])[:64]
+        if task not in run.references:
+            run.references[task] = evaluate.references(run.backbone, run.tokenizer, task, cfg)
+        own = evaluate.score_rows(model, run.tokenizer, task, task_id, cfg, tests | {"dev": dev})
+        dev_score = own.pop("dev")["score"]
+        run.log(f"{task}: {dev_score:.1%} on {len(dev)} development rows, scored as test rows are")
+        changed = sum(bool(row.operations) for row in tests.get("rewritten", ()))
+        results["scores"][task] = run.references[task] | (columns or {}) | {run.method.name: own}
+        results["metrics"][task] = data.task_of(task, tests["plain"]).metric
+        results["rewritten"][task] = changed / len(tests["plain"])
+        results["dev_as_test"][task] = {"score": dev_score, "rows": len(dev)}
+        results["warnings"][task] = run.warnings[task]
+    if cfg.pictures:
         evaluate.draw_run(folder, run.log)
-    checkpoint.write_json(folder / "results.json", {
-        **results, "method": run.method.name, "seed": run.cfg.seed, "trainable": count(model, learning), **by_key,
-        **checkpoint.environment(run.command)})
+    checkpoint.write_json(folder / "results.json", results | checkpoint.environment(run.command))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
@@ -543,17 +526,15 @@ def main(argv: list[str], method: Method = TALORA, command: str = "python train.
     for job in made_of:
         checkpoint.same_run(folder_of(cfg, *job), made_of[job])
     todo = [job for job in made_of if not (folder_of(cfg, *job) / "results.json").exists()]
-    needed = dict.fromkeys(name for _, task, _ in todo for name in ([task] if task else cfg.sources))
-    run = Run(cfg, method, f"{command} {shlex.join(argv)}", list(needed)) if todo else None
-    for job in made_of if todo else ():  # finished stages, too; their rows are compared if they are read
-        names = [name for name in ([job[1]] if job[1] else cfg.sources) if name in run.rows]
-        made_of[job] |= {"backbone": describe(run.backbone)["hash"], "chat_template": cfg.chat_template} | {
-            f"rows of {name}": data.rows_hash(sum(run.rows[name].values(), [])) for name in names}
-        checkpoint.same_run(folder_of(cfg, *job), made_of[job])
+    if todo:
+        run = Run(cfg, method, f"{command} {shlex.join(argv)}", todo)
+        for job in made_of:  # finished stages, too
+            made_of[job] |= run.identify(job[1])
+            checkpoint.same_run(folder_of(cfg, *job), made_of[job])
     with checkpoint.lock(Path(cfg.run)):
         log = checkpoint.open_log(Path(cfg.run))
         if todo:
-            checkpoint.write_json(Path(cfg.run) / "options.json", {**dataclasses.asdict(cfg), "method": method.name})
+            checkpoint.write_json(Path(cfg.run) / "options.json", dataclasses.asdict(cfg) | {"method": method.name})
         for job in todo:
             run.log, folder = log, folder_of(cfg, *job)
             folder.mkdir(parents=True, exist_ok=True)

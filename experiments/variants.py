@@ -159,12 +159,13 @@ class FourTerms(SumOfTerms):
 
 
 class SideBySide(TALoRA):
-    """Every row sees all tasks' prompts, N P rows, and attention chooses among them (theta0 alone in the base stage).
-
-    No source is nearer to a target than the others, so a target starts from new u and v.
-    """
+    """Every row sees all tasks' prompts, N P rows, and attention chooses among them (base stage: theta0 alone)."""
 
     method = "talora-side-by-side"
+
+    def copy_task(self, old: int, new: int) -> str:
+        """Without a task id no source is nearer to a target than the others: it keeps its new u and v."""
+        return "new weights"
 
     def prefix(self, task_ids: Tensor, rows: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """As GatedPrompts', but (B, K, N P, h); ValueError for a batch of rows with and rows without a task."""

@@ -137,8 +137,8 @@ def test_pictures_are_drawn_from_the_metrics_file_alone_and_none_of_nothing(tmp_
 
 @pytest.mark.filterwarnings("error:Glyph")
 @pytest.mark.parametrize("installed, labels", [
-    ((), ["task 1", "task 2 8-shot", "task 1 x", "café"]),
-    (("not installed", "STIXGeneral"), ["task 1", "\U0001d49c-8-shot", "task 1 x", "café"])])
+    ((), ["task 1", "task 2", "task 3", "café"]),
+    (("not installed", "STIXGeneral"), ["task 1", "\U0001d49c-8-shot", "task 3", "café"])])
 def test_names_are_drawn_in_a_font_that_has_their_characters_and_numbered_where_none_has(
         tmp_path, monkeypatch, installed, labels):
     import matplotlib
@@ -148,12 +148,8 @@ def test_names_are_drawn_in_a_font_that_has_their_characters_and_numbered_where_
     names, said = ["情感", "\U0001d49c-8-shot", "情感-x", "café"], []
     assert evaluate.label_tasks(names, tmp_path, said.append) == labels
     assert "task 1 is 情感, " in said[0] and "café" not in said[0]
-    row = {"step": 1, "tasks": names, "cosines": [[0.5] * 4] * 4, "dev_accuracy": 0.5, "dev_loss": 1.5}
+    row = {"step": 1, "tasks": names, "cosines": [[0.5] * 4] * 4}
     evaluate.draw_cosines(tmp_path / "cosines.png", row, row)
-    folders = [tmp_path / name for name in names]
-    for folder in folders:
-        write_metrics(folder, row)
-    evaluate.draw_targets(tmp_path, folders)
 
 
 def test_the_picture_of_the_gates_shows_their_signs():
@@ -260,14 +256,6 @@ def test_diagnose_compares_with_the_backbone_as_it_was_before_the_adapter(run):
     stage.model.backbone = copy.deepcopy(stage.backbone)  # as of a method that changes modules inside the backbone
     torch.nn.init.zeros_(stage.model.backbone.lm_head.weight)
     assert evaluate.diagnose(stage).splitlines()[0].endswith(without)
-
-
-def test_closed_gates_open_again_whatever_happens(model):
-    before = model.gate.detach().clone()
-    with pytest.raises(RuntimeError), evaluate.close_gates(model, 1):
-        assert model.gate[1] == 0 and torch.equal(model.gate[::2], before[::2])
-        raise RuntimeError
-    assert torch.equal(model.gate, before)
 
 
 @pytest.mark.parametrize("arguments, words", [
