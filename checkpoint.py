@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_program(main: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a program's main and return its exit code; errors become one line on stderr, with --debug a traceback."""
+    warnings.filterwarnings("ignore", ".*past_key_values", FutureWarning)  # its new name is unknown to older versions
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:

@@ -15,6 +15,7 @@ answer are tokenised apart and joined, because a tokenizer may merge characters 
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import re
 import sys
@@ -36,6 +37,7 @@ from checkpoint import Parser, UserError, run_program
 from tasks import chinese, micro, rewrite
 from tasks.chinese import SPLITS, TASKS, Task, number_rows
 
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a row is too little work to share out among threads
 DEV_SHARE, DEV_ROWS = 0.1, 1024  # a tenth of the train rows, at most 1,024, becomes the development set
 
 # Rows -> examples -> train, dev, test --------------------------------------------------------------------------------
@@ -253,8 +255,8 @@ class Encoded:
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
-def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokens of a text alone; the name of a special token inside it is text like any other."""
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str | list[str]) -> list:
+    """Tokens of a text alone, or of several; the name of a special token inside it is text like any other."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
@@ -294,11 +296,12 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: tuple[str, ...], con
                chat: bool = False) -> tuple[tuple[int, ...], ...]:
     """Tokens of answers behind a context, with the end token: those they have in the joint text where that keeps the
     context's tokens for all of them (alone, SentencePiece would put a space in front), else those of each alone."""
-    frame, before = frame_of(tokenizer, chat), tokens_of(tokenizer, context)
+    frame = frame_of(tokenizer, chat)
     answers = [frame.spaces[1] + answer + frame.spaces[2] for answer in answers]
-    apart, joint = ([tokens_of(tokenizer, text + answer) for answer in answers] for text in ("", context))
-    kept = all(ids[: len(before)] == before and len(ids) > len(before) for ids in joint)
-    return tuple((*(ids[len(before):] if kept else alone), frame.end) for ids, alone in zip(joint, apart))
+    before, *found = tokens_of(tokenizer, [context, *(context + answer for answer in answers)])
+    if all(ids[: len(before)] == before and len(ids) > len(before) for ids in found):
+        return tuple((*ids[len(before):], frame.end) for ids in found)
+    return tuple((*ids, frame.end) for ids in tokens_of(tokenizer, answers))
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, keep_answer: bool = True,
@@ -309,8 +312,10 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     long, if the answer has no token, or if two choices have the same ones. A row without choices whose answer is too
     long comes out longer than max_length, see `fitting`."""
     frame, where = frame_of(tokenizer, chat), example.row or example.task
-    context = frame.context or example.prompt[-64:]  # tokens merge over a few characters at most
-    answer, *choices = answer_ids(tokenizer, (example.answer, *example.choices), context, chat)
+    context = frame.context or example.prompt[-64:].rpartition("\n")[2]  # tokens merge over a few characters at most
+    texts = example.choices or (example.answer,)
+    choices = answer_ids(tokenizer, texts, context, chat)
+    answer, choices = choices[texts.index(example.answer)], choices[: len(example.choices)]
     if len(answer) < 2:
         raise UserError(f"{where}: the answer {example.answer!r} has no token in this tokenizer; use another answer or "
                         "tokenizer")
