@@ -21,6 +21,8 @@ class Characters:
     eos_token_id = 0
 
     def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
+        if isinstance(text, list):
+            return {"input_ids": [self(one)["input_ids"] for one in text]}
         return {"input_ids": [ord(character) for character in text.replace("：答", "@")]}
 
 
