@@ -41,7 +41,7 @@ class UserError(ValueError):
 
 
 class RunFailed(UserError):
-    """Work that had begun cannot go on; what was saved is kept."""
+    """Work that had begun cannot continue; what was saved is kept."""
 
     code = 1
 
@@ -137,7 +137,8 @@ def same_run(folder: Path, made_of: dict) -> None:
             raise UserError(f"'{folder}' was written by an earlier release; choose another --run, or delete it")
         return
     before = read_json(folder / "stage.json")
-    other = [f"{name} {before.get(name)} (now {now})" for name, now in made_of.items() if before.get(name) != now]
+    other = [f"{name} {before.get(name)} (now {now})" for name, now in made_of.items()
+             if before.get(name, now) != now]
     if other:
         raise UserError(f"'{folder}' was trained with {', '.join(other)}; choose another --run, or delete that folder")
 

@@ -312,7 +312,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     long, if the answer has no token, or if two choices have the same ones. A row without choices whose answer is too
     long comes out longer than max_length, see `fitting`."""
     frame, where = frame_of(tokenizer, chat), example.row or example.task
-    context = frame.context or example.prompt[-64:].rpartition("\n")[2]  # tokens merge over a few characters at most
+    context = frame.context or re.search(r"[^\n]*\n*$", example.prompt[-64:])[0]  # no token reaches further back
     texts = example.choices or (example.answer,)
     choices = answer_ids(tokenizer, texts, context, chat)
     answer, choices = choices[texts.index(example.answer)], choices[: len(example.choices)]
@@ -325,8 +325,8 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
             raise UserError(f"{where}: the choices {choice!r} and {last[ids]!r} are the same tokens to this backbone; "
                             "word one of them differently, or use another backbone")
     longest = max(map(len, (answer, *choices)))
-    if not (choices or keep_answer):
-        longest = min(longest, max_length // 2)  # a question may be asked however long its answer is
+    if not choices and (not keep_answer or longest > 0.9 * max_length):  # a question may be asked however long its
+        longest = min(longest, max_length // 2)  # answer is, and such a row is not learned from
     room = max_length - longest - len(frame.before) - len(frame.after)
     prompt = tokens_of(tokenizer, frame.spaces[0] + example.prompt)
     if len(prompt) > room:
@@ -386,15 +386,18 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dic
     """All rows of a task before training, {train | dev | test | rewritten: rows}, and how many of them cannot be
     answered, by reason. Raises UserError for a row that does not fit, too few rows for the shots, or a task that cannot
     be learned or answered. cfg: data_root seed targets shots dev_rows max_length max_new_tokens chat_template."""
-    splits, warnings = load_splits(name, cfg.data_root), Counter()
+    splits, warnings, chat = load_splits(name, cfg.data_root), Counter(), cfg.chat_template == "on"
     if splits.train[0].choices and len({row.answer for row in splits.train}) == 1:
         raise UserError(f"all {len(splits.train)} train rows of {name} have the answer '{splits.train[0].answer}': "
                         "there is nothing to tell apart; add rows with another answer, or leave the task out")
     for shots in cfg.shots if name in cfg.targets else ():
-        k_shot(splits.train, shots, cfg.seed)
+        drawn = sum(k_shot(splits.train, shots, cfg.seed), [])
+        if any(len(row) > cfg.max_length for row in encode_all(drawn, tokenizer, cfg.max_length, True, chat)):
+            raise UserError(f"{name}: --shots {shots} draws a row whose answer is too long for --max-length "
+                            f"{cfg.max_length}; raise it")
     examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": splits.test, **test_rows(name, cfg)}
     del examples["plain"]  # the test rows
-    rows = {split: encode_all(some, tokenizer, cfg.max_length, split == "train", cfg.chat_template == "on")
+    rows = {split: encode_all(some, tokenizer, cfg.max_length, split == "train", chat)
             for split, some in examples.items()}
     too_long = f"test answers are longer than --max-new-tokens {cfg.max_new_tokens} and never given in full; raise it"
     for split in ("train", "dev", "test"):
@@ -404,18 +407,25 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dic
             if tokenizer.unk_token_id in row.answer_ids[:-1]:
                 warnings[f"{split} answers hold tokens that the backbone does not know"] += 1
             if example.choices:
+                names = [_show(tokenizer, tokens_of(tokenizer, text)) for text in example.protected]
+                if names and not all(text in _show(tokenizer, row.prompt_ids) for text in names):
+                    warnings[f"{split} rows lose a name where their text is shortened; raise --max-length"] += 1
                 continue
             right = [tokens_of(tokenizer, answer) for answer in example.references or (example.answer,)]
             if split == "test" and min(map(len, right)) > cfg.max_new_tokens:
                 warnings[too_long] += 1
             if example.fields and example.answer in example.prompt:
-                prompt, *spans = ("".join(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).split())
-                                  for ids in (row.prompt_ids, *right))  # without the white space that tokenizers add
+                prompt, *spans = (_show(tokenizer, ids) for ids in (row.prompt_ids, *right))
                 if not any(span in prompt for span in spans):
                     warnings[f"{split} answers are cut away where their passage is shortened; raise --max-length"] += 1
     if warnings[too_long] == len(splits.test):
         raise UserError(f"{name}: {len(splits.test)} of {len(splits.test)} {too_long}")
     return rows | {split: fitting(rows[split], cfg.max_length) for split in ("train", "dev")}, warnings
+
+
+def _show(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Tokens as text, without white space, which tokenizers may add."""
+    return "".join(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).split())
 
 
 def list_notes(name: str, root: str | None, warnings: dict[str, int]) -> list[str]:

@@ -211,9 +211,10 @@ def draw_run(folder: Path, log: Callable[[str], None] = print) -> None:
     steps, dev, gates, cosines = ([r for r in rows if key in r] for key in ("loss", "dev_loss", "gates", "cosines"))
     if steps:
         figure, axis = new_figure()
-        axis.plot([r["step"] for r in steps], [r["loss"] for r in steps], color=COLOURS[0], label="training batch")
+        axis.plot([r["step"] for r in steps], [r["loss"] for r in steps], ".-", color=COLOURS[0], label="training batch")
         axis.plot([r["step"] for r in dev], [r["dev_loss"] for r in dev], "s--", color=COLOURS[1], label="development")
-        axis.set(xlabel="step", ylabel="cross-entropy of an answer token (nats)", ylim=(0, None), title="Task loss")
+        axis.set(xlabel="step", ylabel="cross-entropy of an answer token (nats)", title="Task loss")
+        axis.set_ylim(bottom=0)
         axis.legend()
         save_figure(figure, folder / "loss.png")
     if gates and gates[0]["gates"] != gates[-1]["gates"]:
@@ -405,10 +406,12 @@ def diagnose(stage: Trained) -> str:
         state = model.adapter_state()  # the tensors themselves
         gates = {name: state[name].clone() for name in state if name.startswith("gate")}
         for layer, (gate, norm) in enumerate(zip(logged["gates"], norms)):
-            for name in gates:
-                state[name][layer] = 0
-            right, loss = dev_score(model, rows, ids, cfg.eval_tokens)
-            model.load_state_dict(gates, strict=False)
+            try:
+                for name in gates:
+                    state[name][layer] = 0
+                right, loss = dev_score(model, rows, ids, cfg.eval_tokens)
+            finally:
+                model.load_state_dict(gates, strict=False)
             lines.append(f"{layer:>5}  {gate:+7.3f}  {norm:20.2f}  {right:7.1%} (loss {loss:.3f})")
     if "cosines" in logged:
         lines += ["", f"|cos| of every task with {', '.join(ids)}, mean over layers"]

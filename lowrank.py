@@ -8,7 +8,7 @@ prompt, ``theta0``, for all tasks, and lets task i move it by a low-rank matrix:
 ``B`` is shared by all tasks and learns slowly, ``u_i`` and ``v_i`` belong to one task and learn fast. Written out,
 ``B A_i = (B u_i) v_i^T``: every row p of the prompt moves along the *same* direction ``v_i`` of the model's width, by
 the weight ``(B u_i)[p]``. So the step has rank 1 whatever r is, and r only says how many ways of weighting the rows
-the tasks have in common. A task is stored in r + d numbers per layer instead of P * d.
+the tasks have in common. A task is stored in r + d parameters per layer instead of P * d.
 
 So that tasks use different steps, the loss of the multitask stage is
 

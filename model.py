@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import (
@@ -40,6 +40,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import cached_file
 
 from checkpoint import UserError, write_json, write_whole
 from gating import GATED_PREFIX, prefix_key_value
@@ -267,7 +268,8 @@ class AdaptedLM(nn.Module):
             about = json.loads((Path(folder) / "adapter.json").read_text(encoding="utf-8"))
             state = load_file(Path(folder) / "adapter.safetensors")
             if about["method"] != cls.method:
-                raise ValueError(f"it is an adapter of method '{about['method']}', not '{cls.method}'")
+                raise ValueError(f"it is an adapter of method '{about['method']}', not '{cls.method}'; python -m "
+                                 "experiments.compare opens runs of other methods")
             wrong = [f"{key} = {about['backbone'].get(key)} (this one has {value})"
                      for key, value in describe(backbone).items() if about["backbone"].get(key) != value]
             if wrong:
@@ -430,13 +432,19 @@ def load_backbone(path: str | Path = "", dtype: str = "float32",
     path = path or Path(__file__).parent / "tasks" / "micro_backbone"
     try:
         config = AutoConfig.from_pretrained(path, attn_implementation="sdpa", trust_remote_code=False)
-        if quantised := getattr(config, "quantization_config", None):
+        quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+        if quantised:
             raise ValueError(f"its weights are quantised ({dict(quantised).get('quant_method')}); give plain ones")
         tokenizer = load_tokenizer(path)
         backbone, loaded = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
             trust_remote_code=False, output_loading_info=True)
         AdaptedLM.check(backbone)
+        for file in Path(cached_file(path, "config.json")).parent.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+            if kinds - {"F64", "F32", "F16", "BF16"}:
+                raise ValueError(f"its weights are stored as {', '.join(sorted(kinds))}; give plain ones, in bf16 say")
         broken = [name for name, p in backbone.named_parameters() if not p.detach().sum().isfinite()]
         unread = [name for name in loaded["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
         for fault, names in (("missing", loaded["missing_keys"]), ("not finite", broken), ("not read by it", unread)):

@@ -35,7 +35,7 @@ import evaluate
 from checkpoint import RunFailed, UserError
 from data import Batch, Encoded
 from lowrank import FORMS
-from model import NO_TASK, AdaptedLM, TALoRA, TALoRAConfig, describe, load_backbone
+from model import NO_TASK, AdaptedLM, GatedPrompts, TALoRA, TALoRAConfig, describe, load_backbone
 from tasks import chinese, micro
 
 # --------------------------------------------------------------------------------------------------------- options
@@ -374,8 +374,13 @@ class Run:
             self.rows[task], self.warnings[task] = data.encode_task(task, self.tokenizer, cfg)
             for note in data.list_notes(task, cfg.data_root, self.warnings[task]):
                 print(f"{task}: {note}")
-        longest = max(len(row.prompt_ids) + max(map(len, (row.answer_ids, *row.choice_ids)))
-                      for splits in self.rows.values() for rows in splits.values() for row in rows)
+        every = [row for splits in self.rows.values() for rows in splits.values() for row in rows]
+        front = 0 if issubclass(method.model, GatedPrompts) or "prompt_length" not in method.model.reads else (
+            cfg.prompt_length)  # rows of an input prompt
+        AdaptedLM(self.backbone).check_window(front + max((
+            len(row.prompt_ids) + sum(len(choice) - 1 for choice in row.choice_ids) for row in every if row.choice_ids),
+            default=0))
+        longest = front + max(len(row.prompt_ids) + max(map(len, (row.answer_ids, *row.choice_ids))) for row in every)
         if longest > positions:
             print(f"warning: a row has {longest} tokens, the backbone only {positions} positions; lower --max-length")
 

@@ -324,7 +324,8 @@ def local_rows(task: Task, root: str, split: str) -> Rows:
     if task.sources and task.sources[0].test == "validation":
         stems.reverse()
     for stem in stems:
-        paths = paths or sorted(folder.glob(f"{stem}.json")) or sorted(folder.glob(f"*[-_]{stem}*.json"))
+        paths = paths or sorted(folder.glob(f"{stem}.json")) or sorted(folder.glob(f"*[-_]{stem}*.json")) or sorted(
+            folder.glob(f"{stem}.50k.json"))  # OCNLI's largest train set
     if not paths:
         raise UserError(f"{folder / split}.jsonl is missing: --data-root should hold {task.name}/train.jsonl and "
                         "test.jsonl, one JSON object a line (or .csv, .tsv, or the .json files of CLUE)")
@@ -378,6 +379,8 @@ def parse_table(text: str, where: str) -> Rows:
     try:
         rows = filter(any, lines)  # without blank lines
         names = [cell.strip(' "') for cell in next(rows, [])]
+        if len(names) > len(set(names)):
+            raise ValueError(f"the first line names a column twice: {', '.join(names)}")
         for cells in rows:
             first = lines.line_num - sum(cell.count("\n") for cell in cells)
             if tabs:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import small_run
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -134,6 +135,20 @@ def test_a_chat_template_gives_one_turn_of_the_user_and_one_of_the_assistant(kin
         parts = [part.replace("~", " ") for part in parts.split(" ")]
         spelled = [[MARKS.index(part)] if part in MARKS else tokens_of(tokenizer, part) for part in parts]
         assert [*ids] == sum(spelled, [])
+
+
+def test_a_line_break_at_the_end_of_a_prompt_hides_no_space():
+    tokenizer = make_tokenizer("spaces", "<s> $A")
+    row = encode(Example("own", "Sentiment:\n", "good", ("good", "bad")), tokenizer, 99)
+    assert row.answer_ids[:-1] == tuple(tokens_of(tokenizer, "Sentiment:\ngood")[len(row.prompt_ids) - 1:])
+
+
+def test_weights_that_are_stored_as_integers_are_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = (100 * weights["lm_head.weight"]).to(torch.int8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="stored as F32, I8; give plain ones"):
+        load_backbone(folder)
 
 
 def test_a_chat_template_that_cannot_be_used_is_refused():
