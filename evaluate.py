@@ -211,7 +211,7 @@ def draw_run(folder: Path, log: Callable[[str], None] = print) -> None:
     steps, dev, gates, cosines = ([r for r in rows if key in r] for key in ("loss", "dev_loss", "gates", "cosines"))
     if steps:
         figure, axis = new_figure()
-        axis.plot([r["step"] for r in steps], [r["loss"] for r in steps], ".-", color=COLOURS[0], label="training batch")
+        axis.plot([r["step"] for r in steps], [r["loss"] for r in steps], ".-", color=COLOURS[0], label="training")
         axis.plot([r["step"] for r in dev], [r["dev_loss"] for r in dev], "s--", color=COLOURS[1], label="development")
         axis.set(xlabel="step", ylabel="cross-entropy of an answer token (nats)", title="Task loss")
         axis.set_ylim(bottom=0)
