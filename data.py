@@ -407,8 +407,7 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dic
             if tokenizer.unk_token_id in row.answer_ids[:-1]:
                 warnings[f"{split} answers hold tokens that the backbone does not know"] += 1
             if example.choices:
-                names = [_show(tokenizer, tokens_of(tokenizer, text)) for text in example.protected]
-                if names and not all(text in _show(tokenizer, row.prompt_ids) for text in names):
+                if _loses_a_name(example, row, tokenizer):
                     warnings[f"{split} rows lose a name where their text is shortened; raise --max-length"] += 1
                 continue
             right = [tokens_of(tokenizer, answer) for answer in example.references or (example.answer,)]
@@ -426,6 +425,15 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dic
 def _show(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Tokens as text, without white space, which tokenizers may add."""
     return "".join(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).split())
+
+
+def _loses_a_name(example: Example, row: Encoded, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a name that stands in the passage is not in the window that was left of it."""
+    passage = task_of(example.task, [example]).passage
+    start, end = next((place for name, *place in example.fields if name == passage), (0, 0))
+    inside = {name: example.prompt[start:end].count(name) for name in example.protected}
+    shown = _show(tokenizer, row.prompt_ids) if any(inside.values()) else ""
+    return any(n and shown.count(name) <= example.prompt.count(name) - n for name, n in inside.items())
 
 
 def list_notes(name: str, root: str | None, warnings: dict[str, int]) -> list[str]:

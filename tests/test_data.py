@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -335,3 +336,24 @@ def test_the_page_shows_counts_an_example_and_a_rewritten_one(tmp_path, capsys):
         assert part in out
     with pytest.raises(UserError, match="none holds no <task>/train.jsonl"):
         data.main(["--data-root", str(tmp_path / "none")])
+
+
+def test_rows_that_lose_a_name_are_counted_and_a_draw_that_does_not_fit_is_refused(tmp_path):
+    far = [{"head": "甲", "tail": "乙", "relation": ("合作", "unknown")[i % 2], "text": f"{i}甲" + "很" * 400 + "乙"}
+           for i in range(40)]
+    long = [{"prompt": f"{i}问：", "answer": "长" * (400 if i % 2 else 1)} for i in range(40)]
+    for task, rows in (("finre", far), ("own", long)):
+        (tmp_path / task).mkdir()
+        for split, some in (("train", rows[:30]), ("test", rows[30:])):
+            (tmp_path / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    cfg = SimpleNamespace(data_root=str(tmp_path), seed=0, targets=("own",), shots=(8,), dev_rows=64, max_length=390,
+                          max_new_tokens=900, chat_template="off")
+    tokenizer = Characters()
+    tokenizer.unk_token_id, tokenizer.decode = None, lambda ids, **_: text_of(ids)
+    _, warnings = data.encode_task("finre", tokenizer, cfg)
+    assert warnings["test rows lose a name where their text is shortened; raise --max-length"] == 10
+    with pytest.raises(UserError, match="--shots 8 draws a row whose answer is too long for --max-length 390"):
+        data.encode_task("own", tokenizer, cfg)
+    cfg.shots = ()
+    _, warnings = data.encode_task("own", tokenizer, cfg)
+    assert warnings["train rows are left out for answers that are too long; raise --max-length"] > 5
