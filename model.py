@@ -75,7 +75,7 @@ class AdaptedLM(nn.Module):
     """
 
     method = "frozen"  # the name in adapter.json
-    in_front = 0  # rows that `inputs` puts in front of the text
+    puts_prompt_in_front = False  # whether `inputs` puts P rows in front of the text
     reads: tuple[str, ...] = ()  # the fields of TALoRAConfig that it uses
     attention = GATED_PREFIX  # the attention function of the backbone's layers; without a prompt it is the plain one
 
@@ -181,6 +181,11 @@ class AdaptedLM(nn.Module):
                 given |= dict(input_ids=token[:, None], attention_mask=F.pad(given["attention_mask"], (0, 1), value=1),
                               position_ids=given["position_ids"][:, -1:] + 1)
         return F.pad(torch.cat([input_ids, torch.stack(new, 1)], 1), (0, max_new_tokens - len(new)), value=fill)
+
+    @property
+    def in_front(self) -> int:
+        """Rows that `inputs` puts in front of the text."""
+        return self.config.prompt_length if self.puts_prompt_in_front else 0
 
     @property
     def end_tokens(self) -> list[int]:

@@ -35,7 +35,7 @@ import evaluate
 from checkpoint import RunFailed, UserError
 from data import Batch, Encoded
 from lowrank import FORMS
-from model import NO_TASK, AdaptedLM, GatedPrompts, TALoRA, TALoRAConfig, describe, load_backbone
+from model import NO_TASK, AdaptedLM, TALoRA, TALoRAConfig, describe, load_backbone
 from tasks import chinese, micro
 
 # --------------------------------------------------------------------------------------------------------- options
@@ -369,14 +369,15 @@ class Run:
         if cfg.checkpointing:
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.rows, self.warnings = {}, {}  # task -> split -> rows; task -> what cannot be answered, and why -> rows
+        self.hashes, self.backbone_hash = {}, describe(self.backbone)["hash"]  # task -> hash of its rows
         self.references = {}  # task -> column -> scores
         for task in dict.fromkeys(name for _, own, _ in jobs for name in ([own] if own else cfg.sources)):
             self.rows[task], self.warnings[task] = data.encode_task(task, self.tokenizer, cfg)
+            self.hashes[task] = data.rows_hash(sum(self.rows[task].values(), []))
             for note in data.list_notes(task, cfg.data_root, self.warnings[task]):
                 print(f"{task}: {note}")
         every = [row for splits in self.rows.values() for rows in splits.values() for row in rows]
-        front = 0 if issubclass(method.model, GatedPrompts) or "prompt_length" not in method.model.reads else (
-            cfg.prompt_length)  # rows of an input prompt
+        front = cfg.prompt_length if method.model.puts_prompt_in_front else 0
         AdaptedLM(self.backbone).check_window(front + max((
             len(row.prompt_ids) + sum(len(choice) - 1 for choice in row.choice_ids) for row in every if row.choice_ids),
             default=0))
@@ -393,9 +394,9 @@ class Run:
 
     def identify(self, task: str) -> dict:
         """What a stage of this task (of the sources, if "") is made of besides its options, as far as it was read."""
-        rows = {f"rows of {name}": data.rows_hash(sum(self.rows[name].values(), []))
-                for name in ([task] if task else self.cfg.sources) if name in self.rows}
-        return {"backbone": describe(self.backbone)["hash"], "chat_template": self.cfg.chat_template, **rows}
+        rows = {f"rows of {name}": self.hashes[name]
+                for name in ([task] if task else self.cfg.sources) if name in self.hashes}
+        return {"backbone": self.backbone_hash, "chat_template": self.cfg.chat_template, **rows}
 
     def load(self, folder: Path) -> AdaptedLM:
         return self.method.model.load(folder / "best", self.backbone)

@@ -38,11 +38,7 @@ class PromptInFront(AdaptedLM):
     `prompts(ids, row, words, text)` -> (B, P, d), where row b has task ids[row[b]]; words (B, T, d), text (B, <= T).
     """
 
-    reads = ("prompt_length",)
-
-    def __init__(self, backbone: PreTrainedModel, config: TALoRAConfig):
-        super().__init__(backbone, config)
-        self.in_front = config.prompt_length
+    reads, puts_prompt_in_front = ("prompt_length",), True
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
                text: Tensor) -> dict:
@@ -77,10 +73,9 @@ def sample_words(backbone: PreTrainedModel, P: int) -> Tensor:
     return words[torch.randint(len(words), (P,), device=words.device)].detach().float()
 
 
-class InputPrompts(PromptInFront):
-    """One prompt for each task: prompt tuning and SPoT. P d parameters a task."""
-
-    method = "input-prompt"
+class PromptOfEachTask(AdaptedLM):
+    """A prompt of its own for each task. Subclasses say where it stands and give `new_prompt`, random words as it reads
+    them there (sample_words or random_words)."""
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
         super().__init__(backbone, config)
@@ -91,30 +86,40 @@ class InputPrompts(PromptInFront):
     def add_task(self, name: str) -> int:
         """Add a task whose prompt starts as random words, and return its id. Raises UserError if the name is taken."""
         new_id = super().add_task(name)
-        self.prompt.append(nn.Parameter(sample_words(self.backbone, self.config.prompt_length)))
+        self.prompt.append(nn.Parameter(self.new_prompt(self.backbone, self.config.prompt_length)))
         return new_id
 
-    def prompts(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
-        return torch.stack([self.prompt[i] for i in ids])[row]
 
-
-class MPT(PromptInFront):
-    """P_i = P* o (u_i (x) v_i), which starts at P* for every task: u = v = 1. P d + (P + d) parameters a task."""
-
-    method = "mpt"
+class SharedPromptTimesFactors(AdaptedLM):
+    """P* o (u_i (x) v_i): a prompt P* for all tasks, and factors u = v = 1 at the start. Subclasses as above."""
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
         super().__init__(backbone, config)
-        self.shared = nn.Parameter(sample_words(backbone, config.prompt_length))  # P*, (P, d)
+        self.shared = nn.Parameter(self.new_prompt(backbone, config.prompt_length))  # P*, (P, d) or (L, P, d)
         self.u, self.v = nn.ParameterList(), nn.ParameterList()
         for task in tasks:
             self.add_task(task)
 
     def add_task(self, name: str) -> int:
         new_id = super().add_task(name)
-        self.u.append(nn.Parameter(torch.ones_like(self.shared[:, 0])))  # (P,)
-        self.v.append(nn.Parameter(torch.ones_like(self.shared[0])))  # (d,)
+        self.u.append(nn.Parameter(torch.ones_like(self.shared[..., 0])))  # (P,) or (L, P)
+        self.v.append(nn.Parameter(torch.ones_like(self.shared[..., 0, :])))  # (d,) or (L, d)
         return new_id
+
+
+class InputPrompts(PromptOfEachTask, PromptInFront):
+    """One prompt for each task: prompt tuning and SPoT. P d parameters a task."""
+
+    method, new_prompt = "input-prompt", staticmethod(sample_words)
+
+    def prompts(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
+        return torch.stack([self.prompt[i] for i in ids])[row]
+
+
+class MPT(SharedPromptTimesFactors, PromptInFront):
+    """P_i = P* o (u_i (x) v_i), which starts at P* for every task: u = v = 1. P d + (P + d) parameters a task."""
+
+    method, new_prompt = "mpt", staticmethod(sample_words)
 
     def prompts(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
         u, v = (torch.stack([factor[i] for i in ids]) for factor in (self.u, self.v))  # (n, P), (n, d)
@@ -169,45 +174,20 @@ class WholePrompts(GatedPrompts):
         return {"prompt_norms": self.prompts(list(range(len(self.tasks)))).norm(dim=(-2, -1)).mean(1)}  # (L,)
 
 
-class DeepPrompts(WholePrompts):
+class DeepPrompts(PromptOfEachTask, WholePrompts):
     """Only the gates are shared. L P d parameters a task."""
 
-    method = "deep-prompt"
-
-    def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
-        super().__init__(backbone, config)
-        self.prompt = nn.ParameterList()
-        for task in tasks:
-            self.add_task(task)
-
-    def add_task(self, name: str) -> int:
-        """Add a task whose prompts start as random words, and return its id. Raises UserError if the name is taken."""
-        new_id = super().add_task(name)
-        self.prompt.append(nn.Parameter(random_words(self.backbone, self.config.prompt_length)))
-        return new_id
+    method, new_prompt = "deep-prompt", staticmethod(random_words)
 
     def prompts(self, ids: list[int]) -> Tensor:
         refuse_no_task(ids)
         return torch.stack([self.prompt[i] for i in ids], 1)  # (L, n, P, d)
 
 
-class DeepMPT(WholePrompts):
+class DeepMPT(SharedPromptTimesFactors, WholePrompts):
     """MPT in every layer, theta_i = P* o (u_i (x) v_i). Only u and v are trained on a target: L (P + d) parameters."""
 
-    method = "deep-mpt"
-
-    def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
-        super().__init__(backbone, config)
-        self.shared = nn.Parameter(random_words(backbone, config.prompt_length))  # P*, (L, P, d)
-        self.u, self.v = nn.ParameterList(), nn.ParameterList()
-        for task in tasks:
-            self.add_task(task)
-
-    def add_task(self, name: str) -> int:
-        new_id = super().add_task(name)
-        self.u.append(nn.Parameter(torch.ones_like(self.shared[..., 0])))  # (L, P)
-        self.v.append(nn.Parameter(torch.ones_like(self.shared[:, 0])))  # (L, d)
-        return new_id
+    method, new_prompt = "deep-mpt", staticmethod(random_words)
 
     def prompts(self, ids: list[int]) -> Tensor:
         refuse_no_task(ids)

@@ -48,11 +48,10 @@ def command(backbone: Path, run: Path, *more: str) -> list[str]:
 
 
 def read_outcome(run: Path) -> dict:
-    """What a finished run found, by file: its adapters, its log without speeds, its scores."""
+    """What a run found, by file: the bytes of its adapters, its log, its scores."""
     found = {path: path.read_bytes() for path in run.glob("**/best/*")}
     for path in run.glob("**/metrics.jsonl"):
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        found[path] = [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows]
+        found[path] = [json.loads(line) for line in path.read_text().splitlines()]
     for path in run.glob("**/results.json"):
         found[path] = json.loads(path.read_text())["scores"]
     return {str(path.relative_to(run)): value for path, value in found.items()}

@@ -3,7 +3,6 @@
 A zero gate hides every bug behind it, and so do a zero bias and a norm of ones: everything here has random values.
 """
 
-import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network
@@ -47,16 +46,6 @@ def few_rows(train_rows, test_rows):
 def small_run(world, run, *more):
     """Options of a run of all stages that takes a third of a second; world: the folder of a backbone."""
     return soak.command(world, run, "--prompt-length", "3", "--rank", "2", *more)
-
-
-def read_outcome(run):
-    """What a run found, by file: the bytes of its adapters, its log, its scores."""
-    found = {str(path): path.read_bytes() for path in run.glob("**/best/*")}
-    for path in run.glob("**/metrics.jsonl"):
-        found[str(path)] = [json.loads(line) for line in path.read_text().splitlines()]
-    for path in run.glob("**/results.json"):
-        found[str(path)] = json.loads(path.read_text())["scores"]
-    return {name.removeprefix(str(run)): value for name, value in found.items()}
 
 
 @pytest.fixture(scope="module")

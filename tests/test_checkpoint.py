@@ -6,13 +6,14 @@ import signal
 
 import pytest
 import torch
-from conftest import read_outcome, small_run
+from conftest import small_run
 from safetensors.torch import load_file
 
 import checkpoint
 import evaluate
 import train
 from checkpoint import RunFailed, UserError
+from experiments.soak import read_outcome
 
 
 def exit_code(arguments):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_outcome
 
 import checkpoint
 import evaluate
 import train
+from experiments.soak import read_outcome
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 OPTIONS = ("--stage all --sources toy-amazon toy-sanwen toy-cote_mfw --targets toy-finre --shots 8 --base-steps 4 "

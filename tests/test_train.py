@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_outcome, small_run
+from conftest import small_run
 from safetensors.torch import load_file
 
 import data
@@ -19,6 +19,7 @@ import evaluate
 import train
 from checkpoint import RunFailed, UserError
 from evaluate import read_metrics
+from experiments.soak import read_outcome
 from lowrank import orthogonality
 from model import TALoRA, TALoRAConfig, load_backbone
 from tasks import chinese, micro
@@ -230,7 +231,7 @@ def test_a_stage_builds_on_what_is_finished(copied, small_world, capsys):
     out = capsys.readouterr().out
     assert "toy-drcd-full" in out and "== multitask" not in out and "toy-drcd-4-shot/" not in out
     after = read_outcome(copied)
-    assert {name.split("/")[2] for name in after.keys() - before.keys()} == {"toy-drcd-full"}
+    assert {name.split("/")[1] for name in after.keys() - before.keys()} == {"toy-drcd-full"}
     assert all(after[name] == before[name] for name in before)
 
 
@@ -274,7 +275,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others(finished, s
         train.main(small_run(small_world, tmp_path / seed, "--seed", seed))
     for stage in ("base", "multitask", "target/toy-drcd-8-shot"):
         same, other = ({name: value for name, value in read_outcome(tmp_path / seed).items()
-                        if name.startswith(f"/{stage}") and "results" not in name and "json" in name} for seed in "01")
+                        if name.startswith(f"{stage}/") and "results" not in name and "json" in name} for seed in "01")
         assert same == {name: read_outcome(finished)[name] for name in same} and same != other
 
 
@@ -317,7 +318,7 @@ def test_two_processes_give_the_losses_of_one_and_the_second_leaves_no_files(sma
     assert one.keys() == two.keys()
     for name in one:
         if name.endswith("safetensors"):
-            tensors = (load_file(tmp_path / run / name[1:]) for run in ("one", "two"))
+            tensors = (load_file(tmp_path / run / name) for run in ("one", "two"))
             torch.testing.assert_close(*tensors, rtol=1e-4, atol=1e-5)
         elif name.endswith("metrics.jsonl"):
             for x, y in zip(one[name], two[name], strict=True):
