@@ -183,8 +183,7 @@ class AdaptedLM(nn.Module):
         return F.pad(torch.cat([input_ids, torch.stack(new, 1)], 1), (0, max_new_tokens - len(new)), value=fill)
 
     @property
-    def in_front(self) -> int:
-        """Rows that `inputs` puts in front of the text."""
+    def in_front(self) -> int:  # rows
         return self.config.prompt_length if self.puts_prompt_in_front else 0
 
     @property
