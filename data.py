@@ -237,7 +237,7 @@ def perturb(example: Example, seed: int) -> Example:
 
 def test_rows(name: str, cfg) -> dict[str, list[Example]]:
     """The test rows of a task, "plain" and, where any can be, "rewritten" in ways that training never shows."""
-    rows = {"plain": load_task(name, "test", cfg.data_root)}
+    rows = {"plain": load_task(name, "test", cfg.data_root)[: cfg.test_rows or None]}
     rewritten = [perturb(example, cfg.seed) for example in rows["plain"]]
     return rows | ({"rewritten": rewritten} if any(example.operations for example in rewritten) else {})
 
@@ -395,8 +395,8 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dic
         if any(len(row) > cfg.max_length for row in encode_all(drawn, tokenizer, cfg.max_length, True, chat)):
             raise UserError(f"{name}: --shots {shots} draws a row whose answer is too long for --max-length "
                             f"{cfg.max_length}; raise it")
-    examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": splits.test, **test_rows(name, cfg)}
-    del examples["plain"]  # the test rows
+    tests = test_rows(name, cfg)
+    examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": tests.pop("plain"), **tests}
     rows = {split: encode_all(some, tokenizer, cfg.max_length, split == "train", chat)
             for split, some in examples.items()}
     too_long = f"test answers are longer than --max-new-tokens {cfg.max_new_tokens} and never given in full; raise it"
@@ -417,8 +417,8 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dic
                 prompt, *spans = (_show(tokenizer, ids) for ids in (row.prompt_ids, *right))
                 if not any(span in prompt for span in spans):
                     warnings[f"{split} answers are cut away where their passage is shortened; raise --max-length"] += 1
-    if warnings[too_long] == len(splits.test):
-        raise UserError(f"{name}: {len(splits.test)} of {len(splits.test)} {too_long}")
+    if warnings[too_long] == len(rows["test"]):
+        raise UserError(f"{name}: {len(rows['test'])} of {len(rows['test'])} {too_long}")
     return rows | {split: fitting(rows[split], cfg.max_length) for split in ("train", "dev")}, warnings
 
 
@@ -478,10 +478,10 @@ class Batches:
     """batches[step] -> the micro-batches of a step, each a list of Encoded; a step depends on nothing but its number.
 
     "uniform": the tasks take turns, "proportional": as the rows are; in a new random order each epoch. A step is
-    `batch_size` rows, sorted by length and cut into parts of PART rows. With a budget (of tokens, padding included),
-    the rows of WINDOW steps are drawn together, sorted, cut to fit it, and dealt out at random."""
+    `batch_size` rows, sorted by length and cut into parts of at most `budget` tokens, padding included, or without a
+    budget of PART rows."""
 
-    WINDOW, PART = 32, 16
+    PART = 16
 
     def __init__(self, rows_by_task: dict[str, Sequence[Encoded]], batch_size: int, seed: int, mixing: str = "uniform",
                  budget: int = 0):
@@ -489,13 +489,16 @@ class Batches:
         if mixing == "proportional":
             self.streams = {"all": [row for rows in rows_by_task.values() for row in rows]}
         self.order = lru_cache(2 * len(self.streams))(self._order)  # remembers this epoch's and the last one's
-        self.window = lru_cache(1)(self._window)
 
     def __getitem__(self, step: int) -> list[list[Encoded]]:
-        if self.budget:
-            return self.window(step // self.WINDOW)[step % self.WINDOW]
-        rows = sorted(self.draw(step * self.batch_size, self.batch_size), key=len)
-        return [rows[i : i + self.PART] for i in range(0, len(rows), self.PART)]
+        parts = [[]]
+        for row in sorted(self.draw(step * self.batch_size, self.batch_size), key=len):
+            rows = len(parts[-1]) + 1
+            wide = parts[-1] and len(row) > 1.25 * len(parts[-1][0])  # much of the shorter rows would be padding
+            if (rows * len(row) > self.budget or wide) if self.budget else rows > self.PART:
+                parts.append([])
+            parts[-1].append(row)
+        return parts
 
     def draw(self, start: int, count: int) -> list[Encoded]:
         """Rows number start .. start + count - 1 of the endless stream."""
@@ -510,20 +513,6 @@ class Batches:
         order = list(range(len(self.streams[name])))
         random.Random(f"{self.seed} {name} {epoch}").shuffle(order)
         return order
-
-    def _window(self, number: int) -> list[list[list[Encoded]]]:
-        total = self.WINDOW * self.batch_size
-        rows, batches = sorted(self.draw(number * total, total), key=len, reverse=True), []
-        while rows:
-            size = max(1, min(self.budget // len(rows[0]), self.batch_size // 2))
-            batches.append(rows[:size])
-            rows = rows[size:]
-        random.Random(f"{self.seed} window {number}").shuffle(batches)
-        steps, dealt = [[] for _ in range(self.WINDOW)], 0
-        for batch in batches:  # a step is full when it has its share of the window's rows
-            steps[dealt // self.batch_size].append(batch)
-            dealt += len(batch)
-        return steps
 
 
 # The page about the data ---------------------------------------------------------------------------------------------
@@ -563,7 +552,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-length", type=int, default=128, help="as in train.py (default: 128)")
     parser.add_argument("--max-new-tokens", type=int, default=8, help="as in train.py (default: 8)")
     parser.add_argument("--chat-template", default="off", choices=("on", "off"), help="as in train.py (default: off)")
-    parser.set_defaults(seed=0, dev_rows=None, targets=())
+    parser.set_defaults(seed=0, dev_rows=None, test_rows=0, targets=())
     options = parser.parse_args(argv)
     root, tokenizer = options.data_root, None
     names = sorted({path.parent.name for path in Path(root).glob("*/*train*.*")}) if root else micro.TASKS

@@ -146,14 +146,17 @@ def score_rows(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, task: str, 
 def references(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str,
                cfg) -> dict[str, dict[str, dict[str, float]]]:
     """Columns to compare a method with, {column: {rows: {metric: value}}}: "majority", the most frequent answer of the
-    train rows; with cfg.references also "frozen backbone", with nothing learned, and, where rows have such a prompt,
-    "hard instruction": the same, told in words what to do."""
+    train rows; with cfg.references also "frozen backbone", with nothing learned (and, in a run with a chat template,
+    "frozen, no template", without it); where rows have such a prompt, "hard instruction": told in words what to do."""
     tests = data.test_rows(task, cfg)
     usual = majority([example.answer for example in data.load_task(task, "train", cfg.data_root)])
     columns = {"majority": {rows: score_task(task, [usual] * len(some), some) for rows, some in tests.items()}}
     if cfg.references:
         frozen = AdaptedLM(backbone)
         columns["frozen backbone"] = score_rows(frozen, tokenizer, task, NO_TASK, cfg, tests)
+        if cfg.chat_template == "on":
+            plain = SimpleNamespace(**{**vars(cfg), "chat_template": "off"})
+            columns["frozen, no template"] = score_rows(frozen, tokenizer, task, NO_TASK, plain, tests)
         if all(example.hard_prompt for example in tests["plain"]):
             told = {rows: [replace(row, prompt=row.hard_prompt) for row in some] for rows, some in tests.items()}
             columns["hard instruction"] = score_rows(frozen, tokenizer, task, NO_TASK, cfg, told)

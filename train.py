@@ -68,13 +68,14 @@ class Config:
     pictures: bool = option(True, RUN, "draw losses, gates and cosines")
     log_every: int = option(40, RUN, "steps between two lines of progress")
     save_every: int = option(100, RUN, "steps between two checkpoints")
-    eval_tokens: int = option(8192, RUN, "padded tokens of a forward pass over test rows at most")
+    eval_tokens: int = option(0, RUN, "padded tokens of a pass over dev or test rows (default: 8192, on a CPU 512)")
 
     seed: int = option(0, DATA, "seed of everything random [paper: number of seeds open]")
     sources: tuple[str, ...] = option((), DATA, "source tasks [paper: 8]", nargs="+", metavar="TASK")
     max_length: int = option(128, DATA, "tokens of a row at most; longer passages are cut around the answer")
     max_new_tokens: int = option(8, DATA, "tokens of a generated answer at most")
     dev_rows: int = option(64, DATA, "development rows of a task at most; they choose the best checkpoint")
+    test_rows: int = option(0, DATA, "test rows of a task at most (0: all)")
     dtype: str = option("float32", DATA, "of the backbone; adapters are float32", choices=("float32", "bfloat16"))
     autocast: bool = option(False, DATA, "compute in bfloat16 under torch's autocast")
     chat_template: str = option("auto", RUN, "prompts as a user's turn; auto: on for an instruct or chat model",
@@ -177,7 +178,7 @@ def parse(argv: list[str], method: Method = TALORA) -> Config:
     return cfg
 
 
-MAY_BE_ZERO = ("seed", "warmup", "tokens_per_batch", "scale", "reg_weight", "weight_decay")
+MAY_BE_ZERO = ("seed", "warmup", "tokens_per_batch", "eval_tokens", "test_rows", "scale", "reg_weight", "weight_decay")
 
 
 def check(cfg: Config, method: Method = TALORA) -> None:
@@ -360,6 +361,7 @@ class Run:
         self.cfg, self.method, self.command, self.log = cfg, method, command, print
         self.backbone, self.tokenizer = load_backbone(cfg.backbone, cfg.dtype, checkpoint.pick_device(cfg.device))
         method.model.check(self.backbone)
+        cfg.eval_tokens = cfg.eval_tokens or (8192 if self.backbone.device.type == "cuda" else 512)
         cfg.chat_template, why = choose_chat_template(cfg, self.backbone, self.tokenizer)
         begin = self.tokenizer.decode(data.frame_of(self.tokenizer).before) or "none"
         positions = self.backbone.config.max_position_embeddings

@@ -111,8 +111,8 @@ class Bench:
                 config, dtype=torch.bfloat16 if self.gpu else torch.float32)
         self.parameters = sum(p.numel() for p in self.backbone.model.layers.parameters())  # n
         steps = Batches(make_rows(shape["vocab_size"], min(LONGEST, tokens)), 256, 0, budget=tokens)
-        window = sorted((part for step in range(Batches.WINDOW) for part in steps[step]), key=len, reverse=True)
-        spread = [window[(2 * i + 1) * len(window) // (2 * BATCHES)] for i in range(BATCHES)]  # short rows to long ones
+        parts = steps[0]  # short rows to long ones
+        spread = [parts[(2 * i + 1) * len(parts) // (2 * BATCHES)] for i in range(BATCHES)]
         self.batches = [collate(part, range(len(part))).to(self.device) for part in spread]
         self.peak = max(self.measure_peak(n) for n in ((4096, 8192, 16384) if self.gpu else (1024, 2048)))
         self.resident = torch.cuda.memory_allocated() if self.gpu else 0  # before any contender is made

@@ -3,6 +3,7 @@ r"""The experiment: all methods and variants over seeds and numbers of examples,
     python -m experiments.suite quick                   five to ten minutes on two cores: the way, not the evidence
     python -m experiments.suite full                    hours; stop it at any time and repeat the command to resume
     python -m experiments.suite full --out runs/mine -- --data-root DIR --backbone PATH           on other data
+    python -m experiments.suite qwen -- --data-root DIR --backbone PATH       ten Chinese sets, a Qwen2.5 of 0.5 B
 
 A seed changes everything that training draws, and the backbone. All methods have the same steps, batches and order of
 rows; TA-LoRA's base stage, 30 steps, comes on top. A method's learning rates are the best of a small grid on
@@ -35,13 +36,20 @@ EVERY_K = ("talora", "pt", "deep-pt", "deep-spot", "deep-mpt")  # run with 4 and
 # Learning rates on the sources (slow and fast, or one) and on a target: three, and more where the best was at an end.
 INPUT, DEEP, SMALL = (0.01, 0.03, 0.1, 0.3), (0.05, 0.1, 0.2, 0.025), (0.001, 0.003, 0.01, 0.03)
 DEEP_TARGET, FULL = (0.02, 0.04, 0.1, 0.2), (0.0003, 0.001, 0.003, 0.0001)
-GRIDS = {
+MICRO = {
     "talora": (((0.03, 0.04), (0.06, 0.08), (0.12, 0.16), (0.24, 0.32)), (0.02, 0.04, 0.08, 0.16)),
     "pt": ((), INPUT), "spot": (INPUT, INPUT), "mpt": (INPUT, INPUT), "attempt": (INPUT, (*INPUT, 1.0)),
     "deep-pt": ((), DEEP_TARGET), "deep-spot": (DEEP, (*DEEP_TARGET, 0.01)), "deep-spot-nearest": (DEEP, DEEP_TARGET),
     "deep-mpt": ((0.04, 0.08, 0.16, 0.02), (*DEEP_TARGET, 0.4)),
     "adapter": (SMALL, SMALL), "lora": (SMALL, SMALL),
     "bitfit": ((0.003, 0.01, 0.03, 0.1, 0.3), (0.003, 0.01, 0.03, 0.1)), "ft": (FULL, (*FULL, 0.00003)),
+}
+SLOW_FAST_PROMPT = tuple((fast / 4, fast, fast) for fast in (0.01, 0.02, 0.04, 0.08))
+WORDS = (0.001, 0.003, 0.01, 0.03)  # for rows among embeddings, whose entries are of size 0.015
+QWEN = {
+    "talora": (SLOW_FAST_PROMPT, (0.01, 0.03, 0.1)), "lora": ((0.0003, 0.001, 0.003), (0.0003, 0.001, 0.003)),
+    "pt": ((), WORDS), "mpt": (WORDS, WORDS), "spot": (WORDS, WORDS),
+    "deep-spot-nearest": ((0.01, 0.02, 0.04, 0.08), (0.01, 0.03, 0.1)),
 }
 
 
@@ -51,16 +59,26 @@ class Suite:
     variants: tuple[str, ...] = ()  # with 8 examples
     seeds: tuple[int, ...] = (0,)
     backbones: tuple[int, ...] = (0,)  # seeds of pretraining, in turns; 0 is the shipped one
-    sweep: bool = False  # otherwise the learning rates are the methods' defaults
+    grids: dict[str, tuple] = field(default_factory=dict)  # without one the learning rates are the methods' defaults
     options: tuple[str, ...] = ()  # of every run
+    sweep: tuple[str, ...] = ()  # of the runs that choose learning rates
 
 
 SUITES = {
     "quick": Suite(dict.fromkeys(("talora", "deep-pt", "deep-spot", "lora"), (8,)), ("reg-off",), seeds=(0, 1),
                    options=("--multitask-steps", "100", "--target-steps", "60")),
     "full": Suite({name: (4, 8, 16, 32, 0) if name in EVERY_K else (8, 32, 0) for name in METHODS}, tuple(VARIANTS),
-                  seeds=(0, 1, 2, 3, 4), backbones=(0, 1, 2), sweep=True,
-                  options=("--multitask-steps", "400", "--multitask-batch", "32")),
+                  seeds=(0, 1, 2, 3, 4), backbones=(0, 1, 2), grids=MICRO,
+                  options=("--multitask-steps", "400", "--multitask-batch", "32"), sweep=("--shots", "16")),
+    "qwen": Suite(dict.fromkeys(QWEN, (32,)), ("reg-off", "open-gate", "equal-rates", "one-softmax"), seeds=(0, 1, 2),
+                  grids=QWEN, options=tuple(
+                      "--preset qwen2.5-0.5b --sources bq cmnli sanwen cote_mfw amazon "
+                      "--targets lcqmc ocnli finre cote_bd chnsenticorp --max-length 256 --max-new-tokens 16 "
+                      "--dev-rows 64 --test-rows 100 --tokens-per-batch 1024 --base-steps 30 --base-batch 16 "
+                      "--multitask-steps 100 --multitask-batch 16 --target-steps 40 --target-batch 8 --warmup 10 "
+                      "--eval-every 50 --log-every 5".split()),
+                  sweep=tuple("--base-steps 20 --multitask-steps 40 --shots 32 --targets ocnli cote_bd "
+                              "--test-rows 8".split())),
 }
 
 
@@ -88,19 +106,20 @@ def folder_of(name: str, out: Path) -> Path:
 def plan_sources(suite: Suite, records: Sequence[dict], out: Path) -> Iterator[Run]:
     """The backbones, and each method's learning rates on the sources."""
     yield from (Run("backbone", f"backbone {seed}", "", seed) for seed in suite.backbones if seed)
-    for method in suite.methods if suite.sweep else ():
-        for i, rate in enumerate(GRIDS[method][0]):
-            rates = dict(zip(("slow_rate", "fast_rate"), rate)) if isinstance(rate, tuple) else {"prompt_rate": rate}
-            options = ("--method", method, "--stage", "multitask", "--no-references", *suite.options)
+    for method in suite.methods if suite.grids else ():
+        for i, rate in enumerate(suite.grids[method][0]):
+            names = ("slow_rate", "fast_rate", "prompt_rate") if isinstance(rate, tuple) else ("prompt_rate",)
+            rates = dict(zip(names, rate if isinstance(rate, tuple) else (rate,)))
+            options = ("--method", method, "--stage", "multitask", "--no-references", *suite.options, *suite.sweep)
             yield Run("sweep-source", f"sweep {method} {i}", method, SWEEP_SEED, options, rates)
 
 
 def plan_targets(suite: Suite, records: Sequence[dict], out: Path) -> Iterator[Run]:
     """Each method's learning rates on the targets, from the finished source stages of its best run."""
-    for method in suite.methods if suite.sweep else ():
+    for method in suite.methods if suite.grids else ():
         best = choose_best(records, method, "sweep-source")
-        options = ("--method", method, "--stage", "target", "--shots", "16", "--no-references", *suite.options)
-        for i, rate in enumerate(GRIDS[method][1]):
+        options = ("--method", method, "--stage", "target", "--no-references", *suite.options, *suite.sweep)
+        for i, rate in enumerate(suite.grids[method][1]):
             yield Run("sweep-target", f"{best['cell'] or f'sweep {method}'} target {i}", method, SWEEP_SEED, options,
                       best["rates"] | {"target_rate": rate}, best["cell"])
 
@@ -146,7 +165,7 @@ def run_all(runs: Sequence[Run], out: Path, jobs: int) -> None:
                 while waiting and len(working) < jobs:
                     run = waiting.pop(0)
                     print(f"  {len(runs) - len(waiting):>3}/{len(runs)}  {run.name}", flush=True)
-                    working[start(run, out)] = run, time.time()
+                    working[start(run, out, max(1, (os.cpu_count() or 1) // jobs))] = run, time.time()
                 time.sleep(0.1)
                 if caught:
                     raise SystemExit(128 + caught[0])
@@ -164,15 +183,15 @@ def run_all(runs: Sequence[Run], out: Path, jobs: int) -> None:
                 process.wait()
 
 
-def start(run: Run, out: Path) -> subprocess.Popen:
-    """A run in a process of its own with one thread; in a session of its own it does not hear Ctrl-C."""
+def start(run: Run, out: Path, threads: int) -> subprocess.Popen:
+    """A run in a process of its own; in a session of its own it does not hear Ctrl-C."""
     folder = folder_of(run.name, out)
     folder.mkdir(parents=True, exist_ok=True)
     if run.start:
         shutil.copytree(folder_of(run.start, out), folder, dirs_exist_ok=True)
     with open(f"{folder}.txt", "a", encoding="utf-8") as output:
         return subprocess.Popen([sys.executable, *run.command(out)], stdout=output, stderr=subprocess.STDOUT,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+                                env=os.environ | {"OMP_NUM_THREADS": str(threads)}, start_new_session=True)
 
 
 def collect(run: Run, out: Path, started: float) -> list[dict]:
@@ -202,12 +221,13 @@ def collect(run: Run, out: Path, started: float) -> list[dict]:
 
 
 def keep(records: Sequence[dict], run: Run, out: Path) -> None:
-    """Add records to results.jsonl, all of them or none, and delete the run's folder if no other starts from it."""
+    """Add records to results.jsonl, all of them or none, and delete the run's folder if no other starts from it, except
+    that of TA-LoRA's first seed."""
     path = out / "results.jsonl"
     lines = path.read_text(encoding="utf-8") + "".join(json.dumps(record) + "\n" for record in records)
     with checkpoint.write_whole(path) as file:
         file.write(lines.encode())
-    if run.kind in ("method", "variant", "sweep-target"):
+    if run.kind in ("method", "variant", "sweep-target") and run.name != "talora seed 0":
         shutil.rmtree(folder_of(run.name, out))
 
 
@@ -215,14 +235,23 @@ def main(argv: list[str]) -> None:
     parser = checkpoint.Parser(prog="python -m experiments.suite", description=__doc__,
                                formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=SUITES)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default: 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores (default: 2)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these methods and variants (default: the suite's)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="these seeds (default: the suite's)")
     parser.add_argument("--out", type=Path, help="folder for runs and results (default: runs/suite/NAME)")
     at = argv.index("--") if "--" in argv else len(argv)
     asked = parser.parse_args(argv[:at])
     if asked.jobs < 1:
         raise UserError(f"--jobs is {asked.jobs}, but must be at least 1")
     suite, out = SUITES[asked.name], asked.out or Path("runs") / "suite" / asked.name
-    suite = replace(suite, options=(*suite.options, "--no-pictures", *argv[at + 1:]))
+    named = asked.only or (*suite.methods, *suite.variants)
+    if unknown := set(named) - {*suite.methods, *suite.variants}:
+        raise UserError(f"the suite has no {', '.join(sorted(unknown))}; it has "
+                        f"{', '.join((*suite.methods, *suite.variants))}")
+    suite = replace(suite, seeds=tuple(asked.seeds or suite.seeds),
+                    options=(*suite.options, "--no-pictures", *argv[at + 1:]),
+                    variants=tuple(name for name in suite.variants if name in named),
+                    methods={name: shots for name, shots in suite.methods.items() if name in named})
     cfg = parse(list(suite.options))
     check(cfg)  # refuses now what would fail in every run
     if cfg.backbone:

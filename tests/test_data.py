@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -295,7 +296,7 @@ def test_steps_are_those_of_the_first_release(mixing, first, expected):
 @pytest.mark.parametrize("budget", [0, 30])
 def test_uniform_steps_hold_equally_many_rows_of_each_task_and_every_row_comes_once_an_epoch(budget):
     batches = Batches({"a": numbered("a", 96, lambda i: 3 + i % 9), "b": numbered("b", 48)}, 6, 0, budget=budget)
-    steps = [flat(batches[step]) for step in range(64)]  # two windows of a budget
+    steps = [flat(batches[step]) for step in range(64)]
     assert budget or all([row.task for row in step].count("a") == 3 for step in steps)
     for task, size in (("a", 96), ("b", 48)):
         order = [row.prompt_ids[0] for step in steps for row in step if row.task == task]
@@ -318,11 +319,9 @@ def test_a_token_budget_keeps_the_budget_the_mixture_and_little_padding():
     batches = Batches(rows, 32, seed=0, budget=4096)
     steps = [batches[step] for step in range(192)]
     assert all(len(batch) * max(map(len, batch)) <= 4096 for step in steps for batch in step)
-    sizes, tasks = [len(flat(step)) for step in steps], [row.task for step in steps for row in flat(step)]
-    assert sum(sizes) == 32 * 192 and max(sizes) <= 48 and all(tasks.count(task) == 2048 for task in rows)
-    assert sum(len({row.task for row in flat(step)}) > 1 for step in steps) > 150
+    assert {tuple(sorted(Counter(row.task for row in flat(step)).values())) for step in steps} == {(10, 11, 11)}
     plain = Batches(rows, 32, seed=0)
-    assert padding(steps) < 0.05 and padding([[flat(plain[step])] for step in range(50)]) > 0.4
+    assert padding(steps) < 0.12 and padding([[flat(plain[step])] for step in range(50)]) > 0.4
 
 
 def test_the_page_shows_counts_an_example_and_a_rewritten_one(tmp_path, capsys):
@@ -346,8 +345,8 @@ def test_rows_that_lose_a_name_are_counted_and_a_draw_that_does_not_fit_is_refus
         (tmp_path / task).mkdir()
         for split, some in (("train", rows[:30]), ("test", rows[30:])):
             (tmp_path / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, some)))
-    cfg = SimpleNamespace(data_root=str(tmp_path), seed=0, targets=("own",), shots=(8,), dev_rows=64, max_length=390,
-                          max_new_tokens=900, chat_template="off")
+    cfg = SimpleNamespace(data_root=str(tmp_path), seed=0, targets=("own",), shots=(8,), dev_rows=64, test_rows=0,
+                          max_length=390, max_new_tokens=900, chat_template="off")
     tokenizer = Characters()
     tokenizer.unk_token_id, tokenizer.decode = None, lambda ids, **_: text_of(ids)
     _, warnings = data.encode_task("finre", tokenizer, cfg)

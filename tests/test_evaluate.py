@@ -18,8 +18,8 @@ from model import NO_TASK, TALoRA, TALoRAConfig, load_backbone
 from tasks import micro
 
 TOKENIZER = micro.tokenizer()
-CFG = SimpleNamespace(max_length=64, max_new_tokens=5, eval_tokens=8192, data_root="", seed=0, references=True,
-                      chat_template="off")
+CFG = SimpleNamespace(test_rows=0, max_length=64, max_new_tokens=5, eval_tokens=8192, data_root="", seed=0,
+                      references=True, chat_template="off")
 TASKS = ("toy-amazon", "toy-cote_mfw", "toy-c3")
 
 

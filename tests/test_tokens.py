@@ -28,7 +28,7 @@ from tasks import micro
 TEXTS = ["Review: lovely soup. Sentiment: good", "Review: awful rooms. Sentiment: bad", "推测几颗星。星级：五星 一星"]
 MARKS = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "<|im_start|>", "<|im_end|>", "<|head|>", "<|/head|>", "<|eot|>"]
 FAMILIES = {"qwen2": ("bytes",), "qwen3": ("bytes",), "llama": ("bytes", "<s> $A"), "mistral": ("spaces", "<s> $A")}
-CFG = SimpleNamespace(max_length=99, max_new_tokens=6, eval_tokens=200, chat_template="off")
+CFG = SimpleNamespace(test_rows=0, max_length=99, max_new_tokens=6, eval_tokens=200, chat_template="off")
 EXAMPLES = [Example("own", f"Review: {words}. Sentiment:", "good", ("good", "bad", "五星", "lovely soup"))
             for words in ("lovely soup", "awful rooms", "五星", "20 dollars and all the words", "a")]
 
