@@ -466,6 +466,16 @@ def list_notes(name: str, root: str | None, warnings: dict[str, int]) -> list[st
     return left_out + report["notes"] + [f"{count} {reason}" for reason, count in warnings.items()]
 
 
+def draw_shots(name: str, k: int, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[
+        dict[str, list[Encoded]], list[Example], dict[str, list[str]]]:
+    """k examples of a target and k more for choosing a checkpoint: {train | dev: rows}, the development examples, and
+    where both were drawn from (file and line)."""
+    few, held = k_shot(load_task(name, "train", cfg.data_root), k, cfg.seed)
+    rows = {split: fitting(encode_all(some, tokenizer, cfg.max_length, split == "train", cfg.chat_template == "on"),
+                           cfg.max_length) for split, some in (("train", few), ("dev", held))}
+    return rows, held, {split: [row.row for row in some] for split, some in (("train", few), ("dev", held))}
+
+
 @dataclass
 class Batch:
     """Right-padded rows; all tensors are long."""

@@ -1,6 +1,6 @@
 r"""Predictions, scores, tables, pictures, and a look into a finished run.
 
-    python evaluate.py --run runs/toy                   answer all test rows again and keep every answer
+    python evaluate.py --run runs/toy                   its tables again
     python evaluate.py --run runs/toy --task toy-amazon --ask "ann found the soup very awful at the oslo cafe"
     python evaluate.py --adapter FOLDER --task toy-amazon --ask "ann found the soup very awful"         without the run
     python evaluate.py --diagnose runs/toy              what the adapter does: gates, prompts, cosines
@@ -15,8 +15,9 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from types import SimpleNamespace
 
 import torch
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import data
 from checkpoint import Parser, UserError, pick_device, read_json, run_program, write_whole
 from data import Encoded, Example, task_of
-from model import MICRO_BACKBONE, NO_TASK, AdaptedLM, TALoRA, load_backbone, load_tokenizer
+from model import NO_TASK, AdaptedLM, TALoRA, load_backbone
 from tasks.chinese import Task, fill_template
 from tasks.metrics import NAMES, accuracy, char_f1, exact_match, macro_f1, majority, micro_f1
 
@@ -172,6 +173,52 @@ def references(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ta
             told = {rows: [replace(row, prompt=row.hard_prompt) for row in some] for rows, some in tests.items()}
             columns["hard instruction"] = score_rows(frozen, tokenizer, task, NO_TASK, cfg, told)
     return columns
+
+
+def test_stage(run, model: AdaptedLM, folder: Path, ids: dict[str, int], held: list[Example] | None,
+               columns: dict) -> dict:
+    """Answer the test rows of the tasks in ``ids``: what results.json says of them, and every answer to a plain row in
+    predictions.jsonl. run: train.Run; held: the development rows of a few-shot target; columns: more scores."""
+    cfg, lines = run.cfg, []
+    found = {key: {} for key in ("scores", "metrics", "rewritten", "dev_as_test", "warnings")}
+    for task, task_id in ids.items():
+        tests = data.test_rows(task, cfg)
+        dev = (held or data.load_task(task, "dev", cfg.data_root)[: cfg.dev_rows])[:64]
+        if task not in run.references:
+            run.references[task] = references(run.backbone, run.tokenizer, task, cfg)
+        answers = {rows: predict(model, run.tokenizer, some, task_id, cfg, f"{task}, {rows} rows")
+                   for rows, some in (tests | {"dev": dev}).items()}
+        own = {rows: score_task(task, answers[rows], some) for rows, some in tests.items()}
+        dev_score = score_task(task, answers["dev"], dev)["score"]
+        run.log(f"{task}: {dev_score:.1%} on {len(dev)} development rows, scored as test rows are")
+        changed = sum(bool(row.operations) for row in tests.get("rewritten", ()))
+        found["scores"][task] = run.references[task] | columns | {run.method.name: own}
+        found["metrics"][task] = task_of(task, tests["plain"]).metric
+        found["rewritten"][task] = changed / len(tests["plain"])
+        found["dev_as_test"][task] = {"score": dev_score, "rows": len(dev)}
+        found["warnings"][task] = run.warnings[task]
+        for row, said in zip(tests["plain"], answers["plain"]):
+            golds = row.references or (row.answer,)
+            right = said in golds if row.choices else bool(exact_match(said, golds))
+            lines.append(dict(task=task, prompt=row.prompt, answer=row.answer, prediction=said, right=right))
+    with write_whole(folder / "predictions.jsonl") as file:
+        file.writelines((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
+    if cfg.references:
+        run.log(show_answers(model, run, ids))
+    return found
+
+
+def show_answers(model: AdaptedLM, run, ids: dict[str, int]) -> str:
+    """Three test rows of the tasks in ``ids``: text, right answer, the frozen backbone's and the model's."""
+    lines = []
+    for n, task in enumerate((list(ids) * 3)[:3]):
+        row = data.load_task(task, "test", run.cfg.data_root)[n]
+        said = [predict(one, run.tokenizer, [row], task_id, run.cfg)[0] or "(nothing)"
+                for one, task_id in ((AdaptedLM(run.backbone), NO_TASK), (model, ids[task]))]
+        text = shorten(" ".join(row.prompt.split()), 90, placeholder=" ...")
+        lines += [f"{task}: {text}",
+                  f"    right: {row.answer}   frozen backbone: {said[0]}   {run.method.name}: {said[1]}"]
+    return "\n".join(["three test rows:", *lines])
 
 
 # ------------------------------------------------------------- pictures; those that take an axis serve others as well
@@ -342,37 +389,25 @@ def ask(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, name: str, texts: 
                       *([f"{unknown} of {len(words)} words are unknown to the backbone"] if unknown else [])])
 
 
-def open_adapter(names: Sequence[str], backbone: str = "",
-                 model_class: type[AdaptedLM] = TALoRA) -> tuple[AdaptedLM, PreTrainedTokenizerBase]:
+def open_adapter(names: Sequence[str | Path], backbone: str = "", model_class: type[AdaptedLM] = TALoRA) -> tuple[
+        AdaptedLM, PreTrainedTokenizerBase, PreTrainedModel]:
     """An adapter (a folder, or its name on the hub) on the backbone that it names, and folders of single tasks added to
-    it -> the model and its tokenizer. Raises UserError."""
+    it -> the model, its tokenizer and the backbone as it was before. Raises UserError."""
     folder = Path(names[0])
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(names[0], allow_patterns=["adapter.*"]))
+            folder = Path(snapshot_download(str(names[0]), allow_patterns=["adapter.*"]))
         except Exception as error:  # whatever the hub or the network raises
             raise UserError(f"'{names[0]}' is neither a folder nor an adapter that the hub gives "
                             f"({' '.join(str(error).split())[:200]})") from error
     named = read_json(folder / "adapter.json").get("backbone", {})
-    model = model_class.load(folder, load_backbone(backbone or named["name"], named["dtype"], pick_device("auto"))[0])
+    frozen, tokenizer = load_backbone(backbone or named["name"], named["dtype"], pick_device("auto"))
+    model = model_class.load(folder, frozen).eval()
     for name in names[1:]:
         model.load_task(name)
-    return model, load_tokenizer(backbone or named["name"] or MICRO_BACKBONE)
-
-
-def show_answers(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, ids: dict[str, int], cfg) -> str:
-    """Three test rows of the tasks in ``ids``: text, right answer, the frozen backbone's and the model's."""
-    lines = []
-    for n, task in enumerate((list(ids) * 3)[:3]):
-        row = data.load_task(task, "test", cfg.data_root)[n]
-        said = [predict(one, tokenizer, [row], task_id, cfg)[0]
-                for one, task_id in ((AdaptedLM(model.backbone), NO_TASK), (model, ids[task]))]
-        text = " ".join(row.prompt.split())
-        lines.append(f"{task}: {text if len(text) < 90 else f'{text[:60]} ... {text[-24:]}'}\n    right: {row.answer}   "
-                     f"frozen backbone: {said[0] or '(nothing)'}   this run: {said[1] or '(nothing)'}")
-    return "\n".join(["three test rows:", *lines])
+    return model, tokenizer, frozen
 
 
 # ------------------------------------------------------------------------------------------------- a finished run
@@ -422,70 +457,29 @@ def report(run: Path, log: Callable[[str], None], asked: Sequence[Path]) -> None
         draw_targets(run / "target", targets, log)
 
 
-@dataclass
-class Trained:
-    """A finished stage of a run: an adapter on its backbone."""
-
-    folder: Path
-    table: str  # the run's table that it belongs to
-    method: str
-    cfg: SimpleNamespace  # the run's options
-    backbone: PreTrainedModel  # as it was before the adapter: model.backbone may be a copy with more modules
-    tokenizer: PreTrainedTokenizerBase
-    model: AdaptedLM
-    task_ids: dict[str, int]  # of the tasks that have test rows
-
-
-def open_run(run: Path, model_class: type[AdaptedLM] = TALoRA, task: str = "") -> list[Trained]:
-    """The finished stages of a run that have test rows (with `task`: of this task). Raises UserError if none has."""
+def stages_of(run: Path, task: str = "") -> dict[Path, list[Path]]:
+    """Folders of the finished stages with test rows (of ``task``) -> their adapter, as `open_adapter` takes it."""
     found = find_results(run)
     tasks = dict.fromkeys(name for _, _, results in found for name in results["scores"])
     if not found:
         raise UserError(f"'{run}' holds no finished multitask or target stage; python train.py --run {run} trains one")
     if task and task not in tasks:
         raise UserError(f"the run '{run}' has no task '{task}'; it has {', '.join(tasks)}")
-    stages, backbone = [], None
-    for table_name, folder, results in found:
-        if not task or task in results["scores"]:
-            cfg = SimpleNamespace(**read_json(folder / "stage.json"))
-            if not backbone:
-                backbone, tokenizer = load_backbone(cfg.backbone, cfg.dtype, pick_device("auto"))
-            alone = (folder / "best" / "task.json").exists()
-            model = model_class.load((run / "multitask" if alone else folder) / "best", backbone).eval()
-            if alone:
-                model.load_task(folder / "best")
-            ids = {name: model.tasks.index(name) if name in model.tasks else 0 for name in results["scores"]}
-            stages.append(Trained(folder, table_name, results["method"], cfg, backbone, tokenizer, model, ids))
-    return stages
+    alone = {folder: (folder / "best" / "task.json").exists() for _, folder, _ in found}
+    return {folder: [run / "multitask" / "best"] * alone[folder] + [folder / "best"]
+            for _, folder, results in found if task in ("", *results["scores"])}
 
 
-def evaluate_run(stages: Sequence[Trained]) -> str:
-    """Answer all test rows again: the run's tables, and predictions.jsonl in the folder of each stage."""
-    tables, metrics = {}, {}
-    for stage in stages:
-        lines = []
-        for task, task_id in stage.task_ids.items():
-            rows = data.test_rows(task, stage.cfg)["plain"]
-            answers = predict(stage.model, stage.tokenizer, rows, task_id, stage.cfg, task)
-            metrics[task] = task_of(task, rows).metric
-            tables.setdefault(stage.table, {})[task] = {stage.method: {"plain": score_task(task, answers, rows)}}
-            for row, said in zip(rows, answers):
-                golds = row.references or (row.answer,)
-                right = said in golds if row.choices else bool(exact_match(said, golds))
-                lines.append(dict(task=task, prompt=row.prompt, answer=row.answer, prediction=said, right=right))
-        with write_whole(stage.folder / "predictions.jsonl") as file:
-            file.writelines((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
-    return "\n".join(f"{name}, answered again\n\n{table(scores, metrics)}" for name, scores in tables.items())
-
-
-def diagnose(stage: Trained) -> str:
+def diagnose(folder: Path, adapter: list[Path], model_class: type[AdaptedLM]) -> str:
     """Does the adapter do anything? Development rows with it and without it, its gates, and its tasks' cosines."""
-    model, cfg, ids = stage.model, stage.cfg, stage.task_ids
-    rows = {task: data.encode_all(data.load_task(task, "dev", cfg.data_root)[:16], stage.tokenizer, cfg.max_length,
+    model, tokenizer, backbone = open_adapter(adapter, model_class=model_class)
+    cfg, tasks = SimpleNamespace(**read_json(folder / "stage.json")), read_json(folder / "results.json")["scores"]
+    ids = {name: model.tasks.index(name) if name in model.tasks else 0 for name in tasks}
+    rows = {task: data.encode_all(data.load_task(task, "dev", cfg.data_root)[:16], tokenizer, cfg.max_length,
                                   False, cfg.chat_template == "on") for task in ids}
     right, loss = dev_score(model, rows, ids, cfg.eval_tokens)
-    plain_right, plain_loss = dev_score(AdaptedLM(stage.backbone), rows, dict.fromkeys(ids, NO_TASK), cfg.eval_tokens)
-    lines = [f"{stage.folder}: of {sum(map(len, rows.values()))} development rows {right:.1%} are right (loss "
+    plain_right, plain_loss = dev_score(AdaptedLM(backbone), rows, dict.fromkeys(ids, NO_TASK), cfg.eval_tokens)
+    lines = [f"{folder}: of {sum(map(len, rows.values()))} development rows {right:.1%} are right (loss "
              f"{loss:.3f}), without the adapter {plain_right:.1%} (loss {plain_loss:.3f})"]
     if loss > plain_loss - 0.01:
         lines.append("the adapter changes next to nothing: train longer, or with higher learning rates")
@@ -508,7 +502,7 @@ def main(argv: list[str], model_class: type[AdaptedLM] = TALoRA) -> None:
     """evaluate.py; model_class: the method whose runs are opened."""
     parser = Parser(prog="evaluate.py", description="Look into a finished run, or ask an adapter.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", type=Path, help="answer its test rows again, and save every answer")
+    what.add_argument("--run", type=Path, help="its tables again; with --ask: what its adapters answer")
     what.add_argument("--diagnose", type=Path, metavar="RUN", help="what its adapters do: gates, prompts, cosines")
     what.add_argument("--adapter", nargs="+", metavar="FOLDER", help="an adapter to ask: a folder or its name on the "
                       "hub, and folders of single tasks to add to it")
@@ -523,17 +517,18 @@ def main(argv: list[str], model_class: type[AdaptedLM] = TALoRA) -> None:
     if (options.ask or options.choices or options.adapter) and (options.diagnose or not asks):
         raise UserError("a question needs --run RUN or --adapter FOLDER, --task NAME and --ask TEXT")
     if options.adapter:
-        print(ask(*open_adapter(options.adapter, options.backbone, model_class), options.task, options.ask,
-                  options.choices))
+        model, tokenizer, _ = open_adapter(options.adapter, options.backbone, model_class)
+        print(ask(model, tokenizer, options.task, options.ask, options.choices))
         return
-    stages = open_run(options.run or options.diagnose, model_class, options.task)
-    if options.ask:
-        print("\n\n".join(f"{s.folder} answers: {ask(s.model, s.tokenizer, options.task, options.ask, options.choices)}"
-                          for s in stages))
-    elif options.run:
-        print(evaluate_run(stages))
-    else:
-        print("\n\n".join(diagnose(stage) for stage in stages))
+    run = options.run or options.diagnose
+    stages = stages_of(run, options.task)
+    for folder, adapter in stages.items() if options.ask else ():
+        model, tokenizer, _ = open_adapter(adapter, model_class=model_class)
+        print(f"{folder} answers: {ask(model, tokenizer, options.task, options.ask, options.choices)}\n")
+    if options.diagnose:
+        print("\n\n".join(diagnose(folder, adapter, model_class) for folder, adapter in stages.items()))
+    elif not options.ask:
+        report(run, print, list(stages))
 
 
 if __name__ == "__main__":
