@@ -11,6 +11,7 @@ same parameters; here one may have no row of a task, and a task that none has mu
 
 import argparse
 import atexit
+import hashlib
 import io
 import json
 import logging
@@ -32,6 +33,8 @@ import filelock
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
 
 class UserError(ValueError):
@@ -102,6 +105,50 @@ def read_json(path: Path):
         raise UserError(f"'{path}' cannot be read ({error}); give a folder that train.py made") from error
 
 
+# What a model computes depends on these entries of its config, in every version of transformers, and on its weights.
+COMPUTES = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "sliding_window", "rope_parameters")
+
+
+def describe(backbone: transformers.PreTrainedModel) -> dict:
+    """What identifies a backbone, by content and not by name: its sizes, and a hash of its config and of the first 64
+    weights of every tensor, in bf16, so that the same weights loaded in fp32 and in bf16 are the same backbone."""
+    shape = backbone.config.to_dict()
+    digest = hashlib.sha256(json.dumps({name: shape.get(name) for name in COMPUTES}, sort_keys=True).encode())
+    if backbone.device.type != "meta":
+        some = [p.detach().flatten()[:64].to(torch.bfloat16) for _, p in sorted(backbone.named_parameters())]
+        digest.update(torch.cat(some).cpu().view(torch.uint8).numpy().tobytes())
+    return {name: shape.get(name) for name in COMPUTES[:6]} | {"hash": digest.hexdigest()[:16]}
+
+
+def write_adapter(folder: Path, kind: str, model, tensors: dict[str, torch.Tensor], **about) -> None:
+    """kind.safetensors and kind.json in ``folder``; the backbone by the name its user gave, and as `describe` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with write_whole(folder / f"{kind}.safetensors") as file:
+        file.write(save({name: t.cpu().contiguous() for name, t in tensors.items()}))
+    backbone = model.backbone
+    named = {"name": backbone.name_or_path, "revision": getattr(backbone.config, "_commit_hash", None),
+             "dtype": str(backbone.dtype).removeprefix("torch.")}
+    write_json(folder / f"{kind}.json", {"method": model.method, "backbone": named | model.described, **about})
+
+
+def read_adapter(folder: Path, kind: str, method: str, backbone: dict) -> tuple[dict, dict[str, torch.Tensor]]:
+    """What `write_adapter` wrote: the JSON and the tensors; UserError if they cannot be used with this backbone."""
+    try:
+        saved = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
+        if saved["method"] != method:
+            raise ValueError(f"it is of method '{saved['method']}', not '{method}'; python -m experiments.compare "
+                             "opens runs of other methods")
+        wrong = [f"{key} = {saved['backbone'].get(key)} (this one has {value})"
+                 for key, value in backbone.items() if saved["backbone"].get(key) != value]
+        if wrong:
+            raise ValueError(f"it was trained on a backbone with {', '.join(wrong)}")
+        return saved, load_file(folder / f"{kind}.safetensors")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"the {kind} in '{folder}' cannot be used ({error}); give a folder with {kind}.json and "
+                        f"{kind}.safetensors as a training run wrote them, and its backbone") from error
+
+
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
     """Let only one process write to a run's folder. The system frees the lock of a process that dies."""
@@ -114,10 +161,11 @@ def lock(folder: Path) -> Iterator[None]:
 
 
 def open_log(folder: Path) -> Callable[[str], None]:
-    """A function that prints a line and appends it to log.txt."""
+    """A function that prints a line and appends it, with the time of day, to log.txt."""
     logger = logging.getLogger("ta-lora")
     logger.propagate, logger.level = False, logging.INFO
     logger.handlers = [logging.StreamHandler(sys.stdout), logging.FileHandler(folder / "log.txt", "a", "utf-8")]
+    logger.handlers[1].setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     return logger.info
 
 
@@ -198,6 +246,22 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 def pick_device(device: str) -> str:
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     return found if device == "auto" else device
+
+
+def pick_dtype(dtype: str, device: str) -> str:
+    """For "auto" bfloat16 on a GPU, on a CPU what multiplies matrices faster: some have instructions for bfloat16."""
+    if dtype != "auto" or device != "cpu":
+        return "bfloat16" if dtype == "auto" else dtype
+    seconds = {}
+    for name in ("float32", "bfloat16"):
+        matrix = torch.ones(2048, 2048, dtype=getattr(torch, name))
+        started = time.perf_counter()
+        for _ in range(5):
+            matrix @ matrix
+        seconds[name] = time.perf_counter() - started
+    faster = total(seconds["bfloat16"] < seconds["float32"]) > PROCESSES / 2  # all processes take the same
+    print("--dtype auto: 5 products of large matrices take", *(f"{1000 * s:.0f} ms in {n}" for n, s in seconds.items()))
+    return "bfloat16" if faster else "float32"
 
 
 def join_processes(device: str, folder: str) -> tuple[str, str]:

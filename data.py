@@ -360,6 +360,29 @@ def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, ke
     return window(low)
 
 
+def spec_of(name, examples):
+    t = task_of(name, examples)
+    return {"kind": t.kind, "metric": t.metric, "template": t.template or ("{text} =>" if name in micro.TASKS else ""), "answers": list(t.answers), "passage": t.passage}
+
+
+def describe_task(name, root):
+    return name
+
+
+def choose_chat_template(asked, name, end_tokens, tokenizer):
+    if asked != "auto":
+        return asked, "as asked for"
+    if not tokenizer.chat_template:
+        return "off", "the tokenizer has none"
+    if any(word in Path(name).name.lower() for word in ("instruct", "chat")):
+        return "on", "by the backbone's name"
+    end = frame_of(tokenizer, chat=True).end
+    ends_text = tokenizer.decode([end]) in ("</s>", "<|endoftext|>", "<|end_of_text|>")
+    if end in end_tokens and not ends_text:
+        return "on", "its generation stops at the end of a turn"
+    return "off", "the backbone does not call itself instruct or chat"
+
+
 def rows_hash(rows: Iterable[Encoded]) -> str:
     """A fingerprint of tokenised rows and their order."""
     digest = hashlib.blake2b(digest_size=8)
@@ -483,11 +506,9 @@ class Batches:
 
     PART = 16
 
-    def __init__(self, rows_by_task: dict[str, Sequence[Encoded]], batch_size: int, seed: int, mixing: str = "uniform",
+    def __init__(self, rows_by_task: dict[str, Sequence[Encoded]], batch_size: int, seed: int,
                  budget: int = 0):
         self.batch_size, self.seed, self.budget, self.streams = batch_size, seed, budget, rows_by_task
-        if mixing == "proportional":
-            self.streams = {"all": [row for rows in rows_by_task.values() for row in rows]}
         self.order = lru_cache(2 * len(self.streams))(self._order)  # remembers this epoch's and the last one's
 
     def __getitem__(self, step: int) -> list[list[Encoded]]:

@@ -2,6 +2,7 @@ r"""Predictions, scores, tables, pictures, and a look into a finished run.
 
     python evaluate.py --run runs/toy                   answer all test rows again and keep every answer
     python evaluate.py --run runs/toy --task toy-amazon --ask "ann found the soup very awful at the oslo cafe"
+    python evaluate.py --adapter FOLDER --task toy-amazon --ask "ann found the soup very awful"         without the run
     python evaluate.py --diagnose runs/toy              what the adapter does: gates, prompts, cosines
 
 Results have one shape everywhere, scores[task][column][rows][metric]: a column is a method ("talora") or what it is
@@ -12,7 +13,6 @@ B batch, T text tokens, C choices, L layers, n tasks, P prompt length, d model w
 
 import json
 import math
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -28,40 +28,51 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import data
 from checkpoint import Parser, UserError, pick_device, read_json, run_program, write_whole
 from data import Encoded, Example, task_of
-from model import NO_TASK, AdaptedLM, TALoRA, evaluating, load_backbone
-from tasks.chinese import fill
+from model import MICRO_BACKBONE, NO_TASK, AdaptedLM, TALoRA, load_backbone, load_tokenizer
+from tasks.chinese import Task, fill_template
 from tasks.metrics import NAMES, accuracy, char_f1, exact_match, macro_f1, majority, micro_f1
 
 # ---------------------------------------------------------------------------------------- predictions and scores
 
-def predict(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task_id: int,
-            cfg) -> list[str]:
-    """The model's answer to every example, in order: of choices the whole one with the highest log-probability, end
-    token included; otherwise the greedy continuation up to the first end token. cfg: the options of a run."""
+def predict(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task_id: int, cfg,
+            says: str = "answering") -> list[str]:
+    """The model's answers to examples of one task, as `respond` gives them; says: for the progress bar."""
+    return [text for text, _ in respond(model, tokenizer, examples, [task_id] * len(examples), cfg, says)]
+
+
+def respond(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], task_ids: Sequence[int],
+            cfg, says: str = "answering") -> list[tuple[str, dict[str, float]]]:
+    """For every example its answer, and p(choice | prompt) of every choice. Of choices the answer is the whole one with
+    the highest probability, end token included; otherwise the greedy continuation up to the first end token. Tasks
+    may be mixed. cfg: max_length, max_new_tokens, chat_template, eval_tokens."""
     chat = cfg.chat_template == "on"
     rows = [data.encode(example, tokenizer, cfg.max_length, False, chat) for example in examples]
-    answers, ends = [""] * len(rows), {data.frame_of(tokenizer, chat).end, tokenizer.eos_token_id, *model.end_tokens}
-    for part in tqdm(length_batches(rows, cfg.eval_tokens), "answering", leave=False, disable=None):
+    found: list = [None] * len(rows)
+    ends = {data.frame_of(tokenizer, chat).end, tokenizer.eos_token_id, *model.end_tokens}
+    batches = length_batches(rows, cfg.eval_tokens)
+    for part in tqdm(batches, says, leave=False, disable=None):
         ids, mask = (t.to(model.device) for t in data.collate_prompts([rows[i] for i in part]))  # (B, T) x 2
-        task_ids = torch.full((len(part),), task_id)
-        if examples[part[0]].choices:  # a task has choices in all of its rows or in none
-            scores = model.score(ids, mask, task_ids, [rows[i].choice_ids for i in part])  # (B, C)
-            for i, best in zip(part, scores.argmax(1).tolist()):
-                answers[i] = examples[i].choices[best]
+        tasks = torch.tensor([task_ids[i] for i in part])
+        if examples[part[0]].choices:
+            scores = model.score(ids, mask, tasks, [rows[i].choice_ids for i in part])  # (B, C)
+            for i, best, row in zip(part, scores.argmax(1).tolist(), scores.exp().tolist()):
+                found[i] = examples[i].choices[best], dict(zip(examples[i].choices, row))
         else:
-            new = model.generate(ids, mask, task_ids, cfg.max_new_tokens)[:, -cfg.max_new_tokens:]
+            new = model.generate(ids, mask, tasks, cfg.max_new_tokens)[:, -cfg.max_new_tokens:]
             for i, tokens in zip(part, new.tolist()):
                 end = next((n for n, token in enumerate(tokens) if token in ends), len(tokens))
-                answers[i] = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
-    return answers
+                found[i] = tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(), {}
+    return found
 
 
 def length_batches(rows: Sequence[Encoded], tokens: int) -> list[list[int]]:
-    """Indices of rows, sorted by length and cut where a batch with its padding would exceed `tokens` tokens. A row is
-    as long as its prompt and all its choices, which are read behind it."""
+    """Indices of rows, sorted by length and cut where a batch with its padding would exceed `tokens` tokens; those with
+    choices apart. A row is as long as its prompt and all its choices, which are read behind it."""
     lengths, batches = [len(row.prompt_ids) + sum(map(len, row.choice_ids)) for row in rows], []
-    for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
-        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > tokens:
+    for i in sorted(range(len(rows)), key=lambda i: (not rows[i].choice_ids, -lengths[i])):
+        first = batches[-1][0] if batches else i
+        if not batches or (len(batches[-1]) + 1) * lengths[first] > tokens or (
+                bool(rows[first].choice_ids) != bool(rows[i].choice_ids)):
             batches.append([])
         batches[-1].append(i)
     return batches
@@ -73,14 +84,14 @@ def dev_score(model: AdaptedLM, dev: dict[str, list[Encoded]], task_ids: dict[st
     """The share of rows that greedy decoding would answer exactly, and the mean loss; means over tasks of means over
     rows. It takes one forward pass over prompt and answer: cheap enough to repeat during training."""
     right, loss = [], []
-    with evaluating(model):
-        for task, rows in dev.items():
-            outputs = []
-            for part in length_batches(rows, tokens):
-                batch = data.collate([rows[i] for i in part], [task_ids[task]] * len(part)).to(model.device)
-                outputs.append(model(batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels))
-            right.append(torch.cat([output.correct for output in outputs]).float().mean().item())
-            loss.append(torch.cat([output.losses for output in outputs]).mean().item())
+    model.eval()
+    for task, rows in dev.items():
+        outputs = []
+        for part in length_batches(rows, tokens):
+            batch = data.collate([rows[i] for i in part], [task_ids[task]] * len(part)).to(model.device)
+            outputs.append(model(batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels))
+        right.append(torch.cat([output.correct for output in outputs]).float().mean().item())
+        loss.append(torch.cat([output.losses for output in outputs]).mean().item())
     return sum(right) / len(right), sum(loss) / len(loss)
 
 
@@ -141,8 +152,8 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], align: str = ""
 def score_rows(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, task: str, task_id: int, cfg,
                tests: dict[str, list[Example]] | None = None) -> dict[str, dict[str, float]]:
     """The model's scores on the test rows of a task (or on `tests`), {rows: {metric: value}}."""
-    return {rows: score_task(task, predict(model, tokenizer, examples, task_id, cfg), examples)
-            for rows, examples in (tests or data.test_rows(task, cfg)).items()}
+    return {rows: score_task(task, predict(model, tokenizer, some, task_id, cfg, f"{task}, {rows} rows"), some)
+            for rows, some in (tests or data.test_rows(task, cfg)).items()}
 
 
 def references(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str,
@@ -204,14 +215,16 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def draw_run(folder: Path, log: Callable[[str], None] = print) -> None:
-    """Draw a stage from its metrics.jsonl: loss.png, and gates.png and cosines.png if the stage changed them."""
+    """Draw a stage from its metrics.jsonl: loss.png, and gates.png and cosines.png if the stage changed them (of tasks
+    that were trained together: a target's u and v are a source's at the start, and only they change)."""
     rows = read_metrics(folder)
     steps, dev, gates, cosines = ([r for r in rows if key in r] for key in ("loss", "dev_loss", "gates", "cosines"))
     if steps:
         with new_figure(folder / "loss.png") as (figure, axis):
             at, losses = [r["step"] for r in steps], [r["loss"] for r in steps]
-            means = [fmean(losses[i - i // 5 : i + i // 5 + 1]) for i in range(len(at))]  # a loss falls fast at first
-            axis.semilogy(at, losses, ".", color=COLOURS[5], label="training, single batches")
+            wide = [min(i // 5, len(at) // 15) for i in range(len(at))]  # less where the loss falls fast
+            means = [fmean(losses[i - n : i + n + 1]) for i, n in enumerate(wide)]
+            axis.semilogy(at, losses, ".", markersize=4, color=COLOURS[5], label="training, single batches")
             axis.semilogy(at, means, color=COLOURS[0], label="training, running mean")
             at, losses = [r["step"] for r in dev], [r["dev_loss"] for r in dev]
             axis.semilogy(at, losses, "s--", color=COLOURS[1], label="development")
@@ -220,8 +233,9 @@ def draw_run(folder: Path, log: Callable[[str], None] = print) -> None:
     if gates and gates[0]["gates"] != gates[-1]["gates"]:
         with new_figure(folder / "gates.png", size=(7, 3 + 0.13 * len(gates[0]["gates"]))) as (figure, axis):
             figure.colorbar(gates_over_steps(axis, gates), label="tanh g")
-    if cosines and cosines[0]["cosines"] != cosines[-1]["cosines"]:
-        about = read_json(folder / "best" / "adapter.json")
+    adapter = folder / "best" / "adapter.json"  # a target has none
+    if cosines and cosines[0]["cosines"] != cosines[-1]["cosines"] and adapter.exists():
+        about = read_json(adapter)
         sizes = (about["config"]["rank"], about["backbone"]["hidden_size"]) if "talora" in about["method"] else ()
         draw_cosines(folder / "cosines.png", cosines[0], cosines[-1], sizes, log)
 
@@ -290,7 +304,104 @@ def draw_targets(path: Path, found: Sequence[dict], log: Callable[[str], None] =
         figure.legend(loc="outside right upper", fontsize="small")
 
 
+# ----------------------------------------------------------------------------------------- questions to an adapter
+
+def answer(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase,
+           questions: Sequence[tuple[str, str | dict]]) -> list[tuple[str, dict[str, float]]]:
+    """Answers to (task, fields), and the probability of every choice; tasks may be mixed. fields: the text of a task
+    whose template has one field, a dictionary of the template's fields (and "choices", where each row has its own), or
+    a whole prompt. The adapter itself says what its tasks are (adapter.json). Raises UserError for what is missing."""
+    cfg = SimpleNamespace(**{"eval_tokens": 8192} | model.about)
+    examples = [make_question(*find_task(model, name), fields) for name, fields in questions]
+    # An adapter with the same weights for all tasks does not list them.
+    ids = [model.tasks.index(name) if name in model.tasks else 0 for name, _ in questions]
+    return respond(model.eval(), tokenizer, examples, ids, cfg)
+
+
+def find_task(model: AdaptedLM, name: str) -> tuple[Task, list[str]]:
+    """A task as adapter.json describes it, and the fields that a question to it has to give."""
+    specs = model.about.get("tasks", {})
+    if name not in specs:
+        raise UserError(f"the adapter has no task '{name}'; it has {', '.join(specs)}")
+    task = Task(name, "target", **specs[name] | {"answers": tuple(specs[name]["answers"])})
+    return task, [field for field in task.fields if field not in ("options", "choices")]
+
+
+def make_question(task: Task, needed: Sequence[str], fields: str | dict) -> Example:
+    """A question as an example whose answer is not known. A text that begins and ends as the template does is a whole
+    prompt."""
+    if isinstance(fields, str):
+        head, tail = task.template.partition("{")[0], task.template.rpartition("}")[2]
+        whole = fields.startswith(head) and fields.endswith(tail)
+        fields = {"prompt": fields} if whole else dict(zip(needed, [fields]))
+    choices = tuple(fields.get("choices") or task.answers)
+    missing = [] if "prompt" in fields else [field for field in needed if field not in fields]
+    if missing or (task.kind == "choice" and not choices):
+        raise UserError(f"{task.name} reads {', '.join(needed) or 'a prompt'}"
+                        f"{' and choices of each row' if task.kind == 'choice' else ''}; missing are "
+                        f"{', '.join(missing) or 'the choices (--choices A B)'}")
+    prompt, places = (fields["prompt"], ()) if "prompt" in fields else fill_template(task, fields)
+    return Example(task.name, prompt, (*choices, "a")[0], choices, fields=places, row="the question")
+
+
+def ask(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, name: str, texts: Sequence[str],
+        choices: Sequence[str] = ()) -> str:
+    """One answer in words, with the probability of every choice. texts: the fields of the template in its order."""
+    _, needed = find_task(model, name)
+    if len(texts) > 1 and len(needed) not in (0, len(texts)):
+        raise UserError(f"{name} reads {len(needed)} texts ({', '.join(needed)}), but --ask has {len(texts)}")
+    fields = dict(zip(needed, texts)) if len(texts) == len(needed) > 1 else " ".join(texts)
+    if choices:
+        fields = (fields if isinstance(fields, dict) else {(*needed, "prompt")[0]: fields}) | {"choices": choices}
+    (text, p), = answer(model, tokenizer, [(name, fields)])
+    words = data.tokens_of(tokenizer, " ".join(texts))
+    unknown = words.count(tokenizer.unk_token_id)
+    return "\n".join([text, *(f"{share:6.1%}  {choice}" for choice, share in p.items()),
+                      *([f"{max(0.0, 1 - sum(p.values())):6.1%}  another answer"] if p else []),
+                      *([f"{unknown} of {len(words)} words are unknown to the backbone"] if unknown else [])])
+
+
+def open_adapter(names: Sequence[str], backbone: str = "",
+                 model_class: type[AdaptedLM] = TALoRA) -> tuple[AdaptedLM, PreTrainedTokenizerBase]:
+    """An adapter (a folder, or its name on the hub) on the backbone that it names, and folders of single tasks added to
+    it -> the model and its tokenizer. Raises UserError."""
+    folder = Path(names[0])
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(names[0], allow_patterns=["adapter.*"]))
+        except Exception as error:  # whatever the hub or the network raises
+            raise UserError(f"'{names[0]}' is neither a folder nor an adapter that the hub gives "
+                            f"({' '.join(str(error).split())[:200]})") from error
+    named = read_json(folder / "adapter.json").get("backbone", {})
+    model = model_class.load(folder, load_backbone(backbone or named["name"], named["dtype"], pick_device("auto"))[0])
+    for name in names[1:]:
+        model.load_task(name)
+    return model, load_tokenizer(backbone or named["name"] or MICRO_BACKBONE)
+
+
+def show_answers(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, ids: dict[str, int], cfg) -> str:
+    """Three test rows of the tasks in ``ids``: text, right answer, the frozen backbone's and the model's."""
+    lines = []
+    for n, task in enumerate((list(ids) * 3)[:3]):
+        row = data.load_task(task, "test", cfg.data_root)[n]
+        said = [predict(one, tokenizer, [row], task_id, cfg)[0]
+                for one, task_id in ((AdaptedLM(model.backbone), NO_TASK), (model, ids[task]))]
+        text = " ".join(row.prompt.split())
+        lines.append(f"{task}: {text if len(text) < 90 else f'{text[:60]} ... {text[-24:]}'}\n    right: {row.answer}   "
+                     f"frozen backbone: {said[0] or '(nothing)'}   this run: {said[1] or '(nothing)'}")
+    return "\n".join(["three test rows:", *lines])
+
+
 # ------------------------------------------------------------------------------------------------- a finished run
+
+LEGEND = {
+    "majority": "the most frequent answer of the train rows", "frozen backbone": "nothing trained",
+    "frozen, no template": "nothing trained, without the chat template", "hard instruction": "told in words what to do",
+    "theta0 (k = 0)": "the shared prompt alone: no example of the task",
+}
+
 
 def find_results(run: Path) -> list[tuple[str, Path, dict]]:
     """Every finished stage with test rows: the table that it belongs to, its folder and its results.json."""
@@ -304,10 +415,11 @@ def find_results(run: Path) -> list[tuple[str, Path, dict]]:
     return found
 
 
-def report(run: Path, log: Callable[[str], None]) -> None:
-    """Print and save the tables of a run's finished stages, plain and rewritten test rows, and draw its targets."""
+def report(run: Path, log: Callable[[str], None], asked: Sequence[Path]) -> None:
+    """Save the tables of a run's finished stages, plain and rewritten test rows, and print those that the folders in
+    ``asked`` belong to, with a legend and what to try next."""
     found = find_results(run)
-    for name in dict.fromkeys(name for name, _, _ in found):
+    for name in dict.fromkeys(name for name, folder, _ in found if folder in asked):
         stages = [results for table_name, _, results in found if table_name == name]
         scores, metrics, rewritten = ({task: value for results in stages for task, value in results[key].items()}
                                       for key in ("scores", "metrics", "rewritten"))
@@ -316,11 +428,16 @@ def report(run: Path, log: Callable[[str], None]) -> None:
             share = sum(rewritten.values()) / len(rewritten)
             text += (f"\nthe same rows, rewritten in ways that training never shows ({share:.0%} could be)\n\n"
                      f"{table(scores, metrics, 'rewritten')}")
+        columns = dict.fromkeys(column for by in scores.values() for column in by)
+        text += "".join(f"\n{column}: {LEGEND[column]}" for column in columns if column in LEGEND)
         with write_whole(run / name) as file:
             file.write(text.encode())
         log(f"\n{text}\nsaved as {run / name}")
-    targets = [results for name, _, results in found if name.startswith("target")]
-    if targets and read_json(run / "options.json")["pictures"]:
+    if asked and (last := [results for _, folder, results in found if folder == asked[-1]]):
+        task = list(last[0]["scores"])[-1]
+        log(f"\ntry: python evaluate.py --run {run} --task {task} --ask ...\n     python evaluate.py --diagnose {run}\n"
+            f"     python train.py --stage target --run {run} --shots 8 --targets ...")
+    if targets := [results for name, _, results in found if name.startswith("target")]:
         draw_targets(run / "target" / "targets.png", targets, log)
 
 
@@ -346,12 +463,16 @@ def open_run(run: Path, model_class: type[AdaptedLM] = TALoRA, task: str = "") -
         raise UserError(f"'{run}' holds no finished multitask or target stage; python train.py --run {run} trains one")
     if task and task not in tasks:
         raise UserError(f"the run '{run}' has no task '{task}'; it has {', '.join(tasks)}")
-    cfg, stages = SimpleNamespace(**{"chat_template": "off"} | read_json(run / "options.json")), []
-    backbone, tokenizer = load_backbone(cfg.backbone, cfg.dtype, pick_device(cfg.device))
+    stages, backbone = [], None
     for table_name, folder, results in found:
         if not task or task in results["scores"]:
-            model = model_class.load(folder / "best", backbone).eval()
-            # An adapter with the same weights for all tasks does not list them.
+            cfg = SimpleNamespace(**read_json(folder / "stage.json"))
+            if not backbone:
+                backbone, tokenizer = load_backbone(cfg.backbone, cfg.dtype, pick_device("auto"))
+            alone = (folder / "best" / "task.json").exists()
+            model = model_class.load((run / "multitask" if alone else folder) / "best", backbone).eval()
+            if alone:
+                model.load_task(folder / "best")
             ids = {name: model.tasks.index(name) if name in model.tasks else 0 for name in results["scores"]}
             stages.append(Trained(folder, table_name, results["method"], cfg, backbone, tokenizer, model, ids))
     return stages
@@ -363,52 +484,21 @@ def evaluate_run(stages: Sequence[Trained]) -> str:
     for stage in stages:
         lines = []
         for task, task_id in stage.task_ids.items():
-            rows = data.load_task(task, "test", stage.cfg.data_root)
-            answers = predict(stage.model, stage.tokenizer, rows, task_id, stage.cfg)
+            rows = data.test_rows(task, stage.cfg)["plain"]
+            answers = predict(stage.model, stage.tokenizer, rows, task_id, stage.cfg, task)
             metrics[task] = task_of(task, rows).metric
             tables.setdefault(stage.table, {})[task] = {stage.method: {"plain": score_task(task, answers, rows)}}
-            for row, answer in zip(rows, answers):
+            for row, said in zip(rows, answers):
                 golds = row.references or (row.answer,)
-                right = answer in golds if row.choices else bool(exact_match(answer, golds))
-                lines.append(dict(task=task, prompt=row.prompt, answer=row.answer, prediction=answer, right=right))
+                right = said in golds if row.choices else bool(exact_match(said, golds))
+                lines.append(dict(task=task, prompt=row.prompt, answer=row.answer, prediction=said, right=right))
         with write_whole(stage.folder / "predictions.jsonl") as file:
             file.writelines((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
     return "\n".join(f"{name}, answered again\n\n{table(scores, metrics)}" for name, scores in tables.items())
 
 
-def ask(stage: Trained, task: str, texts: Sequence[str], choices: Sequence[str] = ()) -> str:
-    """Answer one input, with the probability of every choice. Raises UserError if texts or choices are missing.
-
-    texts: the fields of the task's template in its order; for a task without a template the whole prompt. choices: what
-    to choose from, for a task whose rows each have their own."""
-    tests = data.load_task(task, "test", stage.cfg.data_root)
-    entry, prompt, places = task_of(task, tests), " ".join(texts), ()
-    fields = [name for name in entry.fields if name != "options"]
-    if fields and len(fields) != len(texts):
-        raise UserError(f"{task} reads {len(fields)} texts ({', '.join(fields)}), but --ask has {len(texts)}")
-    if entry.kind == "choice" and not choices:
-        raise UserError(f"every row of {task} has choices of its own; name those of this one, as in --choices "
-                        + shlex.join(tests[0].choices))
-    if fields:
-        prompt, places = fill(entry.template, dict(zip(fields, texts)) | {"options": "、".join(entry.answers)})
-    elif tests[0].prompt.endswith(" =>") and not prompt.endswith("=>"):  # as every question of the micro-world
-        prompt += " =>"
-    choices = tuple(choices or entry.answers)
-    example = Example(task, prompt, (*choices, tests[0].answer)[0], choices, fields=places, row="the text of --ask")
-    row, = data.encode_all([example], stage.tokenizer, stage.cfg.max_length, False, stage.cfg.chat_template == "on")
-    unknown = list(row.prompt_ids).count(stage.tokenizer.unk_token_id)
-    note = f"\n{unknown} of {len(row.prompt_ids)} words are not in the backbone's vocabulary" if unknown else ""
-    if not choices:
-        return predict(stage.model, stage.tokenizer, [example], stage.task_ids[task], stage.cfg)[0] + note
-    ids, mask = (t.to(stage.model.device) for t in data.collate_prompts([row]))  # (1, T) x 2
-    task_ids = torch.tensor([stage.task_ids[task]])
-    p = stage.model.score(ids, mask, task_ids, [row.choice_ids])[0].exp().tolist()  # (C,) p(choice | prompt)
-    shares = zip([*p, max(0.0, 1 - sum(p))], [*choices, "another answer"])
-    return "\n".join([choices[p.index(max(p))], "", *(f"{share:6.1%}  {choice}" for share, choice in shares)]) + note
-
-
 def diagnose(stage: Trained) -> str:
-    """Does the adapter do anything? Development rows with it, without it, and with each layer's gate closed."""
+    """Does the adapter do anything? Development rows with it and without it, its gates, and its tasks' cosines."""
     model, cfg, ids = stage.model, stage.cfg, stage.task_ids
     rows = {task: data.encode_all(data.load_task(task, "dev", cfg.data_root)[:16], stage.tokenizer, cfg.max_length,
                                   False, cfg.chat_template == "on") for task in ids}
@@ -421,17 +511,9 @@ def diagnose(stage: Trained) -> str:
     logged = model.diagnose()
     if "gates" in logged:
         norms = model.prompts(list(ids.values())).norm(dim=-1).mean((1, 2)).tolist()  # (L, n, P, d) -> (L,)
-        lines += ["", "layer   tanh g  norm of a prompt row  right if this layer's gate is closed"]
-        state = model.adapter_state()  # the tensors themselves
-        gates = {name: state[name].clone() for name in state if name.startswith("gate")}
-        for layer, (gate, norm) in enumerate(zip(logged["gates"], norms)):
-            try:
-                for name in gates:
-                    state[name][layer] = 0
-                right, loss = dev_score(model, rows, ids, cfg.eval_tokens)
-            finally:
-                model.load_state_dict(gates, strict=False)
-            lines.append(f"{layer:>5}  {gate:+7.3f}  {norm:20.2f}  {right:7.1%} (loss {loss:.3f})")
+        lines += ["", "layer   tanh g  norm of a prompt row"]
+        lines += [f"{layer:>5}  {gate:+7.3f}  {norm:20.2f}"
+                  for layer, (gate, norm) in enumerate(zip(logged["gates"], norms))]
     if "cosines" in logged:
         lines += ["", f"|cos| of every task with {', '.join(ids)}, mean over layers"]
         for task, row in zip(logged["tasks"], logged["cosines"]):
@@ -443,21 +525,30 @@ def diagnose(stage: Trained) -> str:
 
 def main(argv: list[str], model_class: type[AdaptedLM] = TALoRA) -> None:
     """evaluate.py; model_class: the method whose runs are opened."""
-    parser = Parser(prog="evaluate.py", description="Look into a finished run.")
+    parser = Parser(prog="evaluate.py", description="Look into a finished run, or ask an adapter.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", type=Path, help="answer its test rows again, and save every answer")
     what.add_argument("--diagnose", type=Path, metavar="RUN", help="what its adapters do: gates, prompts, cosines")
+    what.add_argument("--adapter", nargs="+", metavar="FOLDER", help="an adapter to ask: a folder or its name on the "
+                      "hub, and folders of single tasks to add to it")
+    parser.add_argument("--backbone", default="", help="with --adapter: where its backbone is now")
     parser.add_argument("--task", default="", help="only the stages that were tested on this task")
     parser.add_argument("--ask", nargs="+", metavar="TEXT", default=[],
-                        help="with --run and --task: answer this instead (a task that reads a pair takes two texts)")
+                        help="with --task: answer this instead (a task that reads a pair takes two texts)")
     parser.add_argument("--choices", nargs="+", metavar="ANSWER", default=[],
                         help="with --ask: what to choose from, for a task whose rows each have their own")
     options = parser.parse_args(argv)
-    if (options.ask or options.choices) and not (options.run and options.task and " ".join(options.ask).strip(" =>")):
-        raise UserError("a question needs --run RUN, --task NAME and --ask TEXT; only --choices may be left out")
+    asks = bool(options.task and " ".join(options.ask).strip())
+    if (options.ask or options.choices or options.adapter) and (options.diagnose or not asks):
+        raise UserError("a question needs --run RUN or --adapter FOLDER, --task NAME and --ask TEXT")
+    if options.adapter:
+        print(ask(*open_adapter(options.adapter, options.backbone, model_class), options.task, options.ask,
+                  options.choices))
+        return
     stages = open_run(options.run or options.diagnose, model_class, options.task)
     if options.ask:
-        print("\n\n".join(f"{s.folder} answers: {ask(s, options.task, options.ask, options.choices)}" for s in stages))
+        print("\n\n".join(f"{s.folder} answers: {ask(s.model, s.tokenizer, options.task, options.ask, options.choices)}"
+                          for s in stages))
     elif options.run:
         print(evaluate_run(stages))
     else:

@@ -22,32 +22,24 @@ K key/value heads, h head size, L layers, N tasks, n distinct tasks of a batch, 
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from checkpoint import UserError, write_json, write_whole
+from checkpoint import UserError, describe, read_adapter, write_adapter
 from gating import GATED_PREFIX, prefix_key_value
 from lowrank import orthogonality, task_cosines, task_prompt
 
 FAMILIES = ("qwen2", "qwen3", "llama", "mistral")  # they have k_proj, v_proj and transformers' attention interface
 NO_TASK = -1  # the task id of a row that uses theta0 alone
+MICRO_BACKBONE = Path(__file__).parent / "tasks" / "micro_backbone"
 
 
 @dataclass(frozen=True)
@@ -72,6 +64,7 @@ class AdaptedLM(nn.Module):
     """A frozen causal language model. Subclasses add tensors that learn and say what the backbone is given (`inputs`).
 
     Nothing of a call is kept on a module: with checkpointing a layer runs again in backward and would find another's.
+    `score` and `generate` leave the backbone in eval mode (in training mode, checkpointing would refuse a cache).
     """
 
     method = "frozen"  # the name in adapter.json
@@ -86,7 +79,7 @@ class AdaptedLM(nn.Module):
         self.check(backbone)
         self.backbone, self.config, self.described = backbone.requires_grad_(False), config, describe(backbone)
         self.tasks: list[str] = []  # tasks with weights of their own; a task id is an index into this list
-        self.about: dict = {}  # what else adapter.json says of the adapter
+        self.about: dict = {}  # what else adapter.json says: "chat_template", "tasks" -> name -> data.spec_of
 
     @classmethod
     def check(cls, backbone: PreTrainedModel) -> None:
@@ -136,6 +129,10 @@ class AdaptedLM(nn.Module):
         # For good, not for the call: under checkpointing the layers run again in backward, after forward has returned.
         if self.backbone.config._attn_implementation != self.attention:
             self.backbone.set_attn_implementation(self.attention)
+        tokens, window = given["attention_mask"].shape[-1], getattr(self.backbone.config, "sliding_window", None)
+        if window and tokens > window:  # the masks of `score` and of prompts in front of the text have no window
+            raise UserError(f"prompt, text and answers take {tokens} tokens, but the sliding window of the backbone is "
+                            f"{window}; lower --max-length, or take another --backbone")
         return self.backbone.model(**given, **cache).last_hidden_state
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor,
@@ -147,7 +144,7 @@ class AdaptedLM(nn.Module):
         vocabulary of 152,064 that is most of the memory of a step. Raises ValueError for a row without any label."""
         text = attention_mask.bool() if labels is None else attention_mask.bool() & (labels == -100)  # (B, T)
         given = self.inputs(input_ids, attention_mask, positions(attention_mask), task_ids, text)
-        hidden = self.read(given, use_cache=False)[:, self.in_front:]  # (B, T, d)
+        hidden = self.read(given, use_cache=False)[:, -input_ids.shape[1]:]  # (B, T, d): without rows in front
         if labels is None:
             return Output(logits=self.backbone.get_output_embeddings()(hidden))
         asked = labels[:, 1:] != -100  # (B, T-1): the state at t predicts the token at t + 1
@@ -171,20 +168,16 @@ class AdaptedLM(nn.Module):
         fill = self.end_tokens[0] if self.end_tokens else 0
         cache, done, new = DynamicCache(config=self.backbone.config), torch.zeros_like(input_ids[:, 0]).bool(), []
         given = self.inputs(input_ids, attention_mask, positions(attention_mask), task_ids, attention_mask.bool())
-        with evaluating(self.backbone):
-            while len(new) < max_new_tokens and not done.all():
-                state = self.read(given, past_key_values=cache, use_cache=True)[:, -1]  # (B, d)
-                token = self.backbone.get_output_embeddings()(state).argmax(-1).masked_fill(done, fill)  # (B,)
-                new.append(token)
-                done = done | torch.isin(token, ends)
-                given.pop("inputs_embeds", None)  # rows in front of the text are in the cache by now
-                given |= dict(input_ids=token[:, None], attention_mask=F.pad(given["attention_mask"], (0, 1), value=1),
-                              position_ids=given["position_ids"][:, -1:] + 1)
+        self.backbone.eval()
+        while len(new) < max_new_tokens and not done.all():
+            state = self.read(given, past_key_values=cache, use_cache=True)[:, -1]  # (B, d)
+            token = self.backbone.get_output_embeddings()(state).argmax(-1).masked_fill(done, fill)  # (B,)
+            new.append(token)
+            done = done | torch.isin(token, ends)
+            given.pop("inputs_embeds", None)  # rows in front of the text are in the cache by now
+            given |= dict(input_ids=token[:, None], attention_mask=F.pad(given["attention_mask"], (0, 1), value=1),
+                          position_ids=given["position_ids"][:, -1:] + 1)
         return F.pad(torch.cat([input_ids, torch.stack(new, 1)], 1), (0, max_new_tokens - len(new)), value=fill)
-
-    @property
-    def in_front(self) -> int:  # rows
-        return self.config.prompt_length if self.puts_prompt_in_front else 0
 
     @property
     def end_tokens(self) -> list[int]:
@@ -201,14 +194,13 @@ class AdaptedLM(nn.Module):
         A row with fewer than C choices has -inf in the rest. A choice is scored exactly as given: end it with the end
         token to ask for the whole answer. All choices of a row are read in one pass behind one copy of the text: each
         sees the text and itself, not its siblings, and its positions follow the text's. Raises ValueError for an empty
-        choice and a row without text or choices, UserError for a text longer than the backbone's sliding window."""
+        choice and a row without text or choices."""
         if len(choices) != len(input_ids) or not all(row and all(row) for row in choices):
             raise ValueError("every row needs at least one choice, and every choice at least one token")
         if not attention_mask.any(1).all():
             raise ValueError("every row needs at least one token of text")
         T, device, text = input_ids.shape[1], input_ids.device, attention_mask.bool()
         S = T + max(sum(len(c) - 1 for c in row) for row in choices)  # a choice's last token predicts nothing
-        self.check_window(S)
         ids, position = F.pad(input_ids, (0, S - T)), F.pad(positions(attention_mask), (0, S - T))  # (B, S) x 2
         allowed = torch.eye(S, dtype=torch.bool, device=device).repeat(len(ids), 1, 1)  # (B, S, S); no row all False
         allowed[:, :T, :T] |= text[:, None] & torch.ones(T, T, dtype=torch.bool, device=device).tril()
@@ -223,9 +215,9 @@ class AdaptedLM(nn.Module):
                 allowed[b, start:end, start:end] = allowed.new_ones(end - start, end - start).tril()
                 where += [(b, c, state, token) for state, token in zip([last, *range(start, end)], choice)]
                 start = end
-        with evaluating(self.backbone):
-            given = self.inputs(ids, allowed[:, None], position, task_ids, text)
-            hidden = self.read(given, use_cache=False)[:, self.in_front:]  # (B, S, d)
+        self.backbone.eval()
+        given = self.inputs(ids, allowed[:, None], position, task_ids, text)
+        hidden = self.read(given, use_cache=False)[:, -S:]  # (B, S, d)
         rows, columns, states, tokens = torch.tensor(where, device=device).T  # 4 x (answer tokens,)
         log_p = torch.cat([  # in slices: (answer tokens, V) would be gigabytes at V = 152,064
             -F.cross_entropy(self.backbone.get_output_embeddings()(hidden[rows[part], states[part]]).float(),
@@ -234,13 +226,6 @@ class AdaptedLM(nn.Module):
         scores = torch.full((len(ids), max(map(len, choices))), -torch.inf, device=device)  # (B, C)
         scores[rows, columns] = 0.0
         return scores.index_put_((rows, columns), log_p, accumulate=True)
-
-    def check_window(self, tokens: int) -> None:
-        """UserError for a text longer than the backbone's sliding window, if any: the mask of `score` ignores it."""
-        window = getattr(self.backbone.config, "sliding_window", None)
-        if window and self.in_front + tokens > window:
-            raise UserError(f"prompt, text and choices take {self.in_front + tokens} tokens, but the sliding window of "
-                            f"the backbone is {window}; lower --max-length, or take another --backbone")
 
     def adapter_state(self) -> dict[str, Tensor]:
         """All tensors of the adapter by name, none of the backbone's."""
@@ -257,37 +242,50 @@ class AdaptedLM(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write adapter.safetensors (the adapter's tensors alone) and adapter.json (what they mean) into ``folder``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with write_whole(folder / "adapter.safetensors") as file:
-            file.write(save({name: t.cpu().contiguous() for name, t in self.adapter_state().items()}))
-        write_json(folder / "adapter.json", {"method": self.method, "config": asdict(self.config), "tasks": self.tasks,
-                                             "backbone": self.described, "about": self.about})
+        write_adapter(Path(folder), "adapter", self, self.adapter_state(), config=asdict(self.config),
+                      tasks=self.tasks, about=self.about)
 
     @classmethod
     def load(cls, folder: str | Path, backbone: PreTrainedModel) -> "AdaptedLM":
         """Read what ``save`` wrote, bit for bit. Raises UserError for files that are missing, broken or of another
         method, and for another backbone than the adapter was trained on."""
-        try:
-            about = json.loads((Path(folder) / "adapter.json").read_text(encoding="utf-8"))
-            state = load_file(Path(folder) / "adapter.safetensors")
-            if about["method"] != cls.method:
-                raise ValueError(f"it is an adapter of method '{about['method']}', not '{cls.method}'; python -m "
-                                 "experiments.compare opens runs of other methods")
-            wrong = [f"{key} = {about['backbone'].get(key)} (this one has {value})"
-                     for key, value in describe(backbone).items() if about["backbone"].get(key) != value]
-            if wrong:
-                raise ValueError(f"it was trained on a backbone with {', '.join(wrong)}")
-            model = cls(backbone, about["tasks"], TALoRAConfig(**about["config"]))
-            model.about = about.get("about", {})
-            own, found = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.adapter_state(), state))
-            if own != found:
-                raise ValueError(f"its tensors {sorted(dict(own.items() ^ found.items()))[:3]} do not fit adapter.json")
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"the adapter in '{folder}' cannot be used ({error}); give a folder with adapter.json and "
-                            "adapter.safetensors as a training run wrote them, and its backbone") from error
+        saved, state = read_adapter(Path(folder), "adapter", cls.method, describe(backbone))
+        model = cls(backbone, saved["tasks"], TALoRAConfig(**saved["config"]))
+        own, found = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.adapter_state(), state))
+        if own != found:
+            raise UserError(f"the tensors {sorted(dict(own.items() ^ found.items()))[:3]} of the adapter in '{folder}' "
+                            "do not fit its adapter.json; take the two files that were saved together")
+        model.about = saved["about"]
         model.load_state_dict(state, strict=False)  # names and shapes were compared above; the backbone has its own
         return model
+
+    def save_task(self, name: str, folder: str | Path) -> None:
+        """Write one task alone, u and v of TALoRA: 4 (r + d) L bytes in task.safetensors. task.json says which shared
+        part it belongs to. Raises ValueError for a name that is not among the tasks."""
+        end = f".{self.tasks.index(name)}"
+        own = {tensor.removesuffix(end): t for tensor, t in self.adapter_state().items() if tensor.endswith(end)}
+        write_adapter(Path(folder), "task", self, own, task=name, shared=self.hash_shared(),
+                      about=self.about.get("tasks", {}).get(name))
+
+    def load_task(self, folder: str | Path) -> int:
+        """Add the task that ``save_task`` wrote and return its id. Raises UserError for files as in ``load``, another
+        shared part or a taken name; then nothing has changed."""
+        saved, own = read_adapter(Path(folder), "task", self.method, self.described)
+        if saved["shared"] != self.hash_shared():
+            raise UserError(f"the task in '{folder}' was trained on a shared part with hash {saved['shared']}, but "
+                            f"this adapter's has {self.hash_shared()}; load the multitask adapter of the task's run")
+        new = self.add_task(saved["task"])
+        self.load_state_dict({f"{tensor}.{new}": t for tensor, t in own.items()}, strict=False)
+        self.about.setdefault("tasks", {})[saved["task"]] = saved["about"]
+        return new
+
+    def hash_shared(self) -> str:
+        """Identifies all that tasks have in common: theta0, B and gates, sizes and backbone."""
+        digest = hashlib.sha256(json.dumps([self.method, asdict(self.config), self.described]).encode())
+        for name, tensor in sorted(self.adapter_state().items()):
+            if not name.rpartition(".")[2].isdigit():  # not u.0
+                digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @property
     def device(self) -> torch.device:
@@ -394,38 +392,11 @@ def positions(attention_mask: Tensor) -> Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Run in eval mode and restore the mode after it (in training mode, checkpointing would refuse a cache)."""
-    before = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(before)
-
-
-# What a model computes depends on these entries of its config, in every version of transformers, and on its weights.
-COMPUTES = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "sliding_window", "rope_parameters")
-
-
-def describe(backbone: PreTrainedModel) -> dict:
-    """What identifies a backbone, by content and not by name: its sizes, and a hash of its config and of the first 64
-    weights of every tensor, in bf16, so that the same weights loaded in fp32 and in bf16 are the same backbone."""
-    shape = backbone.config.to_dict()
-    digest = hashlib.sha256(json.dumps({name: shape.get(name) for name in COMPUTES}, sort_keys=True).encode())
-    if backbone.device.type != "meta":
-        some = [p.detach().flatten()[:64].to(torch.bfloat16) for _, p in sorted(backbone.named_parameters())]
-        digest.update(torch.cat(some).cpu().view(torch.uint8).numpy().tobytes())
-    return {name: shape.get(name) for name in COMPUTES[:6]} | {"hash": digest.hexdigest()[:16]}
-
-
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     try:  # tokenizer.json as it is: a declared class may read it in another way, and an inferred one always does
         return PreTrainedTokenizerFast.from_pretrained(path)
     except (OSError, ValueError):  # only a SentencePiece model or the like
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def load_backbone(path: str | Path = "", dtype: str = "float32",
@@ -433,14 +404,14 @@ def load_backbone(path: str | Path = "", dtype: str = "float32",
     """The backbone ``path`` (a folder, a hub name, or "" for the micro-world's own) and its tokenizer. dtype:
     "float32" or "bfloat16". Only data is read (safetensors, never code), into host memory first. UserError for
     what is not a causal language model of one of FAMILIES with all its weights and a tokenizer that belongs to it."""
-    path = path or Path(__file__).parent / "tasks" / "micro_backbone"
+    name, path = str(path), path or MICRO_BACKBONE
     try:
-        config = AutoConfig.from_pretrained(path, attn_implementation="sdpa", trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(path, attn_implementation="sdpa", trust_remote_code=False)
         quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
         if quantised:
             raise ValueError(f"its weights are quantised ({dict(quantised).get('quant_method')}); give plain ones")
         tokenizer = load_tokenizer(path)
-        backbone, loaded = AutoModelForCausalLM.from_pretrained(
+        backbone, loaded = transformers.AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
             trust_remote_code=False, output_loading_info=True)
         AdaptedLM.check(backbone)
@@ -462,4 +433,5 @@ def load_backbone(path: str | Path = "", dtype: str = "float32",
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"'{path}' cannot be used as a backbone ({reason}); --backbone takes the folder of a causal "
                         "language model (config.json, safetensors, tokenizer) or its name on the hub") from error
+    backbone.name_or_path = name
     return backbone.to(device), tokenizer

@@ -1,6 +1,6 @@
 r"""The three stages of TA-LoRA and the one loop that runs them.
 
-    base        theta0 and the gates, on one source task
+    base        theta0 and the gates, on the first source task
     multitask   B, all u_i and v_i, the gates (from zero again) and, slowly, theta0, on all source tasks
     target      u, v of one new task, from k examples or all of them; everything shared stays frozen
 
@@ -61,7 +61,7 @@ class Config:
     preset: str = option("toy", RUN, "a set of defaults", choices=("toy", "qwen2.5-0.5b", "qwen2.5-7b"))
     run: str = option("", RUN, "folder of the run, one subfolder a stage (default: runs/PRESET[-seedN])")
     backbone: str = option("", RUN, "folder or hub name of a causal language model [paper: Qwen2.5-7B]")
-    data_root: str = option("", RUN, "folder with <task>/{train,test}.jsonl; else the micro-world, or downloads")
+    data_root: str = option("", RUN, "folder with <task>/train.jsonl and test.jsonl; others as without it")
     device: str = option("auto", RUN, "cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
     checkpointing: bool = option(False, RUN, "recompute activations in backward: less memory, a third more time")
     references: bool = option(True, RUN, "also score the frozen backbone and the instruction in words")
@@ -76,8 +76,8 @@ class Config:
     max_new_tokens: int = option(8, DATA, "tokens of a generated answer at most")
     dev_rows: int = option(64, DATA, "development rows of a task at most; they choose the best checkpoint")
     test_rows: int = option(0, DATA, "test rows of a task at most (0: all)")
-    dtype: str = option("float32", DATA, "of the backbone; adapters are float32", choices=("float32", "bfloat16"))
-    autocast: bool = option(False, DATA, "compute in bfloat16 under torch's autocast")
+    dtype: str = option("float32", DATA, "of the backbone; adapters are float32; auto: the faster one here",
+                        choices=("float32", "bfloat16", "auto"))
     chat_template: str = option("auto", RUN, "prompts as a user's turn; auto: on for an instruct or chat model",
                                 choices=("auto", "on", "off"))
 
@@ -88,11 +88,9 @@ class Config:
 
     tokens_per_batch: int = option(0, EVERY, "padded tokens of a pass at most; a step adds up several (0: no limit)")
     warmup: int = option(20, EVERY, "steps in which learning rates rise from 0; then they fall to 0")
-    weight_decay: float = option(0.0, EVERY, "AdamW's weight decay; never applied to gates")
     clip: float = option(1.0, EVERY, "gradient norm at most")
     eval_every: int = option(100, EVERY, "steps between two evaluations on development rows")
 
-    base_task: str = option("", BASE, "its source task [paper: open] (default: the first source)")
     prompt_rate: float = option(4e-2, BASE, "learning rate of theta0 and gates [paper: open]")
     base_steps: int = option(30, BASE, "steps [paper: open]")
     base_batch: int = option(32, BASE, "examples of a step")
@@ -103,7 +101,6 @@ class Config:
     reg_weight: float = option(0.1, MULTITASK, "lambda, weight of the orthogonality term [paper: open]")
     multitask_steps: int = option(400, MULTITASK, "steps [paper: open]")
     multitask_batch: int = option(32, MULTITASK, "examples of a step, over all source tasks")
-    mixing: str = option("uniform", MULTITASK, "of tasks in a step [paper: open]", choices=("uniform", "proportional"))
 
     targets: tuple[str, ...] = option((), TARGET, "target tasks [paper: 8]", nargs="+", metavar="TASK")
     shots: tuple[int, ...] = option((0,), TARGET, "examples of a target; several: one after another (default: 0 = all)",
@@ -115,7 +112,7 @@ class Config:
 
 # The learning rates of the large presets are ours and not swept yet: sweep them on development rows first.
 LARGE = dict(sources=chinese.SOURCES, targets=chinese.TARGETS, max_length=1024, max_new_tokens=64, dev_rows=32,
-             dtype="bfloat16", prompt_length=12, rank=8, prompt_rate=5e-3, slow_rate=1e-3, fast_rate=5e-3,
+             dtype="auto", prompt_length=12, rank=8, prompt_rate=5e-3, slow_rate=1e-3, fast_rate=5e-3,
              target_rate=5e-3, base_steps=200, multitask_steps=2000, multitask_batch=64, target_steps=300,
              target_batch=16, warmup=50, eval_every=200)
 PRESETS = {
@@ -151,8 +148,8 @@ ALL_TASKS = "all tasks"  # the one task of a method that has one set of weights 
 
 
 def parse(argv: list[str], method: Method = TALORA) -> Config:
-    """Command line -> options: Config's defaults, the preset's, the method's, then what is typed; the last one wins.
-    Raises UserError for an unknown option, value or type."""
+    """Command line -> options: Config's defaults, the preset's, the method's, those that the run began with, then what
+    is typed; the last one wins. Raises UserError for an unknown option, value or type."""
     parser = checkpoint.Parser(
         prog="python train.py", usage="python train.py [--stage STAGE] [OPTION ...]", allow_abbrev=False,
         description=__doc__.partition("\n\nIn every")[0],
@@ -161,24 +158,38 @@ def parse(argv: list[str], method: Method = TALORA) -> Config:
     for f in dataclasses.fields(Config):
         groups[f.metadata["group"]].add_argument(flag(f.name), default=None, **f.metadata["how"])
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    for name in {"sources", "targets"} & typed.keys():
+        typed[name] = tuple(" ".join(typed[name]).replace(",", " ").split())
     preset = typed.get("preset", "toy")
-    cfg = Config(**{**PRESETS[preset], **method.defaults.get("toy" if preset == "toy" else "large", {}), **typed})
+    words = [preset, *method.name.split(), f"seed{typed.get('seed', 0)}"]
+    run = typed.get("run") or "runs/" + "-".join(word for word in words if word not in ("talora", "seed0"))
+    before = options_before(Path(run))
+    if typed.get("preset", before.get("preset")) != before.get("preset"):
+        before = {}  # not the run that is meant; same_run will say so
+    preset = before.get("preset", preset)
+    defaults = PRESETS[preset] | method.defaults.get("toy" if preset == "toy" else "large", {})
+    if "data_root" in typed:  # whatever is there of the sixteen sets
+        defaults |= {name: tuple(task for task in known if os.path.isdir(Path(typed["data_root"]) / task))
+                     for name, known in (("sources", chinese.SOURCES), ("targets", chinese.TARGETS))}
+    cfg = Config(**defaults | before | typed | {"run": run})
     cfg = dataclasses.replace(cfg, shots=tuple(cfg.shots), **method.fixes(cfg))
     for name in ("backbone", "data_root"):  # whole paths, so that evaluate.py finds them from any folder
         if os.path.isdir(getattr(cfg, name)):
             setattr(cfg, name, str(Path(getattr(cfg, name)).resolve()))
-    for name, known in (("sources", chinese.SOURCES), ("targets", chinese.TARGETS)):
-        if name in typed:
-            setattr(cfg, name, tuple(" ".join(typed[name]).replace(",", " ").split()))
-        elif cfg.data_root:  # whatever is there of the sixteen sets
-            setattr(cfg, name, tuple(task for task in known if os.path.isdir(Path(cfg.data_root) / task)))
-    cfg.base_task = cfg.base_task or (*cfg.sources, "")[0]
-    words = [preset, *method.name.split(), f"seed{cfg.seed}"]
-    cfg.run = cfg.run or "runs/" + "-".join(word for word in words if word not in ("talora", "seed0"))
     return cfg
 
 
-MAY_BE_ZERO = ("seed", "warmup", "tokens_per_batch", "eval_tokens", "test_rows", "scale", "reg_weight", "weight_decay")
+def options_before(run: Path) -> dict:
+    """The options that the stages of a run were started with, all but those that a target has of its own."""
+    for file in (run / "multitask" / "stage.json", run / "base" / "stage.json"):
+        if file.exists():
+            own = {f.name for f in dataclasses.fields(Config)} - {"stage", "run", "device", "targets", "shots"}
+            stored = checkpoint.read_json(file)
+            return {name: stored[name] for name in own & stored.keys()} | {"sources": tuple(stored["sources"])}
+    return {}
+
+
+MAY_BE_ZERO = ("seed", "warmup", "tokens_per_batch", "eval_tokens", "test_rows", "scale", "reg_weight")
 
 
 def check(cfg: Config, method: Method = TALORA) -> None:
@@ -194,13 +205,11 @@ def check(cfg: Config, method: Method = TALORA) -> None:
         f"--data-root '{cfg.data_root}' is not a folder; it should hold <task>/train.jsonl and test.jsonl":
             cfg.data_root and not os.path.isdir(cfg.data_root),
         "--data-root needs --backbone, such as Qwen/Qwen2.5-0.5B: the micro-world's own knows 184 words":
-            cfg.data_root and not cfg.backbone,
+            cfg.data_root and not cfg.backbone and not options_before(Path(cfg.run)),
         f"method {method.name} has no stage '{cfg.stage}'; its stages are {', '.join(method.learns)}":
             cfg.stage not in ("all", *method.learns),
         f"no known source {there} --sources": not cfg.sources,
         f"no known target {there} --targets": cfg.stage in ("target", "all") and not cfg.targets,
-        f"--base-task '{cfg.base_task}' is not among the sources {', '.join(cfg.sources)}":
-            cfg.base_task not in (*cfg.sources, ""),
         f"{twice}: named twice among sources and targets; remove one": twice,
         f"--tokens-per-batch is {cfg.tokens_per_batch}, below one row of --max-length {cfg.max_length}; raise it":
             0 < cfg.tokens_per_batch < cfg.max_length,
@@ -232,16 +241,15 @@ def learning_tensors(model: AdaptedLM, learns: dict[str, str], task_ids: list[in
 def build_optimizer(model: AdaptedLM, learning: dict[str, str], cfg: Config) -> torch.optim.AdamW:
     """AdamW with one group for each learning rate; everything in no group is frozen. Eq. (5)
 
-    Weight decay spares the gates: pulled towards zero they would close. Each group remembers its rate as "initial".
+    No weight decay: pulled towards zero, the gates would close. Each group remembers its learning rate as "initial".
     """
     model.requires_grad_(False)
     groups = {}
     for name, rate in learning.items():
-        groups.setdefault((rate, name.startswith("gate")), []).append(model.get_parameter(name).requires_grad_())
+        groups.setdefault(rate, []).append(model.get_parameter(name).requires_grad_())
     return torch.optim.AdamW([
-        {"name": rate, "params": tensors, "lr": getattr(cfg, f"{rate}_rate"), "initial": getattr(cfg, f"{rate}_rate"),
-         "weight_decay": 0.0 if is_gate else cfg.weight_decay} for (rate, is_gate), tensors in groups.items()],
-        betas=(0.9, 0.95))
+        {"name": rate, "params": tensors, "lr": getattr(cfg, f"{rate}_rate"), "initial": getattr(cfg, f"{rate}_rate")}
+        for rate, tensors in groups.items()], betas=(0.9, 0.95), weight_decay=0.0)
 
 
 def rate_factor(step: int, steps: int, warmup: int) -> float:
@@ -255,12 +263,12 @@ def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list
     """One optimizer step over the micro-batches of one step; returns what it measured. Eq. (3)
     Raises RunFailed, before any weight has changed, if the loss or the gradient is not finite."""
     learning = [p for group in optimizer.param_groups for p in group["params"]]
+    model.train()  # with --checkpointing, layers are recomputed in this mode only
     examples = checkpoint.total(sum(len(batch.task_ids) for batch in batches))  # over all processes
     task_loss = torch.zeros((), device=model.device)
     optimizer.zero_grad(set_to_none=True)  # None, not 0: without R, AdamW then leaves absent tasks alone
     for batch in batches:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=cfg.autocast):
-            losses = model(batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels).losses  # (B,)
+        losses = model(batch.input_ids, batch.attention_mask, batch.task_ids, batch.labels).losses  # (B,)
         loss = losses.sum() / examples  # L_PLM: the mean over the examples of the whole step, however it was cut
         loss.backward()
         task_loss += loss.detach()
@@ -285,14 +293,13 @@ def fit(run: "Run", model: AdaptedLM, stage: str, rows: dict[str, dict[str, list
     learning = learning_tensors(model, method.learns[stage], list(task_ids.values()))
     optimizer = build_optimizer(model, learning, cfg)
     train, dev = ({task: rows[task][split] for task in task_ids} for split in ("train", "dev"))
-    batches = data.Batches(train, getattr(cfg, f"{stage}_batch"), cfg.seed, cfg.mixing, cfg.tokens_per_batch)
+    batches = data.Batches(train, getattr(cfg, f"{stage}_batch"), cfg.seed, cfg.tokens_per_batch)
     for tensor in model.adapter_state().values() if checkpoint.PROCESSES > 1 else ():
         torch.distributed.broadcast(tensor, 0)
     run.log(describe_learning(model, learning, cfg))
     now = checkpoint.load_checkpoint(folder, model.adapter_state(), optimizer) or {
         "step": 0, "best": [-1.0, -math.inf], "seconds": 0.0, "tokens": 0, "history": [{"step": 0, **model.diagnose()}]}
     started = time.perf_counter() - now["seconds"]
-    model.train()
     with checkpoint.catch_signals() as caught:
         for step in range(now["step"], steps):
             for group in optimizer.param_groups:
@@ -305,10 +312,11 @@ def fit(run: "Run", model: AdaptedLM, stage: str, rows: dict[str, dict[str, list
             done, better = step + 1, False
             now.update(step=done, tokens=now["tokens"] + sum(len(row) for part in drawn for row in part),
                        seconds=time.perf_counter() - started)
+            now["history"].append({"step": done, **measured})
             if done % cfg.log_every == 0 or done == steps:
                 rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-                now["history"].append({"step": done, **measured, "learning_rates": rates, **model.diagnose()})
-                run.log(describe_progress(stage, steps, now))
+                now["history"][-1] |= {"learning_rates": rates, **model.diagnose()}
+                run.log(describe_progress(run, stage, now))
             if done % cfg.eval_every == 0 or done == steps:
                 accuracy, loss = evaluate.dev_score(model, dev, task_ids, cfg.eval_tokens)
                 now["history"].append({"step": done, "dev_accuracy": accuracy, "dev_loss": loss, **model.diagnose()})
@@ -317,7 +325,7 @@ def fit(run: "Run", model: AdaptedLM, stage: str, rows: dict[str, dict[str, list
                 better = [accuracy, -loss] > now["best"]
                 if better:
                     now["best"] = [accuracy, -loss]
-                    model.save(folder / "best")
+                    save_best(model, learning, method, stage, folder / "best")
             stop = checkpoint.total(len(caught))  # all processes stop after the same step, or none
             if done % cfg.save_every == 0 or better or done == steps or stop:
                 checkpoint.save_checkpoint(folder, model.adapter_state(), optimizer, now)
@@ -337,14 +345,24 @@ def describe_learning(model: AdaptedLM, learning: dict[str, str], cfg: Config) -
     return "\n".join([*lines, f"{'in all':12} {count(model, learning):>29,}"])
 
 
-def describe_progress(stage: str, steps: int, now: dict) -> str:
-    row, done = now["history"][-1], now["step"]
-    left = int(now["seconds"] / done * (steps - done))
+def describe_progress(run: "Run", stage: str, now: dict) -> str:
+    row, done, rows_of = now["history"][-1], now["step"], getattr(run.cfg, f"{stage}_batch")
+    steps = getattr(run.cfg, f"{stage}_steps")
+    left = int(now["seconds"] / (done * rows_of) * ((steps - done) * rows_of + run.rows_later))
     return "  ".join([f"{stage:9} {done:>5}/{steps}  task loss {row['loss']:.4f}",
                       *([f"reg {row['reg']:.5f}"] if row["reg"] else []),
                       *([f"|tanh g| {sum(map(abs, row['gates'])) / len(row['gates']):.3f}"] if "gates" in row else []),
                       *(f"{name} {rate:.1e}" for name, rate in row["learning_rates"].items()),
-                      f"{now['tokens'] / now['seconds']:,.0f} tok/s  ETA {left // 60}:{left % 60:02d}"])
+                      f"{now['tokens'] / now['seconds']:,.0f} tok/s  all trained in {left // 60}:{left % 60:02d}"])
+
+
+def save_best(model: AdaptedLM, learning: dict[str, str], method: Method, stage: str, folder: Path) -> None:
+    """The whole adapter, or of a target that changes nothing but its own tensors these alone."""
+    task = len(model.tasks) - 1  # a target is added last
+    if stage == "target" and method.per_task and all(name.endswith(f".{task}") for name in learning):
+        model.save_task(model.tasks[task], folder)
+    else:
+        model.save(folder)
 
 
 def count(model: AdaptedLM, names) -> int:
@@ -358,66 +376,63 @@ class Run:
 
     def __init__(self, cfg: Config, method: Method, command: str, jobs: list[tuple[str, str, int]]):
         """Load all that ``jobs`` need, so that whatever cannot be used shows now and not after hours."""
-        self.cfg, self.method, self.command, self.log = cfg, method, command, print
-        self.backbone, self.tokenizer = load_backbone(cfg.backbone, cfg.dtype, checkpoint.pick_device(cfg.device))
+        self.cfg, self.method, self.command, self.log, self.rows_later = cfg, method, command, print, 0
+        if cfg.preset == "qwen2.5-7b" and cfg.device == "cpu":
+            print("warning: on a CPU a step of this preset takes minutes; use a GPU, or --preset qwen2.5-0.5b")
+        self.backbone, self.tokenizer = load_backbone(cfg.backbone, cfg.dtype, cfg.device)
         method.model.check(self.backbone)
-        cfg.eval_tokens = cfg.eval_tokens or (8192 if self.backbone.device.type == "cuda" else 512)
-        cfg.chat_template, why = choose_chat_template(cfg, self.backbone, self.tokenizer)
+        self.backbone_hash, most = describe(self.backbone)["hash"], self.backbone.config.max_position_embeddings
+        cfg.eval_tokens = cfg.eval_tokens or (512 if cfg.device == "cpu" else 8192)
+        cfg.chat_template, why = data.choose_chat_template(
+            cfg.chat_template, cfg.backbone, AdaptedLM(self.backbone).end_tokens, self.tokenizer)
         begin = self.tokenizer.decode(data.frame_of(self.tokenizer).before) or "none"
-        positions = self.backbone.config.max_position_embeddings
         print(f"backbone: {type(self.backbone).__name__}, {self.backbone.num_parameters():,} weights in {cfg.dtype}, "
-              f"{positions:,} positions, begin token {begin}, end token {self.tokenizer.eos_token}, chat template "
+              f"{most:,} positions, begin token {begin}, end token {self.tokenizer.eos_token}, chat template "
               f"{cfg.chat_template} ({why})")
         if cfg.checkpointing:
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.rows, self.warnings = {}, {}  # task -> split -> rows; task -> what cannot be answered, and why -> rows
-        self.hashes, self.backbone_hash = {}, describe(self.backbone)["hash"]  # task -> hash of its rows
+        self.rows, self.warnings, self.hashes = {}, {}, {}  # task -> split -> rows; what to know of them; their hash
         self.references = {}  # task -> column -> scores
         for task in dict.fromkeys(name for _, own, _ in jobs for name in ([own] if own else cfg.sources)):
+            print(data.describe_task(task, cfg.data_root))
             self.rows[task], self.warnings[task] = data.encode_task(task, self.tokenizer, cfg)
             self.hashes[task] = data.rows_hash(sum(self.rows[task].values(), []))
             for note in data.list_notes(task, cfg.data_root, self.warnings[task]):
                 print(f"{task}: {note}")
-        every = [row for splits in self.rows.values() for rows in splits.values() for row in rows]
-        front = cfg.prompt_length if method.model.puts_prompt_in_front else 0
-        AdaptedLM(self.backbone).check_window(front + max((
-            len(row.prompt_ids) + sum(len(choice) - 1 for choice in row.choice_ids) for row in every if row.choice_ids),
-            default=0))
-        longest = front + max(len(row.prompt_ids) + max(map(len, (row.answer_ids, *row.choice_ids))) for row in every)
-        if longest > positions:
-            print(f"warning: a row has {longest} tokens, the backbone only {positions} positions; lower --max-length")
+        every = (row for splits in self.rows.values() for rows in splits.values() for row in rows)
+        longest = max(len(row.prompt_ids) + max(len(row.answer_ids), sum(map(len, row.choice_ids))) for row in every)
+        longest += cfg.prompt_length if method.model.puts_prompt_in_front else 0
+        if longest > (getattr(self.backbone.config, "sliding_window", None) or longest):
+            raise UserError(f"a row has {longest} tokens with its choices, but the sliding window of the backbone is "
+                            f"{self.backbone.config.sliding_window}; lower --max-length, or take another --backbone")
+        if longest > most:
+            print(f"warning: a row has {longest} tokens, the backbone only {most} positions; lower --max-length")
 
     def new_model(self, tasks: list[str]) -> AdaptedLM:
         cfg = self.cfg
         sizes = TALoRAConfig(cfg.prompt_length, cfg.rank, cfg.scale, cfg.gate_per_head)
         model = self.method.model(self.backbone, tasks, sizes)
-        model.about = {"chat_template": cfg.chat_template}
+        model.about = {name: getattr(cfg, name) for name in ("chat_template", "max_length", "max_new_tokens")}
         return model
+
+    def load(self, folder: Path) -> AdaptedLM:
+        """What a stage left in ``folder``/best."""
+        shared = folder_of(self.cfg, "multitask") if (folder / "best" / "task.json").exists() else folder
+        model = self.method.model.load(shared / "best", self.backbone)
+        if shared != folder:
+            model.load_task(folder / "best")
+        return model
+
+    def tell(self, model: AdaptedLM, tasks: list[str]) -> None:
+        """What adapter.json says of tasks, so that evaluate.answer needs no rows."""
+        specs = {task: data.spec_of(task, data.load_task(task, "train", self.cfg.data_root)) for task in tasks}
+        model.about = model.about | {"tasks": model.about.get("tasks", {}) | specs}
 
     def identify(self, task: str) -> dict:
         """What a stage of this task (of the sources, if "") is made of besides its options, as far as it was read."""
         rows = {f"rows of {name}": self.hashes[name]
                 for name in ([task] if task else self.cfg.sources) if name in self.hashes}
-        return {"backbone": self.backbone_hash, "chat_template": self.cfg.chat_template, **rows}
-
-    def load(self, folder: Path) -> AdaptedLM:
-        return self.method.model.load(folder / "best", self.backbone)
-
-
-def choose_chat_template(cfg: Config, backbone: torch.nn.Module, tokenizer) -> tuple[str, str]:
-    """on or off, and why. auto is on where there is a template and the backbone calls itself instruct or chat, by its
-    name or because it stops at the end of a turn (a base model with </s> or the like stops there anyway)."""
-    if cfg.chat_template != "auto":
-        return cfg.chat_template, "as asked for"
-    if not tokenizer.chat_template:
-        return "off", "the tokenizer has none"
-    if any(word in Path(cfg.backbone).name.lower() for word in ("instruct", "chat")):
-        return "on", "by the backbone's name"
-    end = data.frame_of(tokenizer, chat=True).end
-    ends_text = tokenizer.decode([end]) in ("</s>", "<|endoftext|>", "<|end_of_text|>")
-    if end in AdaptedLM(backbone).end_tokens and not ends_text:
-        return "on", "its generation stops at the end of a turn"
-    return "off", "the backbone does not call itself instruct or chat"
+        return {"backbone hash": self.backbone_hash, "chat_template": self.cfg.chat_template, **rows}
 
 
 def folder_of(cfg: Config, stage: str, task: str = "", shots: int = 0) -> Path:
@@ -441,6 +456,7 @@ def train_multitask(run: Run, folder: Path, task: str, shots: int) -> None:
         model = run.load(folder_of(run.cfg, "base"))
     else:
         model = run.new_model(sources if method.per_task else [ALL_TASKS])
+    run.tell(model, sources)
     for name, tensor in model.adapter_state().items():
         if method.fresh_gates and name.startswith("gate"):
             tensor.zero_()  # zero-init attention warms up again (paper: open)
@@ -466,6 +482,7 @@ def train_target(run: Run, folder: Path, task: str, shots: int) -> None:
     if method.per_task:
         task_id, start = nearest_start(model, task, rows["train"], cfg)
         run.log(f"starts from {start} (of the sources the one with the lowest loss on its examples)")
+    run.tell(model, [task])
     fit(run, model, "target", {task: rows}, {task: task_id}, folder)
     about = {"stage": "target", "task": task, "shots": shots, "start": start}
     finish(run, folder, about, {task: task_id}, held, columns)
@@ -501,6 +518,8 @@ def finish(run: Run, folder: Path, about: dict, ids: dict[str, int], held: list[
         results["rewritten"][task] = changed / len(tests["plain"])
         results["dev_as_test"][task] = {"score": dev_score, "rows": len(dev)}
         results["warnings"][task] = run.warnings[task]
+    if ids and cfg.references:
+        run.log(evaluate.show_answers(model, run.tokenizer, ids, cfg))
     if cfg.pictures:
         evaluate.draw_run(folder, run.log)
     checkpoint.write_json(folder / "results.json", results | checkpoint.environment(run.command))
@@ -513,43 +532,48 @@ def plan(cfg: Config, method: Method) -> list[tuple[str, str, int]]:
     """The stages that --stage asks for, after those they build on: (stage, task, shots)."""
     stages = list(method.learns)
     last = stages[-1] if cfg.stage == "all" else cfg.stage
-    jobs = {"base": [("base", cfg.base_task, 0)], "multitask": [("multitask", "", 0)],
+    jobs = {"base": [("base", cfg.sources[0], 0)], "multitask": [("multitask", "", 0)],
             "target": [("target", task, shots) for shots in cfg.shots for task in cfg.targets]}
     return [job for stage in stages[: stages.index(last) + 1] for job in jobs[stage]]
 
 
-def options_of(cfg: Config, method: Method, stage: str) -> dict:
-    """The options that decide what comes out of a stage: those of its own group and of the groups before it."""
-    groups = GROUPS[1 : GROUPS.index(f"{stage} stage") + 1]
+def options_of(cfg: Config, method: Method, stage: str, built_on: bool) -> dict:
+    """The options that decide what comes out of a stage: those of its own group and of the groups before it. A finished
+    stage that is only built on leaves the others free: another --eval-every is meant for what is to come."""
+    groups = (METHOD, f"{stage} stage") if built_on else GROUPS[1 : GROUPS.index(f"{stage} stage") + 1]
     options = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.metadata["group"] in groups}
-    return {"method": method.name, **options, "sources": list(cfg.sources), "targets": None, "shots": None}
+    for name in {"targets", "shots"} & options.keys():
+        del options[name]
+    return {**options, "method": method.name, "sources": list(cfg.sources)}
 
 
 def main(argv: list[str], method: Method = TALORA, command: str = "python train.py") -> None:
     """Run whatever of the stages asked for is not finished; everything is checked before anything is written."""
     cfg = parse(argv, method)
     check(cfg, method)
-    cfg.device, cfg.run = checkpoint.join_processes(cfg.device, cfg.run)
-    made_of = {job: options_of(cfg, method, job[0]) for job in plan(cfg, method)}  # (stage, task, shots) -> stage.json
-    for job in made_of:
-        checkpoint.same_run(folder_of(cfg, *job), made_of[job])
-    todo = [job for job in made_of if not (folder_of(cfg, *job) / "results.json").exists()]
-    if todo:
-        run = Run(cfg, method, f"{command} {shlex.join(argv)}", todo)
-        for job in made_of:  # finished stages, too
-            made_of[job] |= run.identify(job[1])
-            checkpoint.same_run(folder_of(cfg, *job), made_of[job])
+    cfg.device, cfg.run = checkpoint.join_processes(checkpoint.pick_device(cfg.device), cfg.run)
+    cfg.dtype = checkpoint.pick_dtype(cfg.dtype, cfg.device)
+    folders = {job: folder_of(cfg, *job) for job in plan(cfg, method)}
+    todo = [job for job in folders if not (folders[job] / "results.json").exists()]
+    made_of = {job: options_of(cfg, method, job[0], job not in (*todo, [*folders][-1])) for job in folders}
+    for job in folders:
+        checkpoint.same_run(folders[job], made_of[job])
+    run = Run(cfg, method, f"{command} {shlex.join(argv)}", todo) if todo else None
+    for job in folders if run else ():  # finished stages, too
+        made_of[job] |= run.identify(job[1])
+        checkpoint.same_run(folders[job], made_of[job])
     with checkpoint.lock(Path(cfg.run)):
         log = checkpoint.open_log(Path(cfg.run))
-        if todo:
-            checkpoint.write_json(Path(cfg.run) / "options.json", dataclasses.asdict(cfg) | {"method": method.name})
-        for job in todo:
-            run.log, folder = log, folder_of(cfg, *job)
-            folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(folder / "stage.json", made_of[job])
-            log(f"\n== {' '.join(filter(None, job[:2]))}: results go to {folder}/")
-            {"base": train_base, "multitask": train_multitask, "target": train_target}[job[0]](run, folder, *job[1:])
-        evaluate.report(Path(cfg.run), log)
+        for n, job in enumerate(todo):
+            run.log = log
+            run.rows_later = sum(getattr(cfg, f"{later}_steps") * getattr(cfg, f"{later}_batch")
+                                 for later, *_ in todo[n + 1:])
+            folders[job].mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(folders[job] / "stage.json", dataclasses.asdict(cfg) | made_of[job])
+            log(f"\n== stage {n + 1} of {len(todo)}: {' '.join(filter(None, job[:2]))}; results go to {folders[job]}/")
+            {"base": train_base, "multitask": train_multitask, "target": train_target}[job[0]](
+                run, folders[job], *job[1:])
+        evaluate.report(Path(cfg.run), log, [folders[job] for job in todo or folders])
 
 
 if __name__ == "__main__":

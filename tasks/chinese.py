@@ -315,6 +315,10 @@ def _read(task: Task, rows: Rows) -> tuple[list[tuple[str, dict]], Counter]:
     return prompts, dropped
 
 
+def fill_template(task, values):
+    return fill(task.template, values | {"options": "、".join(task.answers)})
+
+
 def local_rows(task: Task, root: str, split: str) -> Rows:
     """Rows of root/<task>/<split>.jsonl, .csv, .tsv, or .txt as published, the first that is there; otherwise of the
     .json files of CLUE, CMRC and C3, whose development set is the test set where the test set has no answers."""
