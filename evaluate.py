@@ -15,8 +15,10 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from textwrap import shorten
 from types import SimpleNamespace
 
@@ -226,39 +228,32 @@ def show_answers(model: AdaptedLM, run, ids: dict[str, int]) -> str:
 # Okabe's and Ito's colours, which colour-blind readers can tell apart, and line styles for readers in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("o-", "s--", "^-.", "v:", "D-", "x--")  # not as many as colours: pairs repeat after 42
-CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei",
-                 "WenQuanYi Zen Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB")
+CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC")
 
 
-def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 3.5), **options):
-    """A figure and its axes, to be drawn into a file: no display needed."""
+@contextmanager
+def new_figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 3.5), **options):
+    """A figure and its axes, saved as `path` at the end of the with block; no display needed."""
     from matplotlib.figure import Figure  # slow to import, and most programs draw nothing
 
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, **options)
-
-
-def save_figure(figure, path: Path) -> None:
+    figure = Figure(figsize=size, layout="compressed")
+    yield figure, figure.subplots(rows, columns, **options)
     with write_whole(path) as file:
         figure.savefig(file, dpi=130, format="png")
 
 
 def label_tasks(names: Sequence[str], path: Path, log: Callable[[str], None] = print) -> list[str]:
     """Task names as the picture can show them: what matplotlib's font lacks comes from the first of CHINESE_FONTS that
-    is installed; the n-th name is "task n" if no font has all its characters, and the log says which that are."""
-    import matplotlib
-    from matplotlib import font_manager
+    is installed; the n-th name is "task n" if neither has all its characters, and the log says so."""
+    from matplotlib import font_manager, get_cachedir, rcParams
 
-    installed = [font for font in CHINESE_FONTS if font in font_manager.get_font_names()]
-    fonts = list(dict.fromkeys([*matplotlib.rcParams["font.family"], *installed[:1]]))
-    matplotlib.rcParams["font.family"] = fonts  # a character is drawn in the first font that has it
+    fonts = ["DejaVu Sans", *(font for font in CHINESE_FONTS if font in font_manager.get_font_names())][:2]
+    rcParams["font.family"] = fonts  # a character is drawn in the first font that has it
     files = [font_manager.findfont(font_manager.FontProperties(family=[font])) for font in fonts]
     known = {chr(code) for file in files for code in font_manager.get_font(file).get_charmap()}
-    labels = [name if known.issuperset(name) else f"task {n}" for n, name in enumerate(names, 1)]
-    if unknown := [f"{label} is {name}" for label, name in zip(labels, names) if label != name]:
-        log(f"{path}: {', '.join(unknown)}; no font has the characters (install one such as Noto Sans CJK, and delete "
-            f"{matplotlib.get_cachedir()})")
-    return labels
+    if numbered := {name: f"task {n}" for n, name in enumerate(names, 1) if not known.issuperset(name)}:
+        log(f"{path}: no font has the characters of {numbered}; install Noto Sans CJK and delete {get_cachedir()}")
+    return [numbered.get(name, name.replace("$", r"\$")) for name in names]  # $ would begin a formula
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -267,47 +262,60 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def draw_run(folder: Path, log: Callable[[str], None] = print) -> None:
-    """Draw a stage from its metrics.jsonl: loss.png, and gates.png and cosines.png if the stage changed them."""
+    """Draw a stage from its metrics.jsonl: loss.png, and gates.png and cosines.png if the stage changed them (of tasks
+    that were trained together: a target's u and v are a source's at the start, and only they change)."""
     rows = read_metrics(folder)
     steps, dev, gates, cosines = ([r for r in rows if key in r] for key in ("loss", "dev_loss", "gates", "cosines"))
     if steps:
-        figure, axis = new_figure()
-        axis.plot([r["step"] for r in steps], [r["loss"] for r in steps], ".-", color=COLOURS[0], label="training")
-        axis.plot([r["step"] for r in dev], [r["dev_loss"] for r in dev], "s--", color=COLOURS[1], label="development")
-        axis.set(xlabel="step", ylabel="cross-entropy of an answer token (nats)", title="Task loss")
-        axis.set_ylim(bottom=0)
-        axis.legend()
-        save_figure(figure, folder / "loss.png")
+        with new_figure(folder / "loss.png") as (figure, axis):
+            at, losses = [r["step"] for r in steps], [r["loss"] for r in steps]
+            wide = [min(i // 5, len(at) // 15) for i in range(len(at))]  # less where the loss falls fast
+            means = [fmean(losses[i - n : i + n + 1]) for i, n in enumerate(wide)]
+            axis.semilogy(at, losses, ".", markersize=4, color=COLOURS[5], label="training, single batches")
+            axis.semilogy(at, means, color=COLOURS[0], label="training, running mean")
+            at, losses = [r["step"] for r in dev], [r["dev_loss"] for r in dev]
+            axis.semilogy(at, losses, "s--", color=COLOURS[1], label="development")
+            axis.set(xlabel="step", ylabel="cross-entropy of an answer token (nats)", title="Task loss")
+            axis.legend()
     if gates and gates[0]["gates"] != gates[-1]["gates"]:
-        figure, axis = new_figure()
-        figure.colorbar(gates_over_steps(axis, gates), label="tanh g")
-        save_figure(figure, folder / "gates.png")
-    if cosines and cosines[0]["cosines"] != cosines[-1]["cosines"]:
-        draw_cosines(folder / "cosines.png", cosines[0], cosines[-1], log)
+        with new_figure(folder / "gates.png", size=(7, 3 + 0.13 * len(gates[0]["gates"]))) as (figure, axis):
+            figure.colorbar(gates_over_steps(axis, gates), label="tanh g")
+    adapter = folder / "best" / "adapter.json"  # a target has none
+    if cosines and cosines[0]["cosines"] != cosines[-1]["cosines"] and adapter.exists():
+        about = read_json(adapter)
+        sizes = (about["config"]["rank"], about["backbone"]["hidden_size"]) if "talora" in about["method"] else ()
+        draw_cosines(folder / "cosines.png", cosines[0], cosines[-1], sizes, log)
 
 
 def gates_over_steps(axis, rows: Sequence[dict]):
-    """tanh g, with its sign, of every layer (up) at every logged step (across) -> the image, for a colorbar. White is a
-    closed gate; a negative one subtracts what the prompt contributes."""
+    """tanh g of every layer (up) at every logged step (across) -> the image, for a colorbar. Its sign is seen twice: as
+    a colour, and as a line above the layer's zero line or below it. Numbers at the right: after the last step."""
     by_step = {row["step"]: row["gates"] for row in rows}
-    layers, top = range(len(rows[0]["gates"])), max(abs(gate) for gates in by_step.values() for gate in gates) or 1
-    image = axis.pcolormesh(list(by_step), layers, list(zip(*by_step.values())), shading="nearest", cmap="RdBu",
+    by_layer, top = list(zip(*by_step.values())), max(abs(gate) for gates in by_step.values() for gate in gates) or 1
+    image = axis.pcolormesh(list(by_step), range(len(by_layer)), by_layer, shading="nearest", cmap="RdBu", alpha=0.7,
                             vmin=-top, vmax=top)
-    axis.set(xlabel="step", ylabel="layer", yticks=layers[:: 1 + len(layers) // 12],
+    for layer, line in enumerate(by_layer):
+        axis.axhline(layer, color="gray", linewidth=0.5)
+        axis.plot(list(by_step), [layer + 0.45 * gate / top for gate in line], color="black", linewidth=1)
+        axis.text(1.01, layer, f"{line[-1]:+.2f}", va="center", fontsize="small", transform=axis.get_yaxis_transform())
+    axis.set(xlabel="step", ylabel="layer", yticks=range(0, len(by_layer), 1 + len(by_layer) // 12),
              title="Gates: blue adds the prompt, red subtracts it")
     return image
 
 
-def draw_cosines(path: Path, first: dict, last: dict, log: Callable[[str], None] = print) -> None:
-    """Draw |cos(A_i, A_j)|, the mean over layers, at two steps; first, last: rows of metrics.jsonl."""
+def draw_cosines(path: Path, first: dict, last: dict, sizes: Sequence[int] = (), log: Callable = print) -> None:
+    """Draw |cos(A_i, A_j)|, the mean over layers, before and after training; first, last: rows of metrics.jsonl.
+    sizes: r and d, to mark what random tasks have, E|cos u| E|cos v|, about sqrt(2 / (pi r)) sqrt(2 / (pi d))."""
+    level = 2 / math.pi / math.prod(sizes) ** 0.5 if sizes else math.nan
     top = max(c for row in (first, last) for i, line in enumerate(row["cosines"]) for j, c in enumerate(line) if i != j)
     names = label_tasks(first["tasks"], path, log)
-    figure, axes = new_figure(1, 2, (10, 5.4), sharey=True)
-    for axis, row, when in zip(axes, (first, last), ("before", "after")):
-        image = cosine_matrix(axis, names, row["cosines"], top)
-        axis.set_title(f"{when} training (step {row['step']})")
-    figure.colorbar(image, ax=axes, label="|cos| between tasks, mean over layers")
-    save_figure(figure, path)
+    with new_figure(path, 1, 2, (10, 5), sharey=True) as (figure, axes):
+        for axis, row, when in zip(axes, (first, last), ("before", "after")):
+            image = cosine_matrix(axis, names, row["cosines"], max(top, level))
+            axis.set_title(f"{when} training (step {row['step']})")
+        label = "|cos| of two tasks, mean over layers"
+        label += f"\nwhite line: random tasks, about {level:.2g}" if sizes else ""
+        figure.colorbar(image, ax=axes, label=label).ax.axhline(level, color="white", linewidth=3)
 
 
 def cosine_matrix(axis, names: Sequence[str], cosines: Sequence[Sequence[float]], top: float | None = None):
@@ -318,18 +326,29 @@ def cosine_matrix(axis, names: Sequence[str], cosines: Sequence[Sequence[float]]
     return axis.imshow(others, cmap="viridis", vmin=0, vmax=top)
 
 
-def draw_targets(folder: Path, folders: Sequence[Path], log: Callable[[str], None] = print) -> None:
-    """Draw targets.png into `folder`: the share of development rows that are right, a line for each of `folders`."""
-    curves = {path.name: [row for row in read_metrics(path) if "dev_accuracy" in row] for path in folders}
-    if any(curves.values()):
-        names = label_tasks(list(curves), folder / "targets.png", log)
-        figure, axis = new_figure(size=(7, 4))
-        for i, (name, dev) in enumerate(zip(names, curves.values())):
-            axis.plot([r["step"] for r in dev], [100 * r["dev_accuracy"] for r in dev], STYLES[i % len(STYLES)],
-                      color=COLOURS[i % len(COLOURS)], label=name)
-        axis.set(xlabel="step", ylabel="development rows right (%)", ylim=(0, 103), title="Target tasks")
-        figure.legend(loc="outside right upper", fontsize="small", ncols=1 + len(curves) // 20)
-        save_figure(figure, folder / "targets.png")
+def draw_targets(path: Path, found: Sequence[dict], log: Callable[[str], None] = print) -> None:
+    """Draw the scores of targets on plain test rows: a bar for each column of their tables, the method's once for every
+    number of examples, and a line for the majority. found: what their results.json hold."""
+    from matplotlib import colormaps
+
+    scores = {}  # of all numbers of examples together
+    for results in sorted(found, key=lambda results: results["shots"] or math.inf):
+        for task, columns in results["scores"].items():
+            scores.setdefault(task, {}).update(columns)
+            name = f"{results['method']}, {results['shots'] or 'all'} examples"
+            scores[task][name] = scores[task].pop(results["method"])
+    names = dict.fromkeys(name for columns in scores.values() for name in columns)
+    bars = {name: [100 * macro({task: scores[task]}, name) for task in scores] for name in names}
+    with new_figure(path, size=(4 + 0.15 * len(scores) * len(bars), 4)) as (figure, axis):
+        centres, marks = [x + 0.4 for x in range(len(scores))], bars.pop("majority", [math.nan] * len(scores))
+        width = 0.8 / len(bars)
+        for i, (name, heights) in enumerate(bars.items()):
+            axis.bar([x + i * width for x in range(len(scores))], heights, width, align="edge", label=name,
+                     color=colormaps["viridis"](1 - i / len(bars)), edgecolor="black", linewidth=0.5)
+        axis.errorbar(centres, marks, xerr=0.45, fmt="none", color="black", label="majority")
+        axis.set_xticks(centres, label_tasks(list(scores), path, log), rotation=30, ha="right")
+        axis.set(ylabel="score on test rows (%)", ylim=(0, 103), title="Target tasks")
+        figure.legend(loc="outside right upper", fontsize="small")
 
 
 # ----------------------------------------------------------------------------------------- questions to an adapter
@@ -453,8 +472,8 @@ def report(run: Path, log: Callable[[str], None], asked: Sequence[Path]) -> None
         task = list(last[0]["scores"])[-1]
         log(f"\ntry: python evaluate.py --run {run} --task {task} --ask ...\n     python evaluate.py --diagnose {run}\n"
             f"     python train.py --stage target --run {run} --shots 8 --targets ...")
-    if targets := [folder for name, folder, _ in found if name.startswith("target")]:
-        draw_targets(run / "target", targets, log)
+    if targets := [results for name, _, results in found if name.startswith("target")]:
+        draw_targets(run / "target" / "targets.png", targets, log)
 
 
 def stages_of(run: Path, task: str = "") -> dict[Path, list[Path]]:
