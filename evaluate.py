@@ -13,6 +13,7 @@ B batch, T text tokens, C choices, L layers, n tasks, P prompt length, d model w
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -468,10 +469,10 @@ def report(run: Path, log: Callable[[str], None], asked: Sequence[Path]) -> None
         with write_whole(run / name) as file:
             file.write(text.encode())
         log(f"\n{text}\nsaved as {run / name}")
-    if asked and (last := [results for _, folder, results in found if folder == asked[-1]]):
-        task = list(last[0]["scores"])[-1]
-        log(f"\ntry: python evaluate.py --run {run} --task {task} --ask ...\n     python evaluate.py --diagnose {run}\n"
-            f"     python train.py --stage target --run {run} --shots 8 --targets ...")
+    if any(folder == asked[-1] and results["method"] == "talora" for _, folder, results in found):
+        row = json.loads((asked[-1] / "predictions.jsonl").read_text(encoding="utf-8").partition("\n")[0])
+        log(f"\ntry: python evaluate.py --run {run} --task {row['task']} --ask {shlex.quote(row['prompt'])}\n     python "
+            f"evaluate.py --diagnose {run}\n     python train.py --stage target --run {run} --shots 8 --targets ...")
     if targets := [results for name, _, results in found if name.startswith("target")]:
         draw_targets(run / "target" / "targets.png", targets, log)
 

@@ -168,8 +168,8 @@ def parse(argv: list[str], method: Method = TALORA) -> Config:
         before = {}  # not the run that is meant; same_run will say so
     preset = before.get("preset", preset)
     defaults = PRESETS[preset] | method.defaults.get("toy" if preset == "toy" else "large", {})
-    if "data_root" in typed:  # whatever is there of the sixteen sets
-        defaults |= {name: tuple(task for task in known if os.path.isdir(Path(typed["data_root"]) / task))
+    if root := typed.get("data_root", before.get("data_root")):  # whatever is there of the sixteen sets
+        defaults |= {name: tuple(task for task in known if os.path.isdir(Path(root) / task))
                      for name, known in (("sources", chinese.SOURCES), ("targets", chinese.TARGETS))}
     cfg = Config(**defaults | before | typed | {"run": run})
     cfg = dataclasses.replace(cfg, shots=tuple(cfg.shots), **method.fixes(cfg))
@@ -353,7 +353,7 @@ def describe_progress(run: "Run", stage: str, now: dict) -> str:
                       *([f"reg {row['reg']:.5f}"] if row["reg"] else []),
                       *([f"|tanh g| {sum(map(abs, row['gates'])) / len(row['gates']):.3f}"] if "gates" in row else []),
                       *(f"{name} {rate:.1e}" for name, rate in row["learning_rates"].items()),
-                      f"{now['tokens'] / now['seconds']:,.0f} tok/s  all trained in {left // 60}:{left % 60:02d}"])
+                      f"{now['tokens'] / now['seconds']:,.0f} tok/s  all stages trained in {left // 60}:{left % 60:02d}"])
 
 
 def save_best(model: AdaptedLM, learning: dict[str, str], method: Method, stage: str, folder: Path) -> None:
