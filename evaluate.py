@@ -471,8 +471,9 @@ def report(run: Path, log: Callable[[str], None], asked: Sequence[Path]) -> None
         log(f"\n{text}\nsaved as {run / name}")
     if any(folder == asked[-1] and results["method"] == "talora" for _, folder, results in found):
         row = json.loads((asked[-1] / "predictions.jsonl").read_text(encoding="utf-8").partition("\n")[0])
-        log(f"\ntry: python evaluate.py --run {run} --task {row['task']} --ask {shlex.quote(row['prompt'])}\n     python "
-            f"evaluate.py --diagnose {run}\n     python train.py --stage target --run {run} --shots 8 --targets ...")
+        log(f"\ntry: python evaluate.py --run {run} --task {row['task']} --ask {shlex.quote(row['prompt'])}\n"
+            f"     python evaluate.py --diagnose {run}\n"
+            f"     python train.py --stage target --run {run} --shots 8 --targets ...")
     if targets := [results for name, _, results in found if name.startswith("target")]:
         draw_targets(run / "target" / "targets.png", targets, log)
 

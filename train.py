@@ -353,7 +353,8 @@ def describe_progress(run: "Run", stage: str, now: dict) -> str:
                       *([f"reg {row['reg']:.5f}"] if row["reg"] else []),
                       *([f"|tanh g| {sum(map(abs, row['gates'])) / len(row['gates']):.3f}"] if "gates" in row else []),
                       *(f"{name} {rate:.1e}" for name, rate in row["learning_rates"].items()),
-                      f"{now['tokens'] / now['seconds']:,.0f} tok/s  all stages trained in {left // 60}:{left % 60:02d}"])
+                      f"{now['tokens'] / now['seconds']:,.0f} tok/s",
+                      f"all stages trained in {left // 60}:{left % 60:02d}"])
 
 
 def save_best(model: AdaptedLM, learning: dict[str, str], method: Method, stage: str, folder: Path) -> None:
