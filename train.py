@@ -285,7 +285,7 @@ def fit(run: "Run", model: AdaptedLM, stage: str, rows: dict[str, dict[str, list
     learning = learning_tensors(model, method.learns[stage], list(task_ids.values()))
     optimizer = build_optimizer(model, learning, cfg)
     train, dev = ({task: rows[task][split] for task in task_ids} for split in ("train", "dev"))
-    batches = data.Batches(train, getattr(cfg, f"{stage}_batch"), cfg.seed, cfg.mixing, cfg.tokens_per_batch)
+    batches = data.Batches(train, getattr(cfg, f"{stage}_batch"), cfg.seed, cfg.tokens_per_batch)
     for tensor in model.adapter_state().values() if checkpoint.PROCESSES > 1 else ():
         torch.distributed.broadcast(tensor, 0)
     run.log(describe_learning(model, learning, cfg))

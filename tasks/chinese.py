@@ -192,6 +192,9 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
     if row is None:
         raise Unusable("wrong number of columns")
     whole = "prompt" in row or not task.template
+    if whole and not {"prompt", "answer"} <= row.keys():
+        raise UserError(f'{where}: a row needs "prompt" and "answer", as in {{"prompt": "...", "answer": "..."}}; this '
+                        f"one has {', '.join(row) or 'nothing'}")
     names = ("prompt", "answer") if whole else [name for name in task.fields if name not in ("options", "choices")]
     values = {name: _clean(_field(row, name, where)) for name in names}
     if empty := [name for name, text in values.items() if not text]:
@@ -199,7 +202,6 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
     if whole:
         return row | {"fields": ()}
     group, given = group_of(*map(values.get, task.group or (task.passage,))), _field(row, task.answer_field, where)
-    values["options"] = "、".join(task.answers)
     if task.kind == "span":
         references, spans = _spans(given, values[task.passage])
         answers = {"answer": spans[0], "references": references, "protected": spans}
@@ -210,8 +212,14 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
     else:
         answers = {"answer": _label(task, given, where), "choices": task.answers,
                    "protected": [values[name] for name in ("head", "tail") if name in values]}  # of a relation
-    prompt, fields = fill(task.template, values)
+    prompt, fields = fill_template(task, values)
     return {"prompt": prompt, "group": group, "fields": fields, **answers}
+
+
+def fill_template(task: Task, values: dict[str, str]) -> tuple[str, tuple[tuple[str, int, int], ...]]:
+    """`fill` for the task's template; {options} are its answers, joined as the template's language does it."""
+    comma = "、" if re.search("[\u4e00-\u9fff]", task.template) else ", "
+    return fill(task.template, {"options": comma.join(task.answers)} | values)
 
 
 def fill(template: str, values: dict[str, str]) -> tuple[str, tuple[tuple[str, int, int], ...]]:
