@@ -61,11 +61,12 @@ def to_example(name: str, row: dict, where: str = "") -> Example:
     """A row {"prompt", "answer"} as an Example; choices, references, protected, group, hard_prompt and passage (a part
     of the prompt that may be shortened) are optional. Raises UserError by file and line."""
     texts, lists = ("prompt", "answer", "group", "hard_prompt", "passage"), ("choices", "references", "protected")
-    wrong = {key: "a text" for key in texts if isinstance(row.get(key), list | dict)}
-    wrong |= {key: "a list of texts" for key in lists if isinstance(row.get(key) or [], str | int | float | dict)
-              or any(isinstance(part, list | dict | None) for part in row.get(key) or [])}
-    for key, form in wrong.items():
-        raise UserError(f"{where}: {key} is {row[key]!r}, but should be {form}")
+    for key in texts + lists:
+        value = row.get(key) or ()
+        parts = value if key in lists else [value or ""]
+        if not isinstance(parts, list | tuple) or any(isinstance(part, list | dict | None) for part in parts):
+            form = "a list of texts" if key in lists else "a text"
+            raise UserError(f"{where}: {key} is {value!r}, but should be {form}")
     prompt, answer, group, hard_prompt, passage = (_text(row.get(key)) for key in texts)
     choices, references, protected = (tuple(map(_text, row.get(key) or ())) for key in lists)
     if choices and (answer not in choices or len(set(choices)) < max(2, len(choices))):
@@ -92,12 +93,13 @@ def task_of(name: str, examples: Sequence[Example] = ()) -> Task:
     choices in every row, in any order, otherwise a choice task."""
     if name in TASKS and not (examples and examples[0].own):
         return TASKS[name]
-    choices, template = examples[0].choices if examples else (), "{text} =>" if name in micro.TASKS else ""
+    choices = examples[0].choices if examples else ()
+    form = {"template": "{text} =>", "passage": ""} if name in micro.TASKS else {}  # nothing of its text may be cut
     if not choices:
-        return Task(name, "own", "span", "char_f1", template)
+        return Task(name, "own", "span", "char_f1", **form)
     if any(set(example.choices) != set(choices) for example in examples):
-        return Task(name, "own", "choice", "accuracy", template)
-    return Task(name, "own", "closed", "accuracy", template, choices)
+        return Task(name, "own", "choice", "accuracy", **form)
+    return Task(name, "own", "closed", "accuracy", answers=choices, **form)
 
 
 def spec_of(name: str, examples: Sequence[Example]) -> dict:
@@ -194,11 +196,11 @@ def _cut_dev(name: str, examples: list[Example]) -> tuple[list[Example], list[Ex
     by_group = defaultdict(list)
     for example in examples:
         by_group[example.group].append(example)
-    groups, dev = sorted(by_group), []
+    groups, dev, share = sorted(by_group), [], min(DEV_ROWS, int(DEV_SHARE * len(examples)))
     if len(groups) < 2:
         raise UserError(f"task {name!r} has {len(examples)} train rows on one text, no dev split can be cut; add rows")
     random.Random(f"dev {name}").shuffle(groups)
-    while len(dev) < max(1, min(DEV_ROWS, int(DEV_SHARE * len(examples)))) and len(groups) > 1:
+    while not dev or len(dev) < share and len(groups) > 1:
         dev += by_group[groups.pop()]
     return [example for group in groups for example in by_group[group]], dev
 
@@ -548,8 +550,8 @@ def page(name: str, root: str | None = None, tokenizer: PreTrainedTokenizerBase 
         rows, warnings = encode_task(name, tokenizer, cfg)
         unit, lengths = "tokens", [len(row) for row in encode_all(splits.train, tokenizer, sys.maxsize)]
         lost = [row.lost for split in ("train", "dev", "test") for row in rows[split] if row.lost]
-        cut = [f"--max-length {cfg.max_length} shortens {len(lost)} rows, of which {len(lost) - lost.count('text')} lose "
-               "the answer or a name"]
+        cut = [f"--max-length {cfg.max_length} shortens {len(lost)} rows, {len(lost) - lost.count('text')} of them "
+               "without their answer or a name"]
     rewritten = [new for example in splits.test if (new := perturb(example, seed=0)).operations]
     return "\n  ".join([
         describe_task(name, root),
