@@ -64,16 +64,22 @@ def both(name):
     return [published(name, i) for i in range(12)], [published(name, i) for i in range(12, 16)]
 
 
-def test_the_table_has_the_sixteen_tasks_and_is_consistent():
-    assert chinese.SOURCES == ("afqmc", "amazon", "thucnews", "bq", "cmnli", "cmrc2018", "sanwen", "cote_mfw")
-    assert chinese.TARGETS == ("chnsenticorp", "tnews", "ocnli", "lcqmc", "drcd", "c3", "cote_bd", "finre")
-    sizes = {"amazon": 5, "thucnews": 10, "cmnli": 3, "ocnli": 3, "sanwen": 10, "tnews": 15, "finre": 44}
+def test_the_table_is_consistent_and_source_and_target_tasks_are_apart():
+    assert set(PUBLISHED) <= set(TASKS) and {*chinese.SOURCES, *chinese.TARGETS} == set(TASKS)
     for task in chinese.TABLE:
-        assert task.template.rstrip()[-1] == "：" and task.passage in task.fields and task.sources
-        assert (task.kind == "closed") == bool(task.answers) == ("options" in task.fields)
+        assert task.role in ("source", "target") and task.passage in task.fields and task.sources
+        assert (task.kind == "closed") == bool(task.answers) and (task.kind == "choice") == ("choices" in task.fields)
         assert not task.labels or len(task.labels) == len(task.answers) == len(set(task.answers))
         assert set(task.group) <= set(task.fields) and task.positive in ("", *task.answers)
-        assert task.kind != "closed" or len(task.answers) == sizes.get(task.name, 2)
+
+
+def test_answers_are_joined_as_the_language_of_the_template_does_it():
+    for template, joined in (("{text} 可选：{options}", "甲 可选：a、b"), ("{text} One of: {options}", "甲 One of: a, b")):
+        task = chinese.Task("new", "source", "closed", "accuracy", template, ("a", "b"))
+        prompt, fields = chinese.fill_template(task, {"text": "甲"})
+        assert prompt == joined and chinese.fill_template(task, {n: prompt[a:b] for n, a, b in fields})[0] == prompt
+        row = chinese.to_prompt(task, {"text": "甲", "label": "b"}, "")
+        assert (row["prompt"], row["fields"], row["answer"]) == (prompt, fields, "b")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
