@@ -53,7 +53,7 @@ def read_outcome(run: Path) -> dict:
     for path in run.glob("**/metrics.jsonl"):
         found[path] = [json.loads(line) for line in path.read_text().splitlines()]
     for path in run.glob("**/results.json"):
-        found[path] = json.loads(path.read_text())["scores"]
+        found[path] = json.loads(path.read_text()).get("scores")
     return {str(path.relative_to(run)): value for path, value in found.items()}
 
 
