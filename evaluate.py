@@ -313,7 +313,7 @@ def draw_cosines(path: Path, first: dict, last: dict, sizes: Sequence[int] = (),
         for axis, row, when in zip(axes, (first, last), ("before", "after")):
             image = cosine_matrix(axis, names, row["cosines"], max(top, level))
             axis.set_title(f"{when} training (step {row['step']})")
-        label = "|cos| of two tasks, mean over layers" + (f"\nwhite line: random tasks, {level:.2g}" if sizes else "")
+        label = "|cos| of two tasks, mean over layers" + (f"\nwhite: random tasks, about {level:.2g}" if sizes else "")
         figure.colorbar(image, ax=axes, label=label).ax.axhline(level, color="white", linewidth=3)
 
 
