@@ -1,21 +1,13 @@
 r"""The methods TA-LoRA is compared with. All of them adapt a backbone through one interface (model.AdaptedLM), so the
 loop, the loss, the batches and the scoring are the same, and two results differ by the method alone.
 
-    input prompts: the backbone reads [P; E(x)], P trainable rows in front of the text's embeddings E(x)
-      InputPrompts      P_i for each task: prompt tuning; SPoT starts a target from a       (Lester et al. 2021,
-                        prompt that was trained on the source tasks                          Vu et al. 2022)
-      MPT               P_i = P* o (u_i (x) v_i), with P* shared by all tasks               (Wang et al. 2023)
-      Attempt           P_i + sum_j a_j(x) P_j: the text x weighs frozen source prompts     (Asai et al. 2022)
-    gated prompts in every layer, Eq. (2): in TA-LoRA's place, to tell the effect of the place from that of sharing
-      DeepPrompts       theta_i for each task
-      DeepMPT           theta_i = P* o (u_i (x) v_i)
-    changes inside the backbone, trained on all source tasks and then on a target
-      Adapter           y + W_up gelu(W_down y + b) + b' after attention and after the MLP  (Houlsby et al. 2019)
-      LoRA              (W + s B A) x in q_proj and v_proj                                  (Hu et al. 2022)
-      BitFit            the biases the backbone has: those of q, k and v in a Qwen2         (Ben Zaken et al. 2022)
-      FullFineTuning    every weight
+    prompts at the input           prompt tuning (Lester et al. 2021), SPoT (Vu et al. 2022), ATTEMPT (Asai et al.
+                                   2022), MPT (Wang et al. 2023; here without teachers to distil from)
+    gated prompts in every layer   the same in TA-LoRA's place, Eq. (2), to tell the effect of the place from sharing
+    changes inside the backbone    adapters (Houlsby et al. 2019), LoRA (Hu et al. 2022), BitFit (Ben Zaken et al.
+                                   2022), all weights; trained on all source tasks and then on a target
 
-compare.py says what is trained in which stage, at which learning rate. MPT is trained without teachers to distil from.
+compare.py says what is trained in which stage, at which learning rate.
 B batch, T text tokens, P prompt length, d model width, L layers, m bottleneck, n distinct tasks of a batch, N tasks.
 """
 
@@ -30,15 +22,72 @@ from transformers import PreTrainedModel
 from checkpoint import UserError
 from model import NO_TASK, AdaptedLM, GatedPrompts, TALoRAConfig, random_words
 
+# ------------------------------------------------------------------------------------------- what a task's prompt is
+
+class PromptOfEachTask(AdaptedLM):
+    """A prompt of its own for each task. Where it stands, another class says; it gives `new_prompt`, random words as
+    they are read there, (P, d) or (L, P, d)."""
+
+    def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
+        super().__init__(backbone, config)
+        self.prompt = nn.ParameterList()
+        for task in tasks:
+            self.add_task(task)
+
+    def add_task(self, name: str) -> int:
+        """Add a task whose prompt starts as random words, and return its id. Raises UserError if the name is taken."""
+        new_id = super().add_task(name)
+        self.prompt.append(nn.Parameter(self.new_prompt(self.backbone, self.config.prompt_length)))
+        return new_id
+
+    def prompts_of(self, ids: list[int]) -> Tensor:
+        """The prompts of these tasks, (n, P, d) or (L, n, P, d)."""
+        return torch.stack([self.prompt[i] for i in ids], -3)
+
+
+class SharedPromptTimesFactors(AdaptedLM):
+    """P* o (u_i (x) v_i): a prompt P* for all tasks, and factors u = v = 1 at the start. Where, as above."""
+
+    def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
+        super().__init__(backbone, config)
+        self.shared = nn.Parameter(self.new_prompt(backbone, config.prompt_length))  # P*, (P, d) or (L, P, d)
+        self.u, self.v = nn.ParameterList(), nn.ParameterList()
+        for task in tasks:
+            self.add_task(task)
+
+    def add_task(self, name: str) -> int:
+        new_id = super().add_task(name)
+        self.u.append(nn.Parameter(torch.ones_like(self.shared[..., 0])))  # (P,) or (L, P)
+        self.v.append(nn.Parameter(torch.ones_like(self.shared[..., 0, :])))  # (d,) or (L, d)
+        return new_id
+
+    def prompts_of(self, ids: list[int]) -> Tensor:
+        u, v = (torch.stack([factor[i] for i in ids], -2) for factor in (self.u, self.v))  # (L, n, P), (L, n, d)
+        return self.shared.unsqueeze(-3) * u.unsqueeze(-1) * v.unsqueeze(-2)  # P* o (u_i (x) v_i)
+
+
+def refuse_no_task(ids: list[int]) -> None:
+    """Raise ValueError if NO_TASK is among the ids: only TA-LoRA's theta0 belongs to no task."""
+    if NO_TASK in ids:
+        raise ValueError(f"a row has no task ({NO_TASK}), but every prompt of this method belongs to a task")
+
+
 # ------------------------------------------------------------------------------------------- prompts at the input
 
 class PromptInFront(AdaptedLM):
-    """The backbone reads [P; E(x)], P rows in front of the text. Subclasses say what they are:
-
-    `prompts(ids, row, words, text)` -> (B, P, d), where row b has task ids[row[b]]; words (B, T, d), text (B, <= T).
-    """
+    """The backbone reads [P; E(x)], P rows in front of the text."""
 
     reads, puts_prompt_in_front = ("prompt_length",), True
+
+    @staticmethod
+    def new_prompt(backbone: PreTrainedModel, P: int) -> Tensor:
+        """The embeddings of P random words, (P, d): a far better start than noise (Lester et al., section 3.2)."""
+        words = backbone.get_input_embeddings().weight  # (V, d)
+        return words[torch.randint(len(words), (P,), device=words.device)].detach().float()
+
+    def prompts(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
+        """(B, P, d), where row b has task ids[row[b]]; words (B, T, d), text (B, <= T)."""
+        return self.prompts_of(ids)[row]
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
                text: Tensor) -> dict:
@@ -61,69 +110,16 @@ class PromptInFront(AdaptedLM):
                     position_ids=torch.cat([own, P + position_ids], 1))
 
 
-def refuse_no_task(ids: list[int]) -> None:
-    """Raise ValueError if NO_TASK is among the ids: only TA-LoRA's theta0 belongs to no task."""
-    if NO_TASK in ids:
-        raise ValueError(f"a row has no task ({NO_TASK}), but every prompt of this method belongs to a task")
-
-
-def sample_words(backbone: PreTrainedModel, P: int) -> Tensor:
-    """The embeddings of P random words in fp32, (P, d): a far better start than noise (Lester et al., section 3.2)."""
-    words = backbone.get_input_embeddings().weight  # (V, d)
-    return words[torch.randint(len(words), (P,), device=words.device)].detach().float()
-
-
-class PromptOfEachTask(AdaptedLM):
-    """A prompt of its own for each task. Subclasses say where it stands and give `new_prompt`, random words as it reads
-    them there (sample_words or random_words)."""
-
-    def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
-        super().__init__(backbone, config)
-        self.prompt = nn.ParameterList()
-        for task in tasks:
-            self.add_task(task)
-
-    def add_task(self, name: str) -> int:
-        """Add a task whose prompt starts as random words, and return its id. Raises UserError if the name is taken."""
-        new_id = super().add_task(name)
-        self.prompt.append(nn.Parameter(self.new_prompt(self.backbone, self.config.prompt_length)))
-        return new_id
-
-
-class SharedPromptTimesFactors(AdaptedLM):
-    """P* o (u_i (x) v_i): a prompt P* for all tasks, and factors u = v = 1 at the start. Subclasses as above."""
-
-    def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
-        super().__init__(backbone, config)
-        self.shared = nn.Parameter(self.new_prompt(backbone, config.prompt_length))  # P*, (P, d) or (L, P, d)
-        self.u, self.v = nn.ParameterList(), nn.ParameterList()
-        for task in tasks:
-            self.add_task(task)
-
-    def add_task(self, name: str) -> int:
-        new_id = super().add_task(name)
-        self.u.append(nn.Parameter(torch.ones_like(self.shared[..., 0])))  # (P,) or (L, P)
-        self.v.append(nn.Parameter(torch.ones_like(self.shared[..., 0, :])))  # (d,) or (L, d)
-        return new_id
-
-
 class InputPrompts(PromptOfEachTask, PromptInFront):
     """One prompt for each task: prompt tuning and SPoT. P d parameters a task."""
 
-    method, new_prompt = "input-prompt", staticmethod(sample_words)
-
-    def prompts(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
-        return torch.stack([self.prompt[i] for i in ids])[row]
+    method = "input-prompt"
 
 
 class MPT(SharedPromptTimesFactors, PromptInFront):
     """P_i = P* o (u_i (x) v_i), which starts at P* for every task: u = v = 1. P d + (P + d) parameters a task."""
 
-    method, new_prompt = "mpt", staticmethod(sample_words)
-
-    def prompts(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
-        u, v = (torch.stack([factor[i] for i in ids]) for factor in (self.u, self.v))  # (n, P), (n, d)
-        return (self.shared * u.unsqueeze(-1) * v.unsqueeze(-2))[row]  # P* o (u_i (x) v_i)
+    method = "mpt"
 
 
 class Attempt(InputPrompts):
@@ -164,7 +160,11 @@ class Attempt(InputPrompts):
 class WholePrompts(GatedPrompts):
     """A gated prompt in every layer for each task. What is logged is about the prompts as wholes."""
 
-    reads = ("prompt_length", "gate_per_head")
+    reads, new_prompt = ("prompt_length", "gate_per_head"), staticmethod(random_words)
+
+    def prompts(self, ids: list[int]) -> Tensor:
+        refuse_no_task(ids)
+        return self.prompts_of(ids)  # (L, n, P, d)
 
     def cosines(self) -> Tensor:
         flat = F.normalize(self.prompts(list(range(len(self.tasks)))).flatten(2), dim=-1)  # (L, N, P d)
@@ -177,22 +177,13 @@ class WholePrompts(GatedPrompts):
 class DeepPrompts(PromptOfEachTask, WholePrompts):
     """Only the gates are shared. L P d parameters a task."""
 
-    method, new_prompt = "deep-prompt", staticmethod(random_words)
-
-    def prompts(self, ids: list[int]) -> Tensor:
-        refuse_no_task(ids)
-        return torch.stack([self.prompt[i] for i in ids], 1)  # (L, n, P, d)
+    method = "deep-prompt"
 
 
 class DeepMPT(SharedPromptTimesFactors, WholePrompts):
     """MPT in every layer, theta_i = P* o (u_i (x) v_i). Only u and v are trained on a target: L (P + d) parameters."""
 
-    method, new_prompt = "deep-mpt", staticmethod(random_words)
-
-    def prompts(self, ids: list[int]) -> Tensor:
-        refuse_no_task(ids)
-        u, v = (torch.stack([factor[i] for i in ids], 1) for factor in (self.u, self.v))  # (L, n, P), (L, n, d)
-        return self.shared[:, None] * u.unsqueeze(-1) * v.unsqueeze(-2)  # (L, n, P, d)
+    method = "deep-mpt"
 
 
 # ------------------------------------------------------------------------------------ changes inside the backbone

@@ -105,16 +105,15 @@ class Bench:
 
     def __init__(self, shape: dict, cfg: Config, tokens: int):
         torch.manual_seed(0)
-        self.cfg, self.device = cfg, torch.device(pick_device(cfg.device))
-        self.gpu, self.parts = self.device.type == "cuda", []
-        self.backbone = self.measure_part("random weights", partial(build_backbone, shape, cfg.dtype, self.device))
+        self.cfg, self.device, self.parts = cfg, torch.device(pick_device(cfg.device)), []
+        self.gpu = self.device.type == "cuda"
+        self.backbone = self.measure("random weights", partial(build_backbone, shape, cfg.dtype, self.device))
         self.parameters = sum(p.numel() for p in self.backbone.model.layers.parameters())  # n
         rows = make_rows(shape["vocab_size"], min(LONGEST, tokens))
         parts = Batches({"any": rows}, len(rows), 0, budget=tokens)[0]  # short rows to long ones
         self.rows = [parts[(2 * i + 1) * len(parts) // (2 * BATCHES)] for i in range(BATCHES)]
         self.batches = [collate(rows, range(len(rows))).to(self.device) for rows in self.rows]
         self.peak = max(self.measure_peak(n) for n in ((4096, 8192, 16384) if self.gpu else (1024, 2048)))
-        self.resident = torch.cuda.memory_allocated() if self.gpu else 0  # before any contender is made
 
     def measure_peak(self, n: int) -> float:
         """FLOP a second of a product of two n x n matrices in the backbone's dtype."""
@@ -130,8 +129,8 @@ class Bench:
         device.synchronize()
         return time.perf_counter() - start, result
 
-    def measure_part(self, name: str, work: Callable):
-        """Do some work once and note its seconds and its peak memory -> what it returns."""
+    def measure(self, part: str, work: Callable):
+        """Do some work once and note its seconds and peak memory (of the GPU, else of this process) -> its result."""
         gc.collect()
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -140,56 +139,55 @@ class Bench:
         seconds, result = self.time(work)
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # bytes
         peak = torch.cuda.max_memory_allocated() if self.gpu else host
-        self.parts.append({"": name, "seconds": seconds, "peak memory, GB": peak / 1e9})
+        self.parts.append({"": part, "seconds": seconds, "peak memory, GB": peak / 1e9})
         return result
 
     def measure_parts(self) -> list[dict]:
         """All that is done with an adapter of one task. RunFailed if it does not start as the frozen backbone."""
-        cfg, rows, model = self.cfg, self.rows[BATCHES // 2], self.adapter(1)
+        rows = self.rows[BATCHES // 2]
         batch = collate(rows, [0] * len(rows)).to(self.device)
-        learning = learning_tensors(model, TALORA.learns["multitask"], [0])
-        optimizer = build_optimizer(model, learning, cfg)
-        print(f"{count(model, learning):,} trainable parameters for one task, {len(rows)} rows of "
-              f"{batch.input_ids.shape[1]} tokens", flush=True)
         frozen = AdaptedLM(self.share_backbone())(**vars(batch)).loss
-        for how in ("", ", checkpointing"):
-            if how:
-                enable_checkpointing(model.backbone)
-            loss = self.measure_part(f"forward{how}", partial(model, **vars(batch))).loss
-            self.measure_part(f"backward{how}", loss.backward)
+        for checkpointing, how in ((False, ""), (True, ", checkpointing")):
+            model = self.adapter(1, checkpointing)
+            learning = learning_tensors(model, TALORA.learns["multitask"], [0])
+            optimizer = build_optimizer(model, learning, self.cfg)
+            loss = self.measure(f"forward{how}", partial(model, **vars(batch))).loss
+            self.measure(f"backward{how}", loss.backward)
             if not torch.allclose(loss, frozen):  # NaN fails, too
                 raise RunFailed(f"with its gates at zero the adapter's loss is {loss}, the frozen backbone's {frozen}")
-        self.measure_part("optimizer step", optimizer.step)
+        self.measure("optimizer step", optimizer.step)
         with tempfile.TemporaryDirectory() as folder:
-            self.measure_part("save the adapter", partial(model.save, folder))
-            model = self.measure_part("load the adapter", partial(TALoRA.load, folder, model.backbone))
+            self.measure("save the adapter", partial(model.save, folder))
+            model = self.measure("load the adapter", partial(TALoRA.load, folder, model.backbone))
         ids, mask = (tensor.to(self.device) for tensor in collate_prompts(rows))
         labels = [[[2, 1], [3, 1], [4, 5, 1]]] * len(rows)
-        self.measure_part("score three labels", partial(model.score, ids, mask, batch.task_ids, labels))
-        self.measure_part("generate four tokens", partial(model.generate, ids, mask, batch.task_ids, 4))
+        self.measure("score three labels", partial(model.score, ids, mask, batch.task_ids, labels))
+        self.measure("generate four tokens", partial(model.generate, ids, mask, batch.task_ids, 4))
+        print(f"{count(model, learning):,} trainable parameters for one task; {len(rows)} rows of "
+              f"{batch.input_ids.shape[1]} tokens, a first loss of {frozen:.4f}, with gates at zero and without a prompt")
         return self.parts
 
     def share_backbone(self) -> PreTrainedModel:
         """A backbone with modules and settings of its own whose weights are the one backbone's."""
         return copy.deepcopy(self.backbone, {id(p): p for p in self.backbone.parameters()})
 
-    def adapter(self, tasks: int) -> TALoRA:
+    def adapter(self, tasks: int, checkpointing: bool) -> TALoRA:
+        backbone = self.share_backbone()
+        if checkpointing:
+            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         sizes = TALoRAConfig(self.cfg.prompt_length, self.cfg.rank)
-        return TALoRA(self.share_backbone(), [f"task {i}" for i in range(tasks)], sizes).train()
+        return TALoRA(backbone, [f"task {i}" for i in range(tasks)], sizes).train()
 
     def floor(self) -> Step:
         return self.train(Floor(self.share_backbone()), {"vector": "fast"}, regularise=False)
 
     def talora(self, checkpointing: bool) -> Step:
-        """The multitask stage of sixteen tasks."""
-        model = self.adapter(TASKS)
-        if checkpointing:
-            enable_checkpointing(model.backbone)
-        return self.train(model, TALORA.learns["multitask"], regularise=True)
+        """The multitask stage."""
+        return self.train(self.adapter(TASKS, checkpointing), TALORA.learns["multitask"], regularise=True)
 
     def train(self, model: AdaptedLM, learns: dict[str, str], regularise: bool) -> Step:
         learning = learning_tensors(model, learns, list(range(len(model.tasks))))
-        return partial(step_of_train, model, build_optimizer(model.train(), learning, self.cfg), self.cfg, regularise)
+        return partial(step_of_train, model, build_optimizer(model, learning, self.cfg), self.cfg, regularise)
 
     def peft(self, adapter) -> Step:
         model = peft.get_peft_model(self.share_backbone(), adapter).train()
@@ -200,16 +198,11 @@ class Bench:
         """Steps of all contenders, in turns -> a row of the table for each."""
         rows, steps, times = [], {}, {}
         for name, make in contenders.items():
-            gc.collect()
             torch.manual_seed(0)
-            if self.gpu:
-                others = torch.cuda.memory_allocated() - self.resident
-                torch.cuda.reset_peak_memory_stats()
             steps[name], times[name] = make(), [[] for _ in self.batches]
-            losses = [steps[name](batch) for batch in (*self.batches, self.batches[0])]  # the warm-up
-            rows.append({"": name, "first loss": losses[0]})
-            if self.gpu:
-                rows[-1]["peak memory, GB"] = (torch.cuda.max_memory_allocated() - others) / 1e9
+            warm_up = [*self.batches, self.batches[0]]
+            losses = self.measure(name, lambda step=steps[name], batches=warm_up: [step(batch) for batch in batches])
+            rows.append({"": name, "first loss": losses[0], "peak memory, GB": self.parts.pop()["peak memory, GB"]})
         for _ in range(REPEATS):
             for i, batch in enumerate(self.batches):
                 for name, step in steps.items():
@@ -224,10 +217,6 @@ class Bench:
                     "share of peak": 4 * self.parameters * read / seconds / self.peak}
             row["x the first row"] = row["step, ms"] / rows[0]["step, ms"]
         return rows
-
-
-def enable_checkpointing(backbone: PreTrainedModel) -> None:
-    backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def step_of_train(model: AdaptedLM, optimizer: torch.optim.Optimizer, cfg: Config, regularise: bool,

@@ -61,10 +61,10 @@ METHODS = {method.name: method for method in (
                      "large": {"rank": 8, "prompt_rate": 2e-4, "target_rate": 2e-4}}),
     Method("bitfit", "the backbone's biases", baselines.BitFit, on_both("backbone"),
            defaults={"toy": {"prompt_rate": 0.1, "target_rate": 0.03},
-                     "large": {"dtype": "float32", "autocast": True, "prompt_rate": 1e-3, "target_rate": 1e-3}}),
+                     "large": {"dtype": "float32", "prompt_rate": 1e-3, "target_rate": 1e-3}}),
     Method("ft", "all weights of the backbone", baselines.FullFineTuning, on_both("backbone"),
            defaults={"toy": {"prompt_rate": 0.0003, "target_rate": 0.0001},
-                     "large": {"dtype": "float32", "autocast": True, "prompt_rate": 1e-5, "target_rate": 1e-5}}),
+                     "large": {"dtype": "float32", "prompt_rate": 1e-5, "target_rate": 1e-5}}),
 )}
 
 
@@ -75,7 +75,8 @@ def unused_options(method: Method) -> list[str]:
     if not any(tensor.startswith("gate") for tensor, _ in learns):
         used.discard("gate_per_head")
     if method.regularised:
-        used |= {"regulariser", "reg_weight"}
+        off = method.fixes(Config()).get("regulariser") == "off"
+        used |= {"regulariser"} if off else {"regulariser", "reg_weight"}
     sizes = [f.name for f in dataclasses.fields(TALoRAConfig)]
     rates = [f.name for f in dataclasses.fields(Config) if f.name.endswith("_rate")]
     return [name for name in (*sizes, *rates, "regulariser", "reg_weight") if name not in used]
@@ -95,7 +96,7 @@ def check_typed(argv: list[str], method: Method) -> None:
             raise UserError(f"{method.name} sets {flag(name)} {value}, the command {getattr(cfg, name)}; leave it out")
     if method.model in (baselines.BitFit, baselines.FullFineTuning) and cfg.dtype != "float32":
         raise UserError(f"{method.name} changes weights of the backbone, and --dtype {cfg.dtype} rounds small steps "
-                        "away; use --dtype float32 --autocast")
+                        "away; use --dtype float32")
 
 
 def describe_methods() -> str:

@@ -1,13 +1,5 @@
-r"""Ablations: TA-LoRA with one change each. [paper: ...] says what the public summaries of the paper say about it.
-
-Most of them change an option or what is trained (VARIANTS, at the end). These compute something else:
-
-    OpenGate        tanh(g) = 1 from the first step                          instead of zero-initialised gates
-    OneSoftmax      softmax(q [K_theta; K_x]^T / sqrt(h)) [V_theta; V_x]     instead of Eq. (2)
-    GateOnTheStep   text + tanh(g0) P(theta0) + tanh(g) [P(theta_i) - P(theta0)],  P(theta) = softmax(q K^T / sqrt(h)) V
-    OwnB            theta_i = theta0 + s B_i A_i                             instead of a shared B
-    SumOfTerms      A_i = sum_t u_it (x) v_it                                instead of one rank-1 term
-    SideBySide      [theta_1; ..; theta_N] for every row                     instead of the prompt of the row's task
+r"""Ablations: TA-LoRA with one change each. Most of them change an option or what is trained: see the table at the end.
+[paper: ...] says what the public summaries of the paper say about it.
 
 B batch (as a weight (L, P, r)), T text tokens, S keys, P prompt length, d model width, H query heads, K key/value
 heads, h head size, L layers, N tasks, n distinct tasks of a batch, r rank.
@@ -29,7 +21,7 @@ from train import TALORA, Config, Method
 
 
 class OpenGate(TALoRA):
-    """Without zero-initialised attention: the gates are fixed open."""
+    """Without zero-initialised attention: the gates are fixed open, tanh(g) = 1 from the first step."""
 
     method = "talora-open-gate"
 
@@ -95,7 +87,7 @@ for name, function in (("one_softmax", one_softmax_attention), ("gate_on_the_ste
 
 
 class OwnB(TALoRA):
-    """A B for each task."""
+    """A B for each task: theta_i = theta0 + s B_i A_i."""
 
     method = "talora-own-b"
 
@@ -120,7 +112,7 @@ class OwnB(TALoRA):
 
 
 class SumOfTerms(TALoRA):
-    """A_i a sum of several rank-1 terms, so the step B A_i has up to that rank."""
+    """A_i = sum_t u_it (x) v_it, a sum of several rank-1 terms, so the step B A_i has up to that rank."""
 
     terms = 1
 
@@ -159,7 +151,7 @@ class FourTerms(SumOfTerms):
 
 
 class SideBySide(TALoRA):
-    """Every row sees all tasks' prompts, N P rows, and attention chooses among them (base stage: theta0 alone)."""
+    """Every row sees [theta_1; ..; theta_N], N P rows, and attention chooses among them (base stage: theta0 alone)."""
 
     method = "talora-side-by-side"
 
