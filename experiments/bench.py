@@ -10,9 +10,9 @@ and backward another 2 n t, since the gradients of frozen weights are never comp
 
     share of peak = 4 n t / (seconds of a step * FLOP a second of the fastest square matrix product measured here)
 
-(checkpointing computes 6 n t, of which 4 count). The *floor* is the frozen backbone with one trainable vector, added to
-every input embedding: nothing that trains at the input can be cheaper. All contenders take turns on the same batches; a
-batch counts with the median of its repeats. The weights are random. Compare ratios: times hold for one machine.
+(checkpointing computes 6 n t, of which 4 count). The *floor* is the frozen backbone with one trainable row in front of
+the text: nothing that trains at the input is cheaper. All contenders take turns on the same batches; a batch counts
+with the median of its repeats. The weights are random. Compare ratios: times hold for one machine.
 """
 
 import argparse
@@ -33,12 +33,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from checkpoint import Parser, RunFailed, environment, pick_device, run_program, write_json
 from data import Batch, Batches, Encoded, collate, collate_prompts
 from evaluate import markdown
+from experiments.baselines import InputPrompts
 from model import AdaptedLM, TALoRA, TALoRAConfig
 from train import TALORA, Config, build_optimizer, check, count, learning_tensors, parse, train_step
 
@@ -58,25 +59,10 @@ SHAPES = {
 }
 TASKS, LONGEST, ANSWER = 16, 1024, 3  # tokens of a row at most; of an answer, its end included
 BATCHES, REPEATS = 6, 3  # different micro-batches, timed steps on each
-PEFT_PROMPT, PEFT_ROWS = "peft prompt tuning, 100 tokens", 100
+FLOOR, PEFT_PROMPT = "floor", "peft prompt tuning, 100 tokens"
+IN_FRONT = {FLOOR: 1, PEFT_PROMPT: 100}  # rows in front of the text
 
 Step = Callable[[Batch], float]  # one optimizer step on a batch -> its loss
-
-
-class Floor(AdaptedLM):
-    """The frozen backbone, with the library's own attention, and one vector (d,) that is added to every embedding."""
-
-    method, attention = "floor", "sdpa"
-
-    def __init__(self, backbone: PreTrainedModel):
-        super().__init__(backbone)
-        self.vector = nn.Parameter(torch.zeros(backbone.config.hidden_size, device=self.device))
-        self.add_task("any")
-
-    def inputs(self, input_ids: Tensor, *others: Tensor) -> dict:
-        given = super().inputs(input_ids, *others)
-        words = self.backbone.get_input_embeddings()(given.pop("input_ids"))  # (B, T, d)
-        return given | {"inputs_embeds": words + self.vector.to(words.dtype)}
 
 
 def make_rows(vocabulary: int, longest: int) -> list[Encoded]:
@@ -164,7 +150,7 @@ class Bench:
         self.measure("score three labels", partial(model.score, ids, mask, batch.task_ids, labels))
         self.measure("generate four tokens", partial(model.generate, ids, mask, batch.task_ids, 4))
         print(f"{count(model, learning):,} trainable parameters for one task; {len(rows)} rows of "
-              f"{batch.input_ids.shape[1]} tokens, a first loss of {frozen:.4f}, with gates at zero and without a prompt")
+              f"{batch.input_ids.shape[1]} tokens; a first loss of {frozen:.4f}, as without a prompt")
         return self.parts
 
     def share_backbone(self) -> PreTrainedModel:
@@ -178,13 +164,6 @@ class Bench:
         sizes = TALoRAConfig(self.cfg.prompt_length, self.cfg.rank)
         return TALoRA(backbone, [f"task {i}" for i in range(tasks)], sizes).train()
 
-    def floor(self) -> Step:
-        return self.train(Floor(self.share_backbone()), {"vector": "fast"}, regularise=False)
-
-    def talora(self, checkpointing: bool) -> Step:
-        """The multitask stage."""
-        return self.train(self.adapter(TASKS, checkpointing), TALORA.learns["multitask"], regularise=True)
-
     def train(self, model: AdaptedLM, learns: dict[str, str], regularise: bool) -> Step:
         learning = learning_tensors(model, learns, list(range(len(model.tasks))))
         return partial(step_of_train, model, build_optimizer(model, learning, self.cfg), self.cfg, regularise)
@@ -194,24 +173,37 @@ class Bench:
         learning = [p for p in model.parameters() if p.requires_grad]
         return partial(step_of_peft, model, learning, torch.optim.AdamW(learning, lr=1e-3, betas=(0.9, 0.95)), self.cfg)
 
-    def compare(self, contenders: dict[str, Callable[[], Step]]) -> list[dict]:
-        """Steps of all contenders, in turns -> a row of the table for each."""
-        rows, steps, times = [], {}, {}
-        for name, make in contenders.items():
-            torch.manual_seed(0)
-            steps[name], times[name] = make(), [[] for _ in self.batches]
-            warm_up = [*self.batches, self.batches[0]]
-            losses = self.measure(name, lambda step=steps[name], batches=warm_up: [step(batch) for batch in batches])
+    def contenders(self) -> dict[str, Step]:
+        """The floor, TA-LoRA's multitask stage and peft, by name."""
+        floor = InputPrompts(self.share_backbone(), ["any"], TALoRAConfig(IN_FRONT[FLOOR])).train()
+        steps = {FLOOR: self.train(floor, {"prompt": "target"}, regularise=False)}
+        for checkpointing, name in ((False, "TA-LoRA"), (True, "TA-LoRA, checkpointing")):
+            model = self.adapter(TASKS, checkpointing)
+            steps[name] = self.train(model, TALORA.learns["multitask"], regularise=True)
+        if peft:
+            prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=IN_FRONT[PEFT_PROMPT])
+            lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+            steps |= {PEFT_PROMPT: self.peft(prompt), "peft LoRA": self.peft(lora)}
+        return steps
+
+    def compare(self) -> list[dict]:
+        """Steps of all contenders, in turns -> a row of the table for each. RunFailed if those that start as the frozen
+        backbone differ in the first loss."""
+        rows, steps, text = [], self.contenders(), sum(int(batch.attention_mask.sum()) for batch in self.batches)
+        times = {name: [[] for _ in self.batches] for name in steps}
+        for name, step in steps.items():
+            losses = self.measure(name, partial(list, map(step, [*self.batches, self.batches[0]])))  # the warm-up
             rows.append({"": name, "first loss": losses[0], "peak memory, GB": self.parts.pop()["peak memory, GB"]})
+        start = [row["first loss"] for row in rows if row[""] not in IN_FRONT]
+        if not max(start) - min(start) <= (0.02 if self.cfg.dtype == "bfloat16" else 1e-3) * max(start):  # nor NaN
+            raise RunFailed(f"the contenders do not compute the same: their losses in the first step are {start}")
         for _ in range(REPEATS):
             for i, batch in enumerate(self.batches):
                 for name, step in steps.items():
                     times[name][i].append(self.time(partial(step, batch))[0])
-        text = sum(int(batch.attention_mask.sum()) for batch in self.batches)
         for row in rows:
-            seconds = sum(map(statistics.median, times[row[""]]))  # of all batches
-            in_front = PEFT_ROWS if row[""] == PEFT_PROMPT else 0
-            read = sum(batch.input_ids.numel() + in_front * len(batch.input_ids) for batch in self.batches)
+            seconds, front = sum(map(statistics.median, times[row[""]])), IN_FRONT.get(row[""], 0)  # of all batches
+            read = sum(batch.input_ids.numel() + front * len(batch.input_ids) for batch in self.batches)
             row |= {"step, ms": 1000 * seconds / len(self.batches), "text tokens/s": text / seconds,
                     "share of padding and prompt": 1 - text / read,
                     "share of peak": 4 * self.parameters * read / seconds / self.peak}
@@ -237,21 +229,6 @@ def step_of_peft(model: nn.Module, learning: list[nn.Parameter], optimizer: torc
     return loss.item()
 
 
-def compare_methods(bench: Bench) -> list[dict]:
-    """The floor, TA-LoRA and peft. RunFailed if those that start as the frozen backbone differ in the first loss."""
-    contenders = {"floor": bench.floor, "TA-LoRA": partial(bench.talora, checkpointing=False),
-                  "TA-LoRA, checkpointing": partial(bench.talora, checkpointing=True)}
-    if peft:
-        prompt = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PEFT_ROWS)
-        lora = peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-        contenders |= {PEFT_PROMPT: partial(bench.peft, prompt), "peft LoRA": partial(bench.peft, lora)}
-    rows = bench.compare(contenders)
-    start = [row["first loss"] for row in rows if row[""] != PEFT_PROMPT]
-    if not max(start) - min(start) <= (0.02 if bench.cfg.dtype == "bfloat16" else 1e-3) * max(start):  # nor NaN
-        raise RunFailed(f"the contenders do not compute the same: their losses in the first step are {start}")
-    return rows
-
-
 def show(rows: Sequence[dict]) -> str:
     """Rows as a table of Markdown."""
     return markdown(list(rows[0]), [[format_cell(key, value) for key, value in row.items()] for row in rows])
@@ -270,8 +247,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--layers", type=int, help="layers, instead of the shape's")
     parser.add_argument("--tokens", type=int, help="of a micro-batch at most (default: 4096 on a GPU, 1024 on a CPU)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the backbone (default: float32 on a CPU, "
-                        "else bfloat16; the shape of 7B always bfloat16)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the backbone (default: bfloat16 on a GPU "
+                        "and for 7B, else float32)")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for <shape>-<device>-<dtype>.json")
     asked = parser.parse_args(argv)
     device = torch.device(pick_device(asked.device)).type
@@ -289,7 +266,7 @@ def main(argv: list[str]) -> None:
     print("".join(f"{name:20} {value}\n" for name, value in report.items()), flush=True)
     path, report["tables"] = asked.out / f"{asked.shape}-{device}-{cfg.dtype}.json", {}
     path.parent.mkdir(parents=True, exist_ok=True)
-    measures = {"parts": bench.measure_parts, "methods": partial(compare_methods, bench)}
+    measures = {"parts": bench.measure_parts, "methods": bench.compare}
     for name in ["parts"] if large else measures:  # a comparison would take hours
         report["tables"][name] = measures[name]()
         print(show(report["tables"][name]), flush=True)

@@ -25,46 +25,41 @@ def on_both(*tensors: str) -> dict[str, dict[str, str]]:
     return {"multitask": dict.fromkeys(tensors, "prompt"), "target": dict.fromkeys(tensors, "target")}
 
 
-# defaults: the micro-world's learning rates are the best on development rows of the grids in suite.py, with one seed.
-# The large ones are not swept; sizes and rates are those of the papers that baselines.py names.
-LONG = {"prompt_length": 100}
+def rates(prompt: float, target: float, **large) -> dict[str, dict]:
+    """Learning rates in the micro-world, the best on development rows of the grids in suite.py, with one seed; options
+    of the large presets, which are not swept: sizes and rates of the papers that baselines.py names."""
+    return {"toy": {"prompt_rate": prompt, "target_rate": target}, "large": large}
+
+
 METHODS = {method.name: method for method in (
     TALORA,
     Method("pt", "an input prompt for each target, from scratch", baselines.InputPrompts,
-           {"target": {"prompt": "target"}}, defaults={"toy": {"target_rate": 0.1}, "large": LONG}),
+           {"target": {"prompt": "target"}}, defaults={"toy": {"target_rate": 0.1}, "large": {"prompt_length": 100}}),
     Method("spot", "one input prompt for all sources, the start of every target's", baselines.InputPrompts,
-           on_both("prompt"), defaults={"toy": {"prompt_rate": 0.1, "target_rate": 0.03}, "large": LONG}),
+           on_both("prompt"), defaults=rates(0.1, 0.03, prompt_length=100)),
     Method("attempt", "an input prompt for each source; a target mixes them, by the text, into its own",
            baselines.Attempt, {"multitask": {"prompt": "prompt"},
                                "target": {"down": "target", "up": "target", "prompt": "target"}}, per_task=True,
-           defaults={"toy": {"prompt_rate": 0.1, "target_rate": 0.3}, "large": LONG | {"rank": 100}}),
+           defaults=rates(0.1, 0.3, prompt_length=100, rank=100)),
     Method("mpt", "a shared input prompt times a rank-1 factor of the task; without distillation", baselines.MPT,
-           on_both("shared", "u", "v"), per_task=True,
-           defaults={"toy": {"prompt_rate": 0.1, "target_rate": 0.03}, "large": LONG}),
+           on_both("shared", "u", "v"), per_task=True, defaults=rates(0.1, 0.03, prompt_length=100)),
     Method("deep-pt", "a gated prompt in every layer for each target, from scratch", baselines.DeepPrompts,
            {"target": {"prompt": "target", "gate": "target"}}, defaults={"toy": {"target_rate": 0.04}}),
     Method("deep-spot", "one gated prompt in every layer for all sources, the start of every target's",
-           baselines.DeepPrompts, on_both("prompt", "gate"),
-           defaults={"toy": {"prompt_rate": 0.1, "target_rate": 0.02}}),
+           baselines.DeepPrompts, on_both("prompt", "gate"), defaults=rates(0.1, 0.02)),
     Method("deep-spot-nearest", "gated prompts in every layer for each source; a target starts from the nearest",
-           baselines.DeepPrompts, on_both("prompt", "gate"), per_task=True,
-           defaults={"toy": {"prompt_rate": 0.1, "target_rate": 0.04}}),
+           baselines.DeepPrompts, on_both("prompt", "gate"), per_task=True, defaults=rates(0.1, 0.04)),
     Method("deep-mpt", "a shared gated prompt in every layer times a rank-1 factor of the task", baselines.DeepMPT,
-           {"multitask": {"shared": "prompt", "u": "prompt", "v": "prompt", "gate": "prompt"},
-            "target": {"u": "target", "v": "target"}}, per_task=True,
-           defaults={"toy": {"prompt_rate": 0.04, "target_rate": 0.2}}),
+           on_both("shared", "u", "v", "gate") | {"target": {"u": "target", "v": "target"}}, per_task=True,
+           defaults=rates(0.04, 0.2)),
     Method("adapter", "a bottleneck after attention and MLP of every layer", baselines.Adapter, on_both("backbone"),
-           defaults={"toy": {"prompt_rate": 0.01, "target_rate": 0.003},
-                     "large": {"rank": 64, "prompt_rate": 2e-4, "target_rate": 2e-4}}),
+           defaults=rates(0.01, 0.003, rank=64, prompt_rate=2e-4, target_rate=2e-4)),
     Method("lora", "low-rank changes of q_proj and v_proj", baselines.LoRA, on_both("backbone"),
-           defaults={"toy": {"prompt_rate": 0.01, "target_rate": 0.003},
-                     "large": {"rank": 8, "prompt_rate": 2e-4, "target_rate": 2e-4}}),
+           defaults=rates(0.01, 0.003, rank=8, prompt_rate=2e-4, target_rate=2e-4)),
     Method("bitfit", "the backbone's biases", baselines.BitFit, on_both("backbone"),
-           defaults={"toy": {"prompt_rate": 0.1, "target_rate": 0.03},
-                     "large": {"dtype": "float32", "prompt_rate": 1e-3, "target_rate": 1e-3}}),
+           defaults=rates(0.1, 0.03, dtype="float32", prompt_rate=1e-3, target_rate=1e-3)),
     Method("ft", "all weights of the backbone", baselines.FullFineTuning, on_both("backbone"),
-           defaults={"toy": {"prompt_rate": 0.0003, "target_rate": 0.0001},
-                     "large": {"dtype": "float32", "prompt_rate": 1e-5, "target_rate": 1e-5}}),
+           defaults=rates(0.0003, 0.0001, dtype="float32", prompt_rate=1e-5, target_rate=1e-5)),
 )}
 
 

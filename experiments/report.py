@@ -2,18 +2,15 @@ r"""What the results of a suite say: intervals, paired differences, tables, the 
 
     python -m experiments.report experiments/results/full       tables.md and pictures, from results.jsonl alone
 
-The seed is the unit of statistics. It changes everything that training draws: the initial weights, the order of the
-batches, the k examples and the backbone (separately pretrained ones take turns). n seeds give one mean and one interval
+The seed is the unit of statistics: it changes everything that training draws. n seeds give one mean and one interval
 
     mean +- t(n - 1) * std / sqrt(n),        t: the 97.5 % quantile of Student's t with n - 1 degrees of freedom
 
-Two methods are compared seed by seed, by the interval of their differences. A difference is seen if it excludes 0. The
-intervals hold for these test rows and backbones; with fewer backbones than seeds they are somewhat too narrow.
+Two methods are compared seed by seed, by the interval of their differences. A difference is seen if it excludes 0.
 """
 
 import json
 import math
-import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -229,8 +226,8 @@ def build_tables(records: Sequence[dict]) -> dict[str, str]:
     return {title: table for title, table in tables.items() if table.count("\n") > 2}  # more than a head
 
 
-def write_report(folder: Path) -> dict[str, str]:
-    """tables.md and the pictures, from results.jsonl alone -> the tables. UserError if there is no result yet."""
+def write_report(folder: Path) -> None:
+    """tables.md and the pictures, from results.jsonl alone. UserError if there is no result yet."""
     records = read_results(folder)
     if not records:
         raise UserError(f"no run in '{folder}' is finished yet; repeat this command later")
@@ -240,7 +237,6 @@ def write_report(folder: Path) -> dict[str, str]:
     parts = [f"{head}\n{ABOUT}\n", *(f"## {title}\n\n{table}" for title, table in tables.items())]
     (folder / "tables.md").write_text("\n".join(parts), encoding="utf-8")
     draw_pictures(folder, records)
-    return tables
 
 
 def draw_pictures(folder: Path, records: Sequence[dict]) -> None:
@@ -263,22 +259,12 @@ def draw_pictures(folder: Path, records: Sequence[dict]) -> None:
         draw_cosines(folder / "cosines.png", rows["talora"][0]["first"], rows["talora"][0]["last"])
 
 
-def fill_tables(page: str, tables: dict[str, str]) -> str:
-    """A page with all text between <!-- tables: TITLE --> and <!-- end of tables --> replaced by the tables."""
-    return re.sub(r"(<!-- tables: (.*?) -->\n).*?(<!-- end of tables -->)",
-                  lambda found: found[1] + tables[found[2]] + found[3], page, flags=re.DOTALL)
-
-
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m experiments.report", description="Tables and pictures from a suite's results.")
     parser.add_argument("folder", type=Path, help="where a suite wrote results.jsonl")
-    parser.add_argument("--page", type=Path, help="a Markdown page whose marked tables are replaced, too")
-    options = parser.parse_args(argv)
-    tables = write_report(options.folder)
-    if options.page:
-        page = fill_tables(options.page.read_text(encoding="utf-8"), tables)
-        options.page.write_text(page, encoding="utf-8")
-    print((options.folder / "tables.md").read_text(encoding="utf-8"))
+    folder = parser.parse_args(argv).folder
+    write_report(folder)
+    print((folder / "tables.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

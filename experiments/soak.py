@@ -20,20 +20,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from experiments import compare
 from tasks import micro
+from tasks.pretrain import new_backbone
 
 
 def small_world(folder: Path) -> Path:
     """Save a random backbone of one layer that reads the micro-world in ``folder``; returns its own folder."""
-    torch.manual_seed(0)
     tokenizer = micro.tokenizer()
-    Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.3, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder / "backbone")
+    new_backbone(tokenizer, seed=0, width=16, layers=1).save_pretrained(folder / "backbone")
     tokenizer.save_pretrained(folder / "backbone")
     return folder / "backbone"
 

@@ -56,7 +56,8 @@ QWEN = {
 @dataclass(frozen=True)
 class Suite:
     methods: dict[str, tuple[int, ...]]  # method -> numbers of examples of a target
-    variants: tuple[str, ...] = ()  # with 8 examples
+    variants: tuple[str, ...] = ()
+    variant_shots: tuple[int, ...] = (8,)
     seeds: tuple[int, ...] = (0,)
     backbones: tuple[int, ...] = (0,)  # seeds of pretraining, in turns; 0 is the shipped one
     grids: dict[str, tuple] = field(default_factory=dict)  # without one the learning rates are the methods' defaults
@@ -70,8 +71,8 @@ SUITES = {
     "full": Suite({name: (4, 8, 16, 32, 0) if name in EVERY_K else (8, 32, 0) for name in METHODS}, tuple(VARIANTS),
                   seeds=(0, 1, 2, 3, 4), backbones=(0, 1, 2), grids=MICRO,
                   options=("--multitask-steps", "400", "--multitask-batch", "32"), sweep=("--shots", "16")),
-    "qwen": Suite(dict.fromkeys(QWEN, (32,)), ("reg-off", "open-gate", "equal-rates", "one-softmax"), seeds=(0, 1, 2),
-                  grids=QWEN, options=tuple(
+    "qwen": Suite(dict.fromkeys(QWEN, (32,)), ("reg-off", "open-gate", "equal-rates", "one-softmax"), (32,),
+                  seeds=(0, 1, 2), grids=QWEN, options=tuple(
                       "--preset qwen2.5-0.5b --sources bq cmnli sanwen cote_mfw amazon "
                       "--targets lcqmc ocnli finre cote_bd chnsenticorp --max-length 256 --max-new-tokens 16 "
                       "--dev-rows 64 --test-rows 100 --tokens-per-batch 1024 --base-steps 30 --base-batch 16 "
@@ -104,22 +105,22 @@ def folder_of(name: str, out: Path) -> Path:
 
 
 def plan_sources(suite: Suite, records: Sequence[dict], out: Path) -> Iterator[Run]:
-    """The backbones, and each method's learning rates on the sources."""
+    """The backbones, and each method's learning rates on the sources; without a grid they are the defaults."""
     yield from (Run("backbone", f"backbone {seed}", "", seed) for seed in suite.backbones if seed)
-    for method in suite.methods if suite.grids else ():
-        for i, rate in enumerate(suite.grids[method][0]):
-            names = ("slow_rate", "fast_rate", "prompt_rate") if isinstance(rate, tuple) else ("prompt_rate",)
-            rates = dict(zip(names, rate if isinstance(rate, tuple) else (rate,)))
-            options = ("--method", method, "--stage", "multitask", "--no-references", *suite.options, *suite.sweep)
-            yield Run("sweep-source", f"sweep {method} {i}", method, SWEEP_SEED, options, rates)
+    for method in suite.methods:
+        options = ("--method", method, "--stage", "multitask", "--no-references", *suite.options, *suite.sweep)
+        for i, rates in enumerate(suite.grids.get(method, ((), ()))[0]):
+            rates = rates if isinstance(rates, tuple) else (rates,)
+            names = ("slow_rate", "fast_rate", "prompt_rate") if len(rates) > 1 else ("prompt_rate",)
+            yield Run("sweep-source", f"sweep {method} {i}", method, SWEEP_SEED, options, dict(zip(names, rates)))
 
 
 def plan_targets(suite: Suite, records: Sequence[dict], out: Path) -> Iterator[Run]:
     """Each method's learning rates on the targets, from the finished source stages of its best run."""
-    for method in suite.methods if suite.grids else ():
+    for method in suite.methods:
         best = choose_best(records, method, "sweep-source")
         options = ("--method", method, "--stage", "target", "--no-references", *suite.options, *suite.sweep)
-        for i, rate in enumerate(suite.grids[method][1]):
+        for i, rate in enumerate(suite.grids.get(method, ((), ()))[1]):
             yield Run("sweep-target", f"{best['cell'] or f'sweep {method}'} target {i}", method, SWEEP_SEED, options,
                       best["rates"] | {"target_rate": rate}, best["cell"])
 
@@ -127,7 +128,7 @@ def plan_targets(suite: Suite, records: Sequence[dict], out: Path) -> Iterator[R
 def plan_methods(suite: Suite, records: Sequence[dict], out: Path) -> Iterator[Run]:
     """Methods seed by seed, then variants one by one: whenever it is stopped, what there is can be compared."""
     order = [("method", name, name, seed, shots) for seed in suite.seeds for name, shots in suite.methods.items()]
-    order += [("variant", name, "talora", seed, (8,)) for name in suite.variants for seed in suite.seeds]
+    order += [("variant", name, "talora", seed, suite.variant_shots) for name in suite.variants for seed in suite.seeds]
     for kind, name, method, seed, shots in order:
         options = [f"--{kind}", name, "--stage", "all", "--shots", *map(str, shots), *suite.options]
         if backbone := suite.backbones[seed % len(suite.backbones)]:
@@ -141,15 +142,13 @@ def run_suite(suite: Suite, out: Path, jobs: int) -> None:
     """Run what is missing, phase by phase, then write the report."""
     (out / "results.jsonl").touch()
     for plan in (plan_sources, plan_targets, plan_methods):
-        records, missing = read_results(out), []
-        made = {record["cell"]: record["command"] for record in records}
-        for run in plan(suite, records, out):
-            if run.name not in made:
-                missing.append(run)
-            elif shlex.split(made[run.name])[1:] != run.command(out):
+        records = read_results(out)
+        made, runs = {record["cell"]: record["command"] for record in records}, list(plan(suite, records, out))
+        for run in runs:
+            if run.name in made and shlex.split(made[run.name])[1:] != run.command(out):
                 raise UserError(f"'{out}/results.jsonl' holds '{run.name}' made by another command ({made[run.name]}); "
                                 "choose another --out")
-        run_all(missing, out, jobs)
+        run_all([run for run in runs if run.name not in made], out, jobs)
     write_report(out)
 
 
@@ -245,15 +244,13 @@ def main(argv: list[str]) -> None:
     if asked.jobs < 1:
         raise UserError(f"--jobs is {asked.jobs}, but must be at least 1")
     suite, out = SUITES[asked.name], asked.out or Path("runs") / "suite" / asked.name
-    named = asked.only or METHODS | VARIANTS
-    suite = replace(suite, seeds=tuple(asked.seeds or suite.seeds),
-                    options=(*suite.options, "--no-pictures", *argv[at + 1:]),
-                    variants=tuple(name for name in suite.variants if name in named),
-                    methods={name: shots for name, shots in suite.methods.items() if name in named})
-    cfg = parse(list(suite.options))
+    options, only = (*suite.options, "--no-pictures", *argv[at + 1:]), asked.only or METHODS | VARIANTS
+    cfg = parse(list(options))
     check(cfg)  # refuses now what would fail in every run
-    if cfg.backbone:
-        suite = replace(suite, backbones=(0,))
+    suite = replace(suite, options=options, seeds=tuple(asked.seeds or suite.seeds),
+                    backbones=(0,) if cfg.backbone else suite.backbones,
+                    variants=tuple(name for name in suite.variants if name in only),
+                    methods={name: shots for name, shots in suite.methods.items() if name in only})
     with checkpoint.lock(out):
         run_suite(suite, out, asked.jobs)
     print((out / "tables.md").read_text(encoding="utf-8"))
