@@ -40,8 +40,9 @@ class PromptOfEachTask(AdaptedLM):
         self.prompt.append(nn.Parameter(self.new_prompt(self.backbone, self.config.prompt_length)))
         return new_id
 
-    def prompts_of(self, ids: list[int]) -> Tensor:
+    def prompts(self, ids: list[int]) -> Tensor:
         """The prompts of these tasks, (n, P, d) or (L, n, P, d)."""
+        refuse_no_task(ids)
         return torch.stack([self.prompt[i] for i in ids], -3)
 
 
@@ -61,7 +62,8 @@ class SharedPromptTimesFactors(AdaptedLM):
         self.v.append(nn.Parameter(torch.ones_like(self.shared[..., 0, :])))  # (d,) or (L, d)
         return new_id
 
-    def prompts_of(self, ids: list[int]) -> Tensor:
+    def prompts(self, ids: list[int]) -> Tensor:
+        refuse_no_task(ids)
         u, v = (torch.stack([factor[i] for i in ids], -2) for factor in (self.u, self.v))  # (L, n, P), (L, n, d)
         return self.shared.unsqueeze(-3) * u.unsqueeze(-1) * v.unsqueeze(-2)  # P* o (u_i (x) v_i)
 
@@ -85,18 +87,17 @@ class PromptInFront(AdaptedLM):
         words = backbone.get_input_embeddings().weight  # (V, d)
         return words[torch.randint(len(words), (P,), device=words.device)].detach().float()
 
-    def prompts(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
+    def prompt_of_rows(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
         """(B, P, d), where row b has task ids[row[b]]; words (B, T, d), text (B, <= T)."""
-        return self.prompts_of(ids)[row]
+        return self.prompts(ids)[row]
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
                text: Tensor) -> dict:
         """[P; E(x)], even before left padding; arguments of AdaptedLM.inputs. Raises ValueError for a row without a
         task, UserError if a sliding window is too short for prompt and text."""
         ids, row = self.check_tasks(task_ids, len(input_ids))
-        refuse_no_task(ids)
         words = self.backbone.get_input_embeddings()(input_ids)  # (B, T, d)
-        prompt = self.prompts(ids, row, words, text).to(words.dtype)  # (B, P, d)
+        prompt = self.prompt_of_rows(ids, row, words, text).to(words.dtype)  # (B, P, d)
         P = prompt.shape[1]
         self.check_window(words.shape[1])  # a window counts columns: padding between prompt and text would matter
         own = torch.arange(P, device=words.device).expand(len(words), P)  # (B, P)
@@ -134,16 +135,14 @@ class Attempt(InputPrompts):
     method, reads = "attempt", ("prompt_length", "rank")
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
-        super().__init__(backbone, [], config)
+        super().__init__(backbone, tasks, config)
         m, d = config.rank, backbone.config.hidden_size
         self.down = nn.Parameter(torch.randn(m, d, device=self.device) * d**-0.5)
         self.up = nn.Parameter(torch.randn(d, m, device=self.device) * m**-0.5)
-        for task in tasks:
-            self.add_task(task)
         self.register_buffer("sources", torch.tensor(len(tasks), device=self.device))  # saved with the adapter
 
-    def prompts(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
-        own = super().prompts(ids, row, words, text)  # (B, P, d)
+    def prompt_of_rows(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
+        own = self.prompts(ids)[row]  # (B, P, d)
         target = torch.tensor(ids, device=row.device)[row] >= self.sources  # (B,)
         if not target.any():
             return own
@@ -161,10 +160,6 @@ class WholePrompts(GatedPrompts):
     """A gated prompt in every layer for each task. What is logged is about the prompts as wholes."""
 
     reads, new_prompt = ("prompt_length", "gate_per_head"), staticmethod(random_words)
-
-    def prompts(self, ids: list[int]) -> Tensor:
-        refuse_no_task(ids)
-        return self.prompts_of(ids)  # (L, n, P, d)
 
     def cosines(self) -> Tensor:
         flat = F.normalize(self.prompts(list(range(len(self.tasks)))).flatten(2), dim=-1)  # (L, N, P d)
@@ -201,8 +196,7 @@ class ChangedBackbone(AdaptedLM):
             p.requires_grad_(name.endswith(self.trains))
         self.insert_modules()
         self.trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        for task in tasks:
-            self.add_task(task)
+        self.tasks += tasks
 
     def insert_modules(self) -> None:
         """Put trainable modules into `self.backbone`."""
@@ -268,8 +262,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        inner = F.linear(y, self.down.weight.to(y.dtype), self.down.bias.to(y.dtype))
-        return y + F.linear(F.gelu(inner, approximate="tanh"), self.up.weight.to(y.dtype), self.up.bias.to(y.dtype))
+        change = self.up(F.gelu(self.down(y.float()), approximate="tanh"))  # its weights are fp32
+        return y + change.to(y.dtype)
 
 
 class Adapter(ChangedBackbone):

@@ -247,8 +247,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--layers", type=int, help="layers, instead of the shape's")
     parser.add_argument("--tokens", type=int, help="of a micro-batch at most (default: 4096 on a GPU, 1024 on a CPU)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the backbone (default: bfloat16 on a GPU "
-                        "and for 7B, else float32)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU and for 7B")
     parser.add_argument("--out", type=Path, default=Path("runs/bench"), help="folder for <shape>-<device>-<dtype>.json")
     asked = parser.parse_args(argv)
     device = torch.device(pick_device(asked.device)).type

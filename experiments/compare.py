@@ -72,9 +72,9 @@ def unused_options(method: Method) -> list[str]:
     if method.regularised:
         off = method.fixes(Config()).get("regulariser") == "off"
         used |= {"regulariser"} if off else {"regulariser", "reg_weight"}
-    sizes = [f.name for f in dataclasses.fields(TALoRAConfig)]
-    rates = [f.name for f in dataclasses.fields(Config) if f.name.endswith("_rate")]
-    return [name for name in (*sizes, *rates, "regulariser", "reg_weight") if name not in used]
+    some = ["regulariser", "reg_weight", *(f.name for f in dataclasses.fields(TALoRAConfig))]
+    return [f.name for f in dataclasses.fields(Config)
+            if (f.name in some or f.name.endswith("_rate")) and f.name not in used]
 
 
 def check_typed(argv: list[str], method: Method) -> None:
@@ -82,8 +82,7 @@ def check_typed(argv: list[str], method: Method) -> None:
     typed = {word.partition("=")[0].replace("--no-", "--") for word in argv}
     unused = [flag(name) for name in unused_options(method) if flag(name) in typed]
     if unused:
-        raise UserError(f"{method.name} does not use {', '.join(unused)}; leave {'them' if len(unused) > 1 else 'it'} "
-                        "out")
+        raise UserError(f"{method.name} does not use {', '.join(unused)}; leave out what has no effect")
     cfg = train.parse(argv, dataclasses.replace(method, fixes=lambda cfg: {}))
     for name, value in method.fixes(cfg).items():
         follows = name.endswith("_rate")  # an ablation of the learning rates makes its own of those that are typed
@@ -94,15 +93,11 @@ def check_typed(argv: list[str], method: Method) -> None:
                         "away; use --dtype float32")
 
 
-def describe_methods() -> str:
-    """What --help says after the options: every method and ablation on a line of its own."""
-    lines = ["methods:", *(f"  {name:18} {method.says}" for name, method in METHODS.items()),
-             "", "ablations of TA-LoRA:", *(f"  {name:18} {method.says}" for name, method in VARIANTS.items())]
-    return "\n".join([*lines, "", "All other options are those of train.py: see python train.py --help"])
-
-
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m experiments.compare", description=__doc__, epilog=describe_methods(),
+    about = ["methods:", *(f"  {name:18} {method.says}" for name, method in METHODS.items()),
+             "", "ablations of TA-LoRA:", *(f"  {name:18} {method.says}" for name, method in VARIANTS.items()),
+             "", "All other options are those of train.py: see python train.py --help"]
+    parser = Parser(prog="python -m experiments.compare", description=__doc__, epilog="\n".join(about),
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--method", choices=METHODS, metavar="NAME", help="TA-LoRA or a baseline")

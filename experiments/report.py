@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from checkpoint import Parser, UserError, run_program
-from evaluate import draw_cosines, markdown
+from evaluate import markdown
 from experiments import plots
 from experiments.compare import METHODS, VARIANTS
 
@@ -256,7 +256,6 @@ def draw_pictures(folder: Path, records: Sequence[dict]) -> None:
     logged = {name: [r["last"] for r in some] for name, some in rows.items() if some}
     if "cosines" in logged.get("talora", [{}])[0]:  # not for a single source
         plots.draw_mechanism(folder / "mechanism.png", logged)
-        draw_cosines(folder / "cosines.png", rows["talora"][0]["first"], rows["talora"][0]["last"])
 
 
 def main(argv: list[str]) -> None:

@@ -114,7 +114,7 @@ class OwnB(TALoRA):
 class SumOfTerms(TALoRA):
     """A_i = sum_t u_it (x) v_it, a sum of several rank-1 terms, so the step B A_i has up to that rank."""
 
-    terms = 1
+    method, terms = "talora-2-terms", 2
 
     def add_task(self, name: str) -> int:
         """Add a task with new factors, u (L, terms, r) and v (L, terms, d), and return its id."""
@@ -140,10 +140,6 @@ class SumOfTerms(TALoRA):
         """The form "cosine", the only one here: the mean squared cosine of the task matrices."""
         pairs = ~torch.eye(len(self.tasks), dtype=torch.bool, device=self.device)
         return self.cosines()[:, pairs].square().mean() if len(self.tasks) > 1 else self.theta0.new_zeros(())
-
-
-class TwoTerms(SumOfTerms):
-    method, terms = "talora-2-terms", 2
 
 
 class FourTerms(SumOfTerms):
@@ -213,7 +209,7 @@ VARIANTS = {method.name.removeprefix(f"{TALORA.name} "): method for method in (
                                             "multitask": LEARNS["multitask"] | {"gate0": "fast"}}),
     variant("frozen-theta0", "theta0 frozen after the base stage [paper: open]",
             learns=LEARNS | {"multitask": {"B": "slow", "u": "fast", "v": "fast", "gate": "fast"}}),
-    variant("2-terms", "A_i a sum of 2 rank-1 terms [paper: one]", TwoTerms, fixes=always(regulariser="cosine")),
+    variant("2-terms", "A_i a sum of 2 rank-1 terms [paper: one]", SumOfTerms, fixes=always(regulariser="cosine")),
     variant("4-terms", "A_i a sum of 4 rank-1 terms [paper: one]", FourTerms, fixes=always(regulariser="cosine")),
     variant("no-base", "without the base stage [paper: three stages]",
             learns={stage: LEARNS[stage] for stage in ("multitask", "target")}),
