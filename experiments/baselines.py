@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 from checkpoint import UserError
 from model import NO_TASK, AdaptedLM, GatedPrompts, TALoRAConfig, random_words
 
-# ------------------------------------------------------------------------------------------- what a task's prompt is
 
 class PromptOfEachTask(AdaptedLM):
     """A prompt of its own for each task. Where it stands, another class says; it gives `new_prompt`, random words as
@@ -73,8 +72,6 @@ def refuse_no_task(ids: list[int]) -> None:
     if NO_TASK in ids:
         raise ValueError(f"a row has no task ({NO_TASK}), but every prompt of this method belongs to a task")
 
-
-# ------------------------------------------------------------------------------------------- prompts at the input
 
 class PromptInFront(AdaptedLM):
     """The backbone reads [P; E(x)], P rows in front of the text."""
@@ -220,8 +217,7 @@ class BitFit(ChangedBackbone):
     def check(cls, backbone: PreTrainedModel) -> None:
         super().check(backbone)
         if not any(name.endswith(cls.trains) for name, _ in backbone.named_parameters()):
-            raise UserError(f"bitfit trains the biases of the backbone, but a {type(backbone).__name__} has none; "
-                            "take a Qwen2, or another method")
+            raise UserError(f"bitfit trains the biases of a backbone; {type(backbone).__name__} has none; take a Qwen2")
 
 
 class LowRankLinear(nn.Module):

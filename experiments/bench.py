@@ -20,7 +20,6 @@ import copy
 import gc
 import math
 import os
-import random
 import resource
 import shlex
 import statistics
@@ -61,16 +60,14 @@ TASKS, LONGEST, ANSWER = 16, 1024, 3  # tokens of a row at most; of an answer, i
 BATCHES, REPEATS = 6, 3  # different micro-batches, timed steps on each
 FLOOR, PEFT_PROMPT = "floor", "peft prompt tuning, 100 tokens"
 IN_FRONT = {FLOOR: 1, PEFT_PROMPT: 100}  # rows in front of the text
-
 Step = Callable[[Batch], float]  # one optimizer step on a batch -> its loss
 
 
 def make_rows(vocabulary: int, longest: int) -> list[Encoded]:
     """Rows of random tokens, as long as those of the sixteen data sets together: half of them have 90 tokens (here one
     a character) or more, one in twenty 600. Log-normal: the 95th percentile is 1.645 deviations above the median."""
-    rng = random.Random(0)
-    lengths = [round(rng.lognormvariate(math.log(90), math.log(600 / 90) / 1.645)) for _ in range(256)]
-    tokens = [torch.randint(vocabulary, (min(max(20, length), longest),)).tolist() for length in lengths]
+    lengths = torch.empty(256).log_normal_(math.log(90), math.log(600 / 90) / 1.645).clamp(20, longest).int()
+    tokens = [torch.randint(vocabulary, (length,)).tolist() for length in lengths]
     return [Encoded(ids[:-ANSWER], tuple(ids[-ANSWER:]), (), "any") for ids in tokens]
 
 

@@ -4,7 +4,7 @@ r"""Baselines and ablations by TA-LoRA's own program: train.py with another Meth
     python -m experiments.compare --variant reg-off --stage all --shots 8       an ablation of TA-LoRA
     python -m experiments.compare --method lora --evaluate runs/toy-lora        what evaluate.py --run does
 
-All other options are those of train.py. An option that the method does not use is refused.
+All other options are those of train.py (python train.py --help). An option that the method does not use is refused.
 """
 
 import argparse
@@ -89,21 +89,18 @@ def check_typed(argv: list[str], method: Method) -> None:
         if flag(name) in typed and not follows and getattr(cfg, name) != value:
             raise UserError(f"{method.name} sets {flag(name)} {value}, the command {getattr(cfg, name)}; leave it out")
     if method.model in (baselines.BitFit, baselines.FullFineTuning) and cfg.dtype != "float32":
-        raise UserError(f"{method.name} changes weights of the backbone, and --dtype {cfg.dtype} rounds small steps "
-                        "away; use --dtype float32")
+        raise UserError(f"{method.name} needs --dtype float32: {cfg.dtype} would round its small steps away")
 
 
 def main(argv: list[str]) -> None:
-    about = ["methods:", *(f"  {name:18} {method.says}" for name, method in METHODS.items()),
-             "", "ablations of TA-LoRA:", *(f"  {name:18} {method.says}" for name, method in VARIANTS.items()),
-             "", "All other options are those of train.py: see python train.py --help"]
+    about = ["methods, then ablations of TA-LoRA (--variant):",
+             *(f"  {name:18} {method.says}" for name, method in (METHODS | VARIANTS).items())]
     parser = Parser(prog="python -m experiments.compare", description=__doc__, epilog="\n".join(about),
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--method", choices=METHODS, metavar="NAME", help="TA-LoRA or a baseline")
     which.add_argument("--variant", choices=VARIANTS, metavar="NAME", help="an ablation of TA-LoRA")
-    parser.add_argument("--evaluate", metavar="RUN", help="open a finished run of this method with evaluate.py --run, "
-                        "instead of training")
+    parser.add_argument("--evaluate", metavar="RUN", help="do not train, but what evaluate.py --run does")
     options, rest = parser.parse_known_args(argv)
     method = METHODS[options.method] if options.method else VARIANTS[options.variant]
     if options.evaluate:

@@ -39,11 +39,8 @@ def target(k: int) -> Setting:
 
 
 def read_results(folder: Path) -> list[dict]:
-    """The records of results.jsonl, one for each run and stage; UserError if there is no such file.
-
-    record["scores"][column + rows] = {task: score}, where column is a method ("talora"), a variant ("reg-off", in the
-    file "talora reg-off") or a reference ("majority"), and rows is "" or ", rewritten".
-    """
+    """The records of results.jsonl, one for each run and stage, with record["scores"][column + rows] = {task: score}. A
+    column is a method, a variant ("reg-off", in the file "talora reg-off") or a reference. UserError without a file."""
     path = folder / "results.jsonl"
     if not path.exists():
         raise UserError(f"there is no '{path}'; give the folder into which a suite wrote its results")
@@ -154,8 +151,8 @@ def main_table(records: Sequence[dict], columns: Sequence[str] = (), settings: d
         if any(found):
             cells = [f"{format_interval(interval(v.values()))} ({len(v)})" if v else "" for v in found]
             method = METHODS.get(name)
-            mark = " †" if method and "multitask" in method.learns and not method.per_task else ""
-            label = "**talora**" if name == "talora" else name + mark
+            label = "**talora**" if name == "talora" else name
+            label += " †" if method and "multitask" in method.learns and not method.per_task else ""
             rows.append([label, f"{stored(records, name):,}" if method else "", *cells])
     return markdown(["method", "parameters stored for a target", *settings], rows)
 
@@ -252,8 +249,8 @@ def draw_pictures(folder: Path, records: Sequence[dict]) -> None:
     if any(names for [names] in bars.values()):
         plots.draw_panels(folder / "variants.png", plots.difference_bars, bars, (11, 1.2 + 0.3 * len(variants)),
                           sharey=True)
-    rows = {name: select(records, name, "multitask") for name in ("talora", *variants)}
-    logged = {name: [r["last"] for r in some] for name, some in rows.items() if some}
+    logged = {name: [r["last"] for r in rows] for name in ("talora", *variants)
+              if (rows := select(records, name, "multitask"))}
     if "cosines" in logged.get("talora", [{}])[0]:  # not for a single source
         plots.draw_mechanism(folder / "mechanism.png", logged)
 

@@ -40,15 +40,13 @@ MICRO = {
     "talora": (((0.03, 0.04), (0.06, 0.08), (0.12, 0.16), (0.24, 0.32)), (0.02, 0.04, 0.08, 0.16)),
     "pt": ((), INPUT), "spot": (INPUT, INPUT), "mpt": (INPUT, INPUT), "attempt": (INPUT, (*INPUT, 1.0)),
     "deep-pt": ((), DEEP_TARGET), "deep-spot": (DEEP, (*DEEP_TARGET, 0.01)), "deep-spot-nearest": (DEEP, DEEP_TARGET),
-    "deep-mpt": ((0.04, 0.08, 0.16, 0.02), (*DEEP_TARGET, 0.4)),
-    "adapter": (SMALL, SMALL), "lora": (SMALL, SMALL),
+    "deep-mpt": ((0.04, 0.08, 0.16, 0.02), (*DEEP_TARGET, 0.4)), "adapter": (SMALL, SMALL), "lora": (SMALL, SMALL),
     "bitfit": ((0.003, 0.01, 0.03, 0.1, 0.3), (0.003, 0.01, 0.03, 0.1)), "ft": (FULL, (*FULL, 0.00003)),
 }
 SLOW_FAST_PROMPT = tuple((fast / 4, fast, fast) for fast in (0.01, 0.02, 0.04, 0.08))
-WORDS = (0.001, 0.003, 0.01, 0.03)  # for rows among embeddings, whose entries are of size 0.015
 QWEN = {
     "talora": (SLOW_FAST_PROMPT, (0.01, 0.03, 0.1)), "lora": ((0.0003, 0.001, 0.003), (0.0003, 0.001, 0.003)),
-    "pt": ((), WORDS), "mpt": (WORDS, WORDS), "spot": (WORDS, WORDS),
+    "pt": ((), SMALL), "mpt": (SMALL, SMALL), "spot": (SMALL, SMALL),  # the entries of embeddings are of size 0.015
     "deep-spot-nearest": ((0.01, 0.02, 0.04, 0.08), (0.01, 0.03, 0.1)),
 }
 
@@ -110,9 +108,9 @@ def plan_sources(suite: Suite, records: Sequence[dict], out: Path) -> Iterator[R
     for method in suite.methods:
         options = ("--method", method, "--stage", "multitask", "--no-references", *suite.options, *suite.sweep)
         for i, rates in enumerate(suite.grids.get(method, ((), ()))[0]):
-            rates = rates if isinstance(rates, tuple) else (rates,)
-            names = ("slow_rate", "fast_rate", "prompt_rate") if len(rates) > 1 else ("prompt_rate",)
-            yield Run("sweep-source", f"sweep {method} {i}", method, SWEEP_SEED, options, dict(zip(names, rates)))
+            names = ("slow_rate", "fast_rate", "prompt_rate") if isinstance(rates, tuple) else ("prompt_rate",)
+            rates = dict(zip(names, rates if isinstance(rates, tuple) else (rates,)))
+            yield Run("sweep-source", f"sweep {method} {i}", method, SWEEP_SEED, options, rates)
 
 
 def plan_targets(suite: Suite, records: Sequence[dict], out: Path) -> Iterator[Run]:
@@ -134,8 +132,8 @@ def plan_methods(suite: Suite, records: Sequence[dict], out: Path) -> Iterator[R
         if backbone := suite.backbones[seed % len(suite.backbones)]:
             options += ["--backbone", str(folder_of(f"backbone {backbone}", out))]
         options += ["--no-references"] if name != "talora" else []  # they are the same for all
-        rates = choose_best(records, method, "sweep-target")["rates"]
-        yield Run(kind, f"{name} seed {seed}", method, seed, tuple(options), rates)
+        best = choose_best(records, method, "sweep-target")
+        yield Run(kind, f"{name} seed {seed}", method, seed, tuple(options), best["rates"])
 
 
 def run_suite(suite: Suite, out: Path, jobs: int) -> None:
@@ -153,10 +151,8 @@ def run_suite(suite: Suite, out: Path, jobs: int) -> None:
 
 
 def run_all(runs: Sequence[Run], out: Path, jobs: int) -> None:
-    """Run them, ``jobs`` at a time; what one found is in results.jsonl as soon as it is finished.
-
-    After a failure (RunFailed) or a signal (SystemExit) those at work save their step and end.
-    """
+    """Run them, ``jobs`` at a time, and keep what each one found. After a failure (RunFailed) or a signal (SystemExit)
+    those at work save their step and end."""
     waiting, working = list(runs), {}
     with checkpoint.catch_signals() as caught:
         try:

@@ -40,10 +40,8 @@ class OneSoftmax(TALoRA):
 
 
 def one_softmax_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                          scaling: float | None = None, prefix: list | None = None, **_) -> tuple[Tensor, None]:
+                          scaling: float, prefix: list, **_) -> tuple[Tensor, None]:
     """softmax(q [K_theta; K_x]^T / sqrt(h)) [V_theta; V_x]; arguments as gating.attention_of_layer -> (B, T, H, h)."""
-    if prefix is None:
-        return attention_of_layer(module, query, key, value, attention_mask, scaling)
     K, V, _ = prefix[module.layer_idx]
     T, S = query.shape[2], key.shape[2]
     if attention_mask is None:  # transformers' way to say causal
@@ -69,12 +67,9 @@ class GateOnTheStep(TALoRA):
 
 
 def gate_on_the_step_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-                               attention_mask: Tensor | None, scaling: float | None = None, prefix: list | None = None,
-                               **_) -> tuple[Tensor, None]:
+                               attention_mask: Tensor | None, scaling: float, prefix: list, **_) -> tuple[Tensor, None]:
     """text + tanh(g0) P(theta0) + tanh(g) [P(theta_i) - P(theta0)]; arguments as gating.attention_of_layer."""
     out, _ = attention_of_layer(module, query, key, value, attention_mask, scaling)  # (B, T, H, h)
-    if prefix is None:
-        return out, None
     K, V, g, K0, V0, g0 = prefix[module.layer_idx]
     own, shared = (attend(query, k, v, None, False, scaling).transpose(1, 2) for k, v in ((K, V), (K0, V0)))
     opened, opened0 = (torch.tanh(gate.expand(query.shape[1])).unsqueeze(-1) for gate in (g, g0))  # (H, 1)
