@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import re
 import shutil
 from contextlib import contextmanager
 from types import SimpleNamespace
