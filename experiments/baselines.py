@@ -96,7 +96,6 @@ class PromptInFront(AdaptedLM):
         words = self.backbone.get_input_embeddings()(input_ids)  # (B, T, d)
         prompt = self.prompt_of_rows(ids, row, words, text).to(words.dtype)  # (B, P, d)
         P = prompt.shape[1]
-        self.check_window(words.shape[1])  # a window counts columns: padding between prompt and text would matter
         own = torch.arange(P, device=words.device).expand(len(words), P)  # (B, P)
         if attention_mask.dim() == 2:  # which tokens are real: all of the prompt's are
             mask = F.pad(attention_mask, (P, 0), value=1)  # (B, P + T)
