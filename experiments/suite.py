@@ -43,7 +43,7 @@ MICRO = {
     "deep-mpt": ((0.04, 0.08, 0.16, 0.02), (*DEEP_TARGET, 0.4)), "adapter": (SMALL, SMALL), "lora": (SMALL, SMALL),
     "bitfit": ((0.003, 0.01, 0.03, 0.1, 0.3), (0.003, 0.01, 0.03, 0.1)), "ft": (FULL, (*FULL, 0.00003)),
 }
-SLOW_FAST_PROMPT = tuple((fast / 4, fast, fast) for fast in (0.01, 0.02, 0.04, 0.08))
+SLOW_FAST_PROMPT = tuple((fast / 4, fast, fast) for fast in (0.01, 0.02, 0.04, 0.08, 0.16))
 QWEN = {
     "talora": (SLOW_FAST_PROMPT, (0.01, 0.03, 0.1)), "lora": ((0.0003, 0.001, 0.003), (0.0003, 0.001, 0.003)),
     "pt": ((), SMALL), "mpt": (SMALL, SMALL), "spot": (SMALL, SMALL),  # the entries of embeddings are of size 0.015
