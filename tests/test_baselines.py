@@ -9,7 +9,6 @@ import pytest
 import torch
 from test_model import ANSWERS, CHOICES, CLOSE, PROMPTS, batch, gradients, pad, slow_logits, slow_prefix, soft
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train
 from data import Batch
@@ -322,59 +321,23 @@ def test_regulariser_and_cosines_of_sums_of_terms(tiny_backbone, opened):
     assert ALL["2-terms"].model(tiny_backbone(), ["only"], TALoRAConfig(5, 2)).orthogonality("cosine") == 0  # no pair
 
 
-# --------------------------------------------------------------------------------------------------------------- counts
-
-@pytest.mark.parametrize("name, P, r, count", [
-    ("ft", 12, 8, 7_615_616_512), ("adapter", 12, 64, 2 * 28 * (2 * 3584 * 64 + 64 + 3584)),
-    ("lora", 12, 8, 28 * 8 * (3584 + 3584 + 3584 + 512)), ("bitfit", 12, 8, 28 * (3584 + 512 + 512)),
-    ("pt", 100, 8, 100 * 3584), ("spot", 100, 8, 100 * 3584), ("mpt", 100, 8, 100 * 3584 + 100 + 3584),
-    ("attempt", 100, 100, 100 * 3584 + 2 * 100 * 3584), ("deep-pt", 12, 8, 28 * 12 * 3584 + 28),
-    ("deep-mpt", 12, 8, 28 * (12 + 3584)), ("talora", 12, 8, 28 * (8 + 3584)),
-    ("own-b", 12, 8, 28 * (12 * 8 + 8 + 3584)), ("2-terms", 12, 8, 2 * 28 * (8 + 3584)),
-])
-def test_trainable_parameters_on_a_target_at_7b(name, P, r, count, backbone_7b):
-    model = ALL[name].model(backbone_7b, ["source"], TALoRAConfig(P, r))
-    task = model.add_task("target") if ALL[name].per_task else 0
-    learning = train.learning_tensors(model, ALL[name].learns["target"], [task])
-    assert sum(model.get_parameter(own).numel() for own in learning) == count
-
-
-@pytest.fixture(scope="module")
-def backbone_7b():
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(Qwen2Config(
-            hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-            num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False))
-
-
 # --------------------------------------------------------------------------------------- a second opinion, if installed
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
-@pytest.mark.parametrize("name", ["pt", "mpt", "lora"])
 @torch.no_grad()
-def test_the_same_weights_in_peft_give_the_same_logits(name, tiny_backbone, opened):
+def test_the_same_weights_in_peft_give_the_same_logits(tiny_backbone, opened):
     peft = pytest.importorskip("peft", reason="pip install peft, to compare our forward passes with another program's")
-    model = opened(name, rank=8, scale=0.5)
-    if name == "lora":
-        theirs = peft.get_peft_model(tiny_backbone(), peft.LoraConfig(
-            r=8, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).eval()
-        for layer, own in zip(theirs.base_model.model.model.layers, model.backbone.model.layers):
-            for linear in ("q_proj", "v_proj"):
-                pair, change = getattr(layer.self_attn, linear), getattr(own.self_attn, linear)
-                pair.lora_A.default.weight.copy_(change.A), pair.lora_B.default.weight.copy_(change.B)
-    else:
-        kind, more = ((peft.PromptTuningConfig, {}) if name == "pt" else
-                      (peft.MultitaskPromptTuningConfig, dict(num_tasks=3, num_ranks=1)))
-        theirs = peft.get_peft_model(tiny_backbone(), kind(
-            num_virtual_tokens=5, token_dim=32, num_transformer_submodules=1, num_attention_heads=4, num_layers=3,
-            task_type="CAUSAL_LM", **more)).eval()
-        encoder = theirs.prompt_encoder.default
-        encoder.embedding.weight.copy_(model.shared if name == "mpt" else model.prompt[1])
-        if name == "mpt":
-            encoder.prefix_task_cols.copy_(torch.stack([*model.u]).unsqueeze(-1))
-            encoder.prefix_task_rows.copy_(torch.stack([*model.v]).unsqueeze(-2))
+    lora, prompt = opened("lora", rank=8, scale=0.5), opened("pt")
+    their_lora = peft.get_peft_model(tiny_backbone(), peft.LoraConfig(
+        r=8, lora_alpha=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")).eval()
+    for layer, own in zip(their_lora.base_model.model.model.layers, lora.backbone.model.layers):
+        for linear in ("q_proj", "v_proj"):
+            pair, change = getattr(layer.self_attn, linear), getattr(own.self_attn, linear)
+            pair.lora_A.default.weight.copy_(change.A), pair.lora_B.default.weight.copy_(change.B)
+    their_prompt = peft.get_peft_model(tiny_backbone(), peft.PromptTuningConfig(
+        num_virtual_tokens=5, task_type="CAUSAL_LM")).eval()
+    their_prompt.prompt_encoder.default.embedding.weight.copy_(prompt.prompt[1])
     for row in PROMPTS:  # one at a time: peft puts a prompt before left padding, but counts positions with it
         ids, task = torch.tensor([row]), torch.tensor([1])
-        given = dict(task_ids=task) if name == "mpt" else {}
-        expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), **given).logits[:, -len(row):]
-        torch.testing.assert_close(model(ids, torch.ones_like(ids), task).logits, expected, **CLOSE)
+        for model, theirs in ((lora, their_lora), (prompt, their_prompt)):
+            expected = theirs(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -len(row):]
+            torch.testing.assert_close(model(ids, torch.ones_like(ids), task).logits, expected, **CLOSE)
