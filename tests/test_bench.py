@@ -73,12 +73,8 @@ def test_what_computes_something_else_is_refused(small, monkeypatch):
         monkeypatch.setattr(small, "contenders", lambda steps=steps: steps)
         with pytest.raises(RunFailed, match="do not compute the same"):
             small.compare()
-    adapter = small.adapter
-    monkeypatch.setattr(small, "adapter", lambda *sizes: open_gates(adapter(*sizes)))
+    adapter = small.adapter(1, False)
+    adapter.gate.data.fill_(1.0)
+    monkeypatch.setattr(small, "adapter", lambda *_: adapter)
     with pytest.raises(RunFailed, match="with its gates at zero"):
         small.measure_parts()
-
-
-def open_gates(model):
-    model.gate.data.fill_(1.0)
-    return model

@@ -74,13 +74,6 @@ def test_names_in_the_file_become_columns_and_scores_are_macro_averages(tmp_path
         report.write_report(tmp_path)
 
 
-def test_learning_rates_are_chosen_on_development_rows():
-    tried = [record("lora", 100, score, kind="sweep-source", rates={"prompt_rate": rate}, dev=dev)
-             for rate, dev, score in ((0.1, [0.8, -0.5], 99), (0.2, [0.9, -0.7], 10), (0.3, [0.9, -0.6], 10))]
-    assert report.choose_best(tried, "lora", "sweep-source")["rates"] == {"prompt_rate": 0.3}, "accuracy, then loss"
-    assert report.choose_best(tried, "pt", "sweep-source")["rates"] == {}
-
-
 BEFORE = {"step": 0, "tasks": ["a", "b"], "cosines": [[1, 0.1], [0.1, 1]]}
 AFTER = {"step": 9, "gates": [-0.1, 0.2], "theta0_norms": [3, 4], "step_norms": [1, 2],
          "tasks": ["a", "b"], "cosines": [[1, 0.2], [0.2, 1]]}
@@ -126,16 +119,8 @@ def test_claims_are_answered_by_the_numbers():
     assert answer == "no" and numbers.startswith("*below* deep-mpt -")
 
 
-def test_the_report_is_made_from_the_result_file_alone(tmp_path):
-    write(tmp_path, RECORDS)
-    report.main([str(tmp_path)])
-    assert all(table in (tmp_path / "tables.md").read_text() for table in report.build_tables(RECORDS).values())
-    for name in ("fewshot", "size", "variants", "mechanism"):
-        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_few_seeds_one_number_of_examples_and_no_rewritten_rows_are_enough(tmp_path):
-    """As in the suite "qwen" while it runs: first a sweep, then methods with one seed, then a variant with two."""
+def test_the_report_is_made_of_whatever_is_finished(tmp_path):
+    """As in the suite "qwen": first a sweep, then methods with one seed, then a variant with two; and much more."""
     def plain(*records, **more):
         return [r | {"scores": {c: s for c, s in r["scores"].items() if "rewritten" not in c} | more} for r in records]
 
@@ -148,12 +133,16 @@ def test_few_seeds_one_number_of_examples_and_no_rewritten_rows_are_enough(tmp_p
     for records, titles, pictures in (
             (sweep, set(), set()), (sweep + one + lora, {"Methods", "Claims of the paper"}, {"size", "mechanism"}),
             (sweep + one + lora + two, {"Methods", "Claims of the paper", "Variants of TA-LoRA"},
-             {"size", "mechanism", "variants"})):
+             {"size", "mechanism", "variants"}),
+            (RECORDS, {"Methods", "Claims of the paper", "Variants of TA-LoRA"},
+             {"size", "mechanism", "variants", "fewshot"})):
         write(tmp_path, records)
         report.main([str(tmp_path)])
         tables = report.build_tables(records)
+        assert all(table in (tmp_path / "tables.md").read_text() for table in tables.values())
         assert {title for title in tables if "By task" not in title} == titles
         assert {path.stem for path in tmp_path.glob("*.png")} == pictures
+    tables = report.build_tables(sweep + one + lora + two)
     assert row_of(report.main_table(one + lora), "talora") == ["**talora**", "544", "70.0 (1)", "60.0 (1)"]
     assert row_of(tables["Methods"], "frozen, no template")[2:] == ["45.0 (1)", "45.0 (1)"]
     assert row_of(tables["Variants of TA-LoRA"], "reg-off")[2] == "-0.5 ± 6.4 (2): no effect seen"

@@ -51,7 +51,8 @@ def test_every_planned_run_is_a_command_that_can_run(tmp_path):
 
 def test_a_target_sweep_starts_from_the_best_source_run(tmp_path):
     tried = [finished("sweep-source", "lora", {"prompt_rate": rate}, f"sweep lora {i}") | {"dev": [right, -1.0]}
-             for i, (rate, right) in enumerate(((0.1, 0.6), (0.2, 0.9)))]
+             for i, (rate, right) in enumerate(((0.1, 0.6), (0.2, 0.9), (0.3, 0.9)))]
+    tried[2]["dev"][1] = -1.5  # as often right, a higher loss
     runs = list(suite.plan_targets(Suite({"lora": (8,), "pt": (8,)}, grids=suite.MICRO), tried, tmp_path))
     assert {run.start for run in runs if run.method == "lora"} == {"sweep lora 1"}
     assert runs[0].name == "sweep lora 1 target 0" and runs[0].rates["prompt_rate"] == 0.2
