@@ -42,7 +42,6 @@ def refused(small_world, tmp_path, capsys):
     ("--sources toy-afqmc toy-nope", ["'toy-nope'", "known are", "toy-afqmc"]),
     ("--sources toy-afqmc,toy-afqmc", ["toy-afqmc", "twice"]),
     ("--stage all --targets toy-bq", ["toy-bq", "twice among sources and targets"]),
-    ("--base-task toy-finre", ["toy-finre", "among the sources", "toy-afqmc"]),
     ("--stage target --shots 100000", ["k = 100000", "smaller k"]),
     ("--stage target --shots 8 -3 --targets toy-finre", ["-3"]),
     ("--device banana", ["--device 'banana'", "--device cpu"]),
