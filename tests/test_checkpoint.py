@@ -146,7 +146,7 @@ def test_a_broken_file_is_refused_by_name(small_world, stopped, capsys, tmp_path
     harm(stopped / file)
     assert exit_code(small_run(small_world, stopped)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert str(stopped / file.split("/")[0]) in error and words in error and "delete" in error or "give a" in error
+    assert str(stopped / file.split("/")[0]) in error and words in error
     assert not (tmp_path / "was-run").exists(), "nothing of a file is run"
 
 

@@ -405,13 +405,3 @@ def test_what_is_typed_wins_over_the_preset_and_the_preset_over_the_defaults():
     assert train.parse(["--sources", "a,b", "c"]).sources == ("a", "b", "c")
     train.check(train.parse([])), train.check(train.parse(["--preset", "qwen2.5-7b", "--stage", "all"]))
     assert [train.parse(words).run for words in ([], ["--seed", "1"])] == ["runs/toy", "runs/toy-seed1"]
-
-
-def test_a_stage_runs_after_those_it_builds_on():
-    cfg = train.parse(["--stage", "all", "--targets", "x", "y", "--shots", "8", "0"])
-    base, multitask, targets = ("base", micro.SOURCES[0], 0), ("multitask", "", 0), [
-        ("target", task, shots) for shots in (8, 0) for task in ("x", "y")]
-    for stage, jobs in (("base", [base]), ("multitask", [base, multitask]), ("target", [base, multitask, *targets]),
-                        ("all", [base, multitask, *targets])):
-        cfg.stage = stage
-        assert train.plan(cfg, train.TALORA) == jobs
