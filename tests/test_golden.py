@@ -1,6 +1,6 @@
 """The numbers of the first release: a rewrite may change everything but them.
 
-golden.json holds what commit 30fec9a logged, scored and answered in this run of 16 steps on a CPU (gates then were
+golden.json holds what commit 30fec9a logged and scored in this run of 16 steps on a CPU (gates then were
 logged as |tanh g|). Another CPU rounds differently, by up to 1e-5.
 """
 
@@ -45,15 +45,3 @@ def test_the_scores_are_those_of_the_first_release_but_for_a_row(run):
             assert new == pytest.approx(old, abs=1.01 * ROW), (task, column)
     assert results[1]["start"] == "toy-sanwen" and [r["trainable"] for r in results] == [10_340, 544]
     assert (run / "target/toy-finre-8-shot/best/task.safetensors").stat().st_size < 4096  # 544 numbers of 4 bytes
-
-
-def test_the_answers_are_those_of_the_first_release_but_for_a_row(run):
-    evaluate.main(["--run", str(run)])
-    answers = {}
-    for path in run.glob("**/predictions.jsonl"):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            answers.setdefault(row["task"], []).append(row["prediction"])
-    assert answers.keys() == GOLDEN["answers"].keys()
-    for task, old in GOLDEN["answers"].items():
-        assert sum(one != other for one, other in zip(answers[task], old.split("|"), strict=True)) <= 1, task
