@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import checkpoint
 import evaluate
 import train
-from checkpoint import RunFailed, UserError
+from checkpoint import UserError
 from experiments.soak import read_outcome
 
 
@@ -183,7 +183,6 @@ def test_numbers_that_are_not_finite_are_never_saved(small_world, tmp_path, monk
 
 @pytest.mark.parametrize("error, code, words", [
     (UserError("--x is 3\n  but"), 2, "error: --x is 3 but\n"),
-    (RunFailed("too hot"), 1, "error: too hot\n"),
     (OSError(28, "No space left", "a.pt"), 1, "No space left: 'a.pt'; what was"),
     (KeyboardInterrupt(), 130, "stopped; what was"),
     (torch.OutOfMemoryError("CUDA"), 1, "--tokens-per-batch (training), --eval-tokens"),

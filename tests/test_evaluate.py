@@ -227,10 +227,6 @@ def test_answers_to_mixed_questions_are_those_to_each_alone_and_a_template_is_fi
     assert shares[8] != pytest.approx(shares[7], rel=1e-3), "the fields are read"
     assert [list(found) for found in shares[1:6]] == [["no", "yes"], [], list(answers_of("toy-finre")), ["no", "yes"],
                                                       ["tech", "food"]]
-    ids = tokenizer(f"{TEXT} =>", return_tensors="pt")
-    p = model(ids.input_ids, ids.attention_mask, torch.tensor([0])).logits[0, -1].softmax(-1)
-    for choice, share in shares[0].items():
-        assert share <= p[tokenizer.convert_tokens_to_ids(choice)] + 1e-6, "a whole answer, with its end token"
 
 
 def answers_of(task):

@@ -384,7 +384,8 @@ def test_the_help_names_and_explains_every_option_on_100_lines(capsys):
         assert f"--{field.name.replace('_', '-')}" in text and len(field.metadata["how"]["help"]) >= 5, field.name
 
 
-def test_what_is_typed_wins_over_the_preset_and_the_preset_over_the_defaults():
+def test_what_is_typed_wins_over_the_preset_and_the_preset_over_the_defaults(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no run has options of its own
     cfg = train.parse(["--preset", "qwen2.5-7b", "--rank", "2", "--shots", "8", "32"])
     assert (cfg.backbone, cfg.dtype, cfg.prompt_length) == ("Qwen/Qwen2.5-7B", "auto", 12)
     assert (cfg.rank, cfg.shots, cfg.checkpointing, cfg.sources) == (2, (8, 32), True, chinese.SOURCES)
