@@ -281,7 +281,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others(finished, s
 
 @pytest.mark.parametrize("more", [
     ("--autocast",), ("--dtype", "bfloat16"), ("--gate-per-head",), ("--tokens-per-batch", "128"),
-    ("--mixing", "proportional"), ("--regulariser", "printed"), ("--checkpointing",)], ids=lambda more: more[0])
+    ("--regulariser", "printed"), ("--checkpointing",)], ids=lambda more: more[0])
 def test_a_run_in_another_way_ends_with_fp32_adapters_and_finite_losses(finished, small_world, tmp_path, more):
     train.main(small_run(small_world, tmp_path / "run", *more, "--stage", "multitask"))
     assert {t.dtype for t in load_file(tmp_path / "run/multitask/best/adapter.safetensors").values()} == {torch.float32}
