@@ -58,7 +58,7 @@ def log_p(model, prompt, answer, task):
     ids = torch.tensor([prompt + answer])
     ones, text = torch.ones_like(ids), torch.arange(ids.shape[1]).expand(1, -1) < len(prompt)
     given = model.inputs(ids, ones, positions(ones), torch.tensor([task]), text)
-    states = model.read(given, use_cache=False)[0, model.in_front:]  # (T, d)
+    states = model.read(given, use_cache=False)[0, -ids.shape[1]:]  # (T, d)
     return model.backbone.lm_head(states).log_softmax(-1)[len(prompt) - 1:]
 
 
