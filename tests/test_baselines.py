@@ -113,7 +113,7 @@ def test_load_equals_save_and_other_methods_refuse_the_file(name, tiny_backbone,
     assert torch.equal(loaded(ids, mask, TASK_IDS).logits, model(ids, mask, TASK_IDS).logits)
     for other in set(CLASSES) - {ALL[name].model}:
         with pytest.raises(ValueError, match=f"method '{model.method}', not '{other.method}'"):
-            other.load(tmp_path, tiny_backbone)
+            other.load(tmp_path, model.backbone)
 
 
 def test_what_would_be_silently_wrong_is_refused(tiny_backbone, opened):

@@ -73,6 +73,6 @@ def test_what_computes_something_else_is_refused(small, monkeypatch):
             small.compare()
     adapter = small.adapter(1, False)
     adapter.gate.data.fill_(1.0)
-    monkeypatch.setattr(small, "adapter", lambda *_: adapter)
+    monkeypatch.setattr(small, "adapter", lambda *_, **__: adapter)
     with pytest.raises(RunFailed, match="with its gates at zero"):
         small.measure_parts()

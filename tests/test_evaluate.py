@@ -293,7 +293,8 @@ def test_a_question_that_lacks_something_or_is_too_long_is_refused(run, question
 
 
 def test_a_copied_adapter_and_a_copied_task_are_asked_as_in_their_run(run, tmp_path, capsys):
-    question, (target, model, tokenizer, _) = ["--task", "toy-finre", "--ask", f"zzz {TEXT}"], open_stage(run, "toy-finre")
+    question = ["--task", "toy-finre", "--ask", f"zzz {TEXT}"]
+    target, model, tokenizer, _ = open_stage(run, "toy-finre")
     copies = [str(shutil.copytree(folder / "best", tmp_path / name)) for name, folder in (
         ("shared", run / "multitask"), ("task", target))]
     evaluate.main(["--adapter", *copies, *question])
