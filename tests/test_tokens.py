@@ -182,7 +182,7 @@ def test_a_run_stores_whether_it_uses_the_chat_template_and_its_evaluation_uses_
     evaluate.main(["--run", str(run), "--task", "toy-amazon", "--ask", "ann found the soup nice"])
     assert chats == [True]
     with pytest.raises(UserError, match="chat_template"):
-        train.main(small_run(world, run))  # auto chooses off
+        train.main(small_run(world, run, "--chat-template", "off"))
 
 
 def edit(path, **entries):
