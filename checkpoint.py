@@ -33,8 +33,9 @@ import filelock
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from transformers.utils import cached_file
 
 
 class UserError(ValueError):
@@ -103,6 +104,66 @@ def read_json(path: Path):
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' cannot be read ({error}); give a folder that train.py made") from error
+
+
+FAMILIES = ("qwen2", "qwen3", "llama", "mistral")  # they have k_proj, v_proj and transformers' attention interface
+
+
+def check_backbone(backbone: transformers.PreTrainedModel) -> None:
+    """Raise UserError for a model that no prompt can be put into."""
+    family = getattr(backbone.config, "model_type", "?")
+    if family not in FAMILIES or backbone.get_output_embeddings() is None:
+        raise UserError(f"the backbone is a {type(backbone).__name__} (model type '{family}'), but this needs a "
+                        f"causal language model of one of the families {', '.join(FAMILIES)}")
+    rope = (getattr(backbone.config, "rope_parameters", None) or {}).get("rope_type")
+    if rope in ("dynamic", "longrope"):
+        raise UserError(f"the positions of this backbone ('{rope}' RoPE) depend on the longest row of a batch, and "
+                        "so would answers on their neighbours; take a backbone with another kind, such as YaRN")
+
+
+def load_tokenizer(path: str | Path) -> transformers.PreTrainedTokenizerFast:
+    try:  # tokenizer.json as it is: a declared class may read it in another way, and an inferred one always does
+        return transformers.PreTrainedTokenizerFast.from_pretrained(path)
+    except (OSError, ValueError):  # only a SentencePiece model or the like
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def load_backbone(path: str | Path = "", dtype: str = "float32", device: torch.device | str = "cpu") -> tuple[
+        transformers.PreTrainedModel, transformers.PreTrainedTokenizerFast]:
+    """The backbone ``path`` (a folder, a hub name, or "" for the micro-world's own) and its tokenizer. dtype:
+    "float32" or "bfloat16". Only data is read (safetensors, never code), into host memory first. UserError for
+    what is not a causal language model of one of FAMILIES with all its weights and a tokenizer that belongs to it."""
+    name, path = str(path), path or Path(__file__).parent / "tasks" / "micro_backbone"
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, attn_implementation="sdpa", trust_remote_code=False)
+        quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+        if quantised:
+            raise ValueError(f"its weights are quantised ({dict(quantised).get('quant_method')}); give plain ones")
+        tokenizer = load_tokenizer(path)
+        backbone, loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
+            trust_remote_code=False, output_loading_info=True)
+        check_backbone(backbone)
+        for file in Path(cached_file(path, "config.json")).parent.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+            if kinds - {"F64", "F32", "F16", "BF16"}:
+                raise ValueError(f"its weights are stored as {', '.join(sorted(kinds))}; give plain ones, in bf16 say")
+        broken = [name for name, p in backbone.named_parameters() if not p.detach().sum().isfinite()]
+        unread = [name for name in loaded["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
+        for fault, names in (("missing", loaded["missing_keys"]), ("not finite", broken), ("not read by it", unread)):
+            if names:
+                raise ValueError(f"{len(names)} of its tensors are {fault}: {', '.join(sorted(names)[:3])}")
+        most, count = backbone.config.vocab_size, len(tokenizer)
+        if not tokenizer("a").input_ids or tokenizer.eos_token_id is None or count > most:
+            raise ValueError("its tokenizer needs a vocabulary (tokenizer.json), an end token (it has "
+                             f"{tokenizer.eos_token}) and at most the model's {most:,} tokens (it has {count:,})")
+    except Exception as error:  # whatever a folder makes transformers raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"'{path}' cannot be used as a backbone ({reason}); --backbone takes the folder of a causal "
+                        "language model (config.json, safetensors, tokenizer) or its name on the hub") from error
+    backbone.name_or_path = name
+    return backbone.to(device), tokenizer
 
 
 # What a model computes depends on these entries of its config, in every version of transformers, and on its weights.

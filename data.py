@@ -2,7 +2,7 @@ r"""From rows of text to batches of tokens.
 
     row {"prompt": ..., "answer": ..., ...} -> Example -> Encoded -> Batch(input_ids, attention_mask, labels, task_ids)
 
-Rows come from the micro-world (tasks/micro.py), the sixteen Chinese sets or your own files (tasks/chinese.py). Every
+Rows come from your own files, the micro-world (tasks/micro.py) or the sixteen Chinese sets (tasks/chinese.py). Every
 split goes by *group* (a passage, a premise, a pair), never by row: no text is in two of train, dev and test. Prompt and
 answer are tokenised apart and joined, because a tokenizer may merge characters across the boundary:
 
@@ -26,7 +26,6 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
-from textwrap import indent
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -38,7 +37,7 @@ from tasks import chinese, micro, rewrite
 from tasks.chinese import SPLITS, TASKS, Task, number_rows
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a row is too little work to share out among threads
-DEV_SHARE, DEV_ROWS = 0.1, 1024  # a tenth of the train rows, at most 1,024, becomes the development set
+DEV_SHARE, DEV_ROWS, FEW_DEV_ROWS = 0.1, 1024, 16  # of train rows become dev rows; at most; so few deserve a warning
 
 # Rows -> examples -> train, dev, test --------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
@@ -61,23 +60,22 @@ class Example:
 def to_example(name: str, row: dict, where: str = "") -> Example:
     """A row {"prompt", "answer"} as an Example; choices, references, protected, group, hard_prompt and passage (a part
     of the prompt that may be shortened) are optional. Raises UserError by file and line."""
-    lists, texts = ("choices", "references", "protected"), ("prompt", "answer", "group", "hard_prompt", "passage")
-    for key in texts:
-        if isinstance(row.get(key), list | dict):
-            raise UserError(f"{where}: {key} is {row[key]!r}, but should be a text")
-    for key in lists:
+    texts, lists = ("prompt", "answer", "group", "hard_prompt", "passage"), ("choices", "references", "protected")
+    for key in texts + lists:
         value = row.get(key) or ()
-        if not isinstance(value, list | tuple) or any(isinstance(part, list | dict | None) for part in value):
-            raise UserError(f"{where}: {key} is {value!r}, but should be a list of texts")
+        parts = value if key in lists else [value or ""]
+        if not isinstance(parts, list | tuple) or any(isinstance(part, list | dict | None) for part in parts):
+            form = "a list of texts" if key in lists else "a text"
+            raise UserError(f"{where}: {key} is {value!r}, but should be {form}")
     prompt, answer, group, hard_prompt, passage = (_text(row.get(key)) for key in texts)
     choices, references, protected = (tuple(map(_text, row.get(key) or ())) for key in lists)
     if choices and (answer not in choices or len(set(choices)) < max(2, len(choices))):
         raise UserError(f"{where}: choices {choices} should be two or more different texts with the answer {answer!r}")
+    if passage not in prompt:
+        raise UserError(f"{where}: the passage {passage[:40]!r} does not occur in the prompt as it stands")
     fields = row.get("fields", ())
     own = name in TASKS and not fields
     if passage:
-        if passage not in prompt:
-            raise UserError(f"{where}: the passage {passage[:40]!r} does not occur in the prompt as it stands")
         fields = (("text", prompt.index(passage), prompt.index(passage) + len(passage)),)
         protected = protected if choices else (answer, *references, *protected)
     references = tuple(dict.fromkeys((answer, *references))) if references else ()
@@ -91,16 +89,34 @@ def _text(value: object) -> str:
 
 
 def task_of(name: str, examples: Sequence[Example] = ()) -> Task:
-    """The entry of the table; for rows of your own, in whatever folder, what the examples show: a span task without
-    choices, a closed one with the same choices in every row, in any order, otherwise a choice task."""
+    """The entry of the table; of other rows what they show: a span task without choices, a closed one with the same
+    choices in every row, in any order, otherwise a choice task."""
     if name in TASKS and not (examples and examples[0].own):
         return TASKS[name]
     choices = examples[0].choices if examples else ()
-    role = "target" if name in (*micro.TARGETS, *chinese.TARGETS) else "source"
+    form = {"template": "{text} =>", "passage": ""} if name in micro.TASKS else {}  # nothing of its text may be cut
     if not choices:
-        return Task(name, role, "span", "char_f1")
-    same = all(set(example.choices) == set(choices) for example in examples)
-    return Task(name, role, "closed" if same else "choice", "accuracy", answers=choices if same else ())
+        return Task(name, "own", "span", "char_f1", **form)
+    if any(set(example.choices) != set(choices) for example in examples):
+        return Task(name, "own", "choice", "accuracy", **form)
+    return Task(name, "own", "closed", "accuracy", answers=choices, **form)
+
+
+def spec_of(name: str, examples: Sequence[Example]) -> dict:
+    """What a question to the task needs, as JSON; Task(name, "own", **spec) is the task without its rows."""
+    task = task_of(name, examples)
+    spec = {key: getattr(task, key) for key in ("kind", "metric", "template", "passage")}
+    return spec | {"answers": list(task.answers)}
+
+
+def describe_task(name: str, root: str | Path | None = None) -> str:
+    """What is asked, and a short train row: "bq: one of 不同, 相同 | 下面两句是银行客户 … 判断： -> 相同"."""
+    train = load_task(name, "train", root)
+    task, example = task_of(name, train), min(train, key=lambda example: len(example.prompt))
+    asked = {"closed": f"one of {', '.join(task.answers)}", "choice": "one of the row's choices", "span": "a text"}
+    texts = (" ".join(text.split()) for text in (asked[task.kind], example.prompt))
+    asked, prompt = (text if len(text) <= 60 else f"{text[:40]} … {text[-17:]}" for text in texts)
+    return f"{name}: {asked} | {prompt} -> {example.answer}"
 
 
 @dataclass
@@ -112,9 +128,8 @@ class Splits:
 
 
 def load_task(name: str, split: str, root: str | Path | None = None) -> list[Example]:
-    """One split (train | dev | test) of a task of the micro-world, of chinese.TASKS, or of root/<name>/train.jsonl and
-    test.jsonl, in a fixed random order: any first n rows are a fair sample. Without root, the Chinese sets are
-    downloaded. Raises UserError."""
+    """One split (train | dev | test) in a fixed random order: any first n rows are a fair sample. The rows are those of
+    root/<name> if there is such a folder, otherwise the micro-world's or, downloaded, the Chinese set's. UserError."""
     if split not in ("train", "dev", "test"):
         raise UserError(f"no split {split!r}; there are train, dev and test")
     return getattr(load_splits(name, str(root) if root else None), split)
@@ -123,19 +138,20 @@ def load_task(name: str, split: str, root: str | Path | None = None) -> list[Exa
 @cache
 def load_splits(name: str, root: str | None = None) -> Splits:
     """All splits of a task and a report of what was left out; errors as in `load_task`."""
-    task, notes = task_of(name), []
     if not name or name.startswith(".") or set(name) & set("/\\"):
         raise UserError(f"{name!r} cannot be a task: its name should be that of a folder, without / or a dot in front")
+    folder, notes = Path(root or "DIR") / name, []
+    there = bool(root) and folder.exists()
+    if name in micro.TASKS and there:
+        raise UserError(f"{name!r} is a task of the micro-world; give the folder {folder} another name")
     if name in micro.TASKS:
-        if root and (Path(root) / name).exists():
-            raise UserError(f"{name!r} is a task of the micro-world; give the folder {Path(root) / name} another name")
         source = "the micro-world"
         read = {split: (number_rows(micro.rows(name, split), f"{name} {split}"), Counter()) for split in SPLITS}
-    elif root or name in TASKS:
-        source, read = chinese.read_task(task, root, notes)
+    elif there or name in TASKS:
+        source, read = chinese.read_task(task_of(name), root if there else None, notes)
     else:
-        raise UserError(f"no task {name!r}; known are {', '.join((*TASKS, *micro.TASKS))}; rows of your own are read "
-                        f"from DIR/{name}/train.jsonl and test.jsonl with --data-root DIR")
+        raise UserError(f"no task {name!r}: --data-root {folder.parent} should hold {name}/train.jsonl and test.jsonl; "
+                        f"known are {', '.join(TASKS)}, and {next(iter(micro.TASKS))} and so on of the micro-world")
     train, test = ([to_example(name, row, where) for where, row in rows] for rows, _ in read.values())
     task, dropped = task_of(name, train + test), {split: counter for split, (_, counter) in read.items()}
     seen, kept = {example.group: "test" for example in test}, {}  # texts not to train on; the train rows, each once
@@ -150,15 +166,14 @@ def load_splits(name: str, root: str | None = None) -> Splits:
             dropped["train"][f"text also in {seen[example.group]}"] += 1
         elif kept.setdefault((example.prompt, example.answer), example) is not example:
             dropped["train"]["repeated"] += 1
-    train = list(kept.values())
-    for split, rows in zip(SPLITS, (train, test)):
+    for split, rows in zip(SPLITS, (kept, test)):
         if not rows:
             raise UserError(f"task {name!r} has no usable {split} row in {source} (left out: {_counts(dropped[split])})"
                             "; add rows or leave the task out")
     if len({(bool(example.choices), example.own) for example in train + test}) > 1:
         raise UserError(f"task {name!r} has rows with and without choices, or with and without prompts of their own, "
                         f"in {source}; make two tasks of them")
-    train, dev = _cut_dev(name, train)
+    train, dev = _cut_dev(name, list(kept.values()))
     if task.metric == "micro_f1":  # training has a row for each relation of two names; dev and test ask once for all
         train, dev, test = map(_merge_labels, (train, dev, test))
         dev, test = (list({example.prompt: example for example in rows}.values()) for rows in (dev, test))
@@ -181,12 +196,12 @@ def _cut_dev(name: str, examples: list[Example]) -> tuple[list[Example], list[Ex
     by_group = defaultdict(list)
     for example in examples:
         by_group[example.group].append(example)
-    groups, dev = sorted(by_group), []
-    random.Random(f"dev {name}").shuffle(groups)
-    while len(dev) < max(1, min(DEV_ROWS, int(DEV_SHARE * len(examples)))) and len(groups) > 1:
-        dev += by_group[groups.pop()]
-    if not dev:
+    groups, dev, share = sorted(by_group), [], min(DEV_ROWS, int(DEV_SHARE * len(examples)))
+    if len(groups) < 2:
         raise UserError(f"task {name!r} has {len(examples)} train rows on one text, no dev split can be cut; add rows")
+    random.Random(f"dev {name}").shuffle(groups)
+    while not dev or len(dev) < share and len(groups) > 1:
+        dev += by_group[groups.pop()]
     return [example for group in groups for example in by_group[group]], dev
 
 
@@ -220,8 +235,8 @@ def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example
 
 
 def perturb(example: Example, seed: int) -> Example:
-    """The example with its input text rewritten and its answer kept; `operations` says how, () if nothing could be done
-    safely and the example is as it was. A function of the prompt and the seed."""
+    """The example with its input rewritten and its answer kept, a function of prompt and seed. `operations` says how;
+    the example itself if nothing could be done safely."""
     if example.task in micro.TASKS:
         prompt, hard = (text and micro.perturb(text, seed) for text in (example.prompt, example.hard_prompt))
         return replace(example, prompt=prompt, hard_prompt=hard,
@@ -231,7 +246,7 @@ def perturb(example: Example, seed: int) -> Example:
     values, operation = rewrite.rewrite(values, task, example.protected, random.Random(f"{seed} {example.prompt}"))
     if not operation:
         return example
-    prompt, fields = chinese.fill(task.template, values)
+    prompt, fields = chinese.fill_template(task, values)
     return replace(example, prompt=prompt, fields=fields, operations=(operation,))
 
 
@@ -242,7 +257,7 @@ def test_rows(name: str, cfg) -> dict[str, list[Example]]:
     return rows | ({"rewritten": rewritten} if any(example.operations for example in rewritten) else {})
 
 
-# Examples -> tokens -> batches ---------------------------------------------------------------------------------------
+# Examples -> tokens --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """One example as tokens; len() counts prompt and answer. Answers and choices end with the end-of-sequence token."""
@@ -250,6 +265,7 @@ class Encoded:
     answer_ids: tuple[int, ...]
     choice_ids: tuple[tuple[int, ...], ...]
     task: str
+    lost: str = ""  # by shortening: "answer" or "name" where one is cut away, otherwise "text"
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
@@ -291,6 +307,23 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, chat: bool = False) -> Frame:
         raise UserError(f"the chat template cannot be used ({error}); use --chat-template off") from error
 
 
+def choose_chat_template(asked: str, name: str, end_tokens: Sequence[int],
+                         tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """on or off, and why. asked: on | off | auto; name: the backbone's folder or hub name; end_tokens: what ends its
+    generation. auto is on where there is a template and the backbone calls itself instruct or chat, by its name or
+    because it stops at the end of a turn (a base model with </s> or the like stops there anyway)."""
+    if asked != "auto":
+        return asked, "as asked for"
+    if not tokenizer.chat_template:
+        return "off", "the tokenizer has none"
+    if any(word in Path(name).name.lower() for word in ("instruct", "chat")):
+        return "on", "by the backbone's name"
+    end = frame_of(tokenizer, chat=True).end
+    if end in end_tokens and tokenizer.decode([end]) not in ("</s>", "<|endoftext|>", "<|end_of_text|>"):
+        return "on", "its generation stops at the end of a turn"
+    return "off", "the backbone does not call itself instruct or chat"
+
+
 @lru_cache(maxsize=4096)
 def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: tuple[str, ...], context: str = "",
                chat: bool = False) -> tuple[tuple[int, ...], ...]:
@@ -314,29 +347,28 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     frame, where = frame_of(tokenizer, chat), example.row or example.task
     context = frame.context or re.search(r"[^\n]*\n*$", example.prompt[-64:])[0]  # no token reaches further back
     texts = example.choices or (example.answer,)
-    choices = answer_ids(tokenizer, texts, context, chat)
-    answer, choices = choices[texts.index(example.answer)], choices[: len(example.choices)]
+    answers = answer_ids(tokenizer, texts, context, chat)
+    answer, longest = answers[texts.index(example.answer)], max(map(len, answers))
     if len(answer) < 2:
-        raise UserError(f"{where}: the answer {example.answer!r} has no token in this tokenizer; use another answer or "
-                        "tokenizer")
-    last = dict(zip(choices, example.choices))
-    for ids, choice in zip(choices, example.choices):
-        if choice != last[ids]:
-            raise UserError(f"{where}: the choices {choice!r} and {last[ids]!r} are the same tokens to this backbone; "
-                            "word one of them differently, or use another backbone")
-    longest = max(map(len, (answer, *choices)))
-    if not choices and (not keep_answer or longest > 0.9 * max_length):  # a question may be asked however long its
-        longest = min(longest, max_length // 2)  # answer is, and such a row is not learned from
-    room = max_length - longest - len(frame.before) - len(frame.after)
+        raise UserError(f"{where}: the answer {example.answer!r} has no token in this tokenizer; use another of them")
+    if len(set(answers)) < len(answers):
+        twins = [text for text, ids in zip(texts, answers) if answers.count(ids) > 1]
+        raise UserError(f"{where}: the choices {twins[0]!r} and {twins[1]!r} are the same tokens to this backbone; "
+                        "word one of them differently, or use another backbone")
+    if not example.choices and (not keep_answer or longest > 0.9 * max_length):  # a question may be asked however long
+        longest = min(longest, max_length // 2)  # its answer is, and such a row is not learned from
+    room, lost = max_length - longest - len(frame.before) - len(frame.after), ""
     prompt = tokens_of(tokenizer, frame.spaces[0] + example.prompt)
     if len(prompt) > room:
-        prompt = _shorten(example, tokenizer, room, keep_answer, frame.spaces[0])
-    return Encoded(array("i", [*frame.before, *prompt, *frame.after]), answer, tuple(choices), example.task)
+        prompt, lost = _shorten(example, tokenizer, room, keep_answer, frame.spaces[0])
+    return Encoded(array("i", [*frame.before, *prompt, *frame.after]), answer, answers[: len(example.choices)],
+                   example.task, lost)
 
 
 def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, keep_answer: bool,
-             lead: str) -> list[int]:
-    """Tokens of the prompt, behind `lead`, with the longest window of its passage that fits into `room` tokens."""
+             lead: str) -> tuple[list[int], str]:
+    """Tokens of the prompt, behind `lead`, with the longest window of its passage that fits into `room` tokens; and
+    what that loses, see Encoded."""
     task = task_of(example.task, [example])
     start, end = next((place for name, *place in example.fields if name == task.passage), (0, 0))
     passage = example.prompt[start:end]
@@ -345,42 +377,25 @@ def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, ke
         places = places[:1] if keep_answer else []
     first, last = min(places, default=(0, 0))[0], max((stop for _, stop in places), default=0)
 
-    def window(size: int) -> list[int]:
+    def window(size: int) -> str:
         begin = max(0, min((first + last - size) // 2, len(passage) - size))
-        text = example.prompt[:start] + passage[begin : begin + size] + example.prompt[end:]
-        return tokens_of(tokenizer, lead + text)
+        return passage[begin : begin + size]
+
+    def tokens(size: int) -> list[int]:
+        return tokens_of(tokenizer, lead + example.prompt[:start] + window(size) + example.prompt[end:])
 
     low, high = last - first if task.kind == "span" else 0, len(passage)
-    if not low and len(window(0)) > room:
-        raise UserError(f"{example.row or example.task}: the prompt without its passage has {len(window(0))} tokens, "
+    if not low and len(tokens(0)) > room:
+        raise UserError(f"{example.row or example.task}: the prompt without its passage has {len(tokens(0))} tokens, "
                         f"but the answer leaves room for {room}; raise --max-length or drop the row")
-    while low < high - 1:  # window(high) does not fit; window(low) does, unless it is an answer that is too long
+    while low < high - 1:  # high does not fit; low does, unless it is an answer that is too long
         middle = (low + high) // 2
-        low, high = (middle, high) if len(window(middle)) <= room else (low, middle)
-    return window(low)
-
-
-def spec_of(name, examples):
-    t = task_of(name, examples)
-    return {"kind": t.kind, "metric": t.metric, "template": t.template or ("{text} =>" if name in micro.TASKS else ""), "answers": list(t.answers), "passage": t.passage}
-
-
-def describe_task(name, root):
-    return name
-
-
-def choose_chat_template(asked, name, end_tokens, tokenizer):
-    if asked != "auto":
-        return asked, "as asked for"
-    if not tokenizer.chat_template:
-        return "off", "the tokenizer has none"
-    if any(word in Path(name).name.lower() for word in ("instruct", "chat")):
-        return "on", "by the backbone's name"
-    end = frame_of(tokenizer, chat=True).end
-    ends_text = tokenizer.decode([end]) in ("</s>", "<|endoftext|>", "<|end_of_text|>")
-    if end in end_tokens and not ends_text:
-        return "on", "its generation stops at the end of a turn"
-    return "off", "the backbone does not call itself instruct or chat"
+        low, high = (middle, high) if len(tokens(middle)) <= room else (low, middle)
+    texts = example.protected if example.choices else example.references or (example.answer,)
+    stays = [text in window(low) for text in texts if text in passage]
+    if example.choices:
+        return tokens(low), "text" if all(stays) else "name"
+    return tokens(low), "text" if any(stays) or not stays else "answer"
 
 
 def rows_hash(rows: Iterable[Encoded]) -> str:
@@ -406,66 +421,72 @@ def fitting(rows: list[Encoded], max_length: int) -> list[Encoded]:
 
 
 def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dict[str, list[Encoded]], Counter]:
-    """All rows of a task before training, {train | dev | test | rewritten: rows}, and how many of them cannot be
-    answered, by reason. Raises UserError for a row that does not fit, too few rows for the shots, or a task that cannot
-    be learned or answered. cfg: data_root seed targets shots dev_rows max_length max_new_tokens chat_template."""
-    splits, warnings, chat = load_splits(name, cfg.data_root), Counter(), cfg.chat_template == "on"
+    """All rows of a task before training, {train | dev | test | rewritten: rows}, and warnings, {reason: number}.
+    Raises UserError for a row that does not fit, too few rows for the shots, or a task that cannot be learned or
+    answered. cfg: data_root seed targets shots dev_rows test_rows max_length max_new_tokens chat_template."""
+    splits, chat, unknown = load_splits(name, cfg.data_root), cfg.chat_template == "on", tokenizer.unk_token_id
     if splits.train[0].choices and len({row.answer for row in splits.train}) == 1:
         raise UserError(f"all {len(splits.train)} train rows of {name} have the answer '{splits.train[0].answer}': "
                         "there is nothing to tell apart; add rows with another answer, or leave the task out")
-    for shots in cfg.shots if name in cfg.targets else ():
-        drawn = sum(k_shot(splits.train, shots, cfg.seed), [])
+    shots = cfg.shots if name in cfg.targets else (0,)
+    for k in shots:
+        drawn = sum(k_shot(splits.train, k, cfg.seed), [])
         if any(len(row) > cfg.max_length for row in encode_all(drawn, tokenizer, cfg.max_length, True, chat)):
-            raise UserError(f"{name}: --shots {shots} draws a row whose answer is too long for --max-length "
+            raise UserError(f"{name}: --shots {k} draws a row whose answer is too long for --max-length "
                             f"{cfg.max_length}; raise it")
     tests = test_rows(name, cfg)
     examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": tests.pop("plain"), **tests}
     rows = {split: encode_all(some, tokenizer, cfg.max_length, split == "train", chat)
             for split, some in examples.items()}
+    words, known = (sum(count) for count in zip(*(
+        (len(row.prompt_ids), len(row.prompt_ids) - row.prompt_ids.count(unknown)) for row in rows["train"])))
+    warnings = Counter()
+    if known < words / 2:
+        warnings[f"of {words} words of the train rows are unknown to the backbone's tokenizer; give a --backbone of "
+                 "this language"] = words - known
+    if 0 in shots and len(splits.dev) < FEW_DEV_ROWS:
+        warnings["development rows alone choose the best checkpoint; add train rows"] = len(splits.dev)
     too_long = f"test answers are longer than --max-new-tokens {cfg.max_new_tokens} and never given in full; raise it"
     for split in ("train", "dev", "test"):
         for example, row in zip(examples[split], rows[split]):
-            if split != "test" and len(row) > cfg.max_length:
-                warnings[f"{split} rows are left out for answers that are too long; raise --max-length"] += 1
-            if tokenizer.unk_token_id in row.answer_ids[:-1]:
-                warnings[f"{split} answers hold tokens that the backbone does not know"] += 1
-            if example.choices:
-                if _loses_a_name(example, row, tokenizer):
-                    warnings[f"{split} rows lose a name where their text is shortened; raise --max-length"] += 1
-                continue
-            right = [tokens_of(tokenizer, answer) for answer in example.references or (example.answer,)]
-            if split == "test" and min(map(len, right)) > cfg.max_new_tokens:
-                warnings[too_long] += 1
-            if example.fields and example.answer in example.prompt:
-                prompt, *spans = (_show(tokenizer, ids) for ids in (row.prompt_ids, *right))
-                if not any(span in prompt for span in spans):
-                    warnings[f"{split} answers are cut away where their passage is shortened; raise --max-length"] += 1
+            right = [] if split != "test" or example.choices else example.references or [example.answer]
+            warnings.update(reason for reason, applies in {
+                f"{split} rows are left out for answers that are too long; raise --max-length":
+                    split != "test" and len(row) > cfg.max_length,
+                f"{split} answers hold tokens that the backbone does not know": unknown in row.answer_ids[:-1],
+                f"{split} rows lose a name where their text is shortened; raise --max-length": row.lost == "name",
+                f"{split} answers are cut away where their passage is shortened; raise --max-length":
+                    row.lost == "answer",
+                too_long: right and min(map(len, tokens_of(tokenizer, [*right]))) > cfg.max_new_tokens,
+            }.items() if applies)
     if warnings[too_long] == len(rows["test"]):
         raise UserError(f"{name}: {len(rows['test'])} of {len(rows['test'])} {too_long}")
     return rows | {split: fitting(rows[split], cfg.max_length) for split in ("train", "dev")}, warnings
 
 
-def _show(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """Tokens as text, without white space, which tokenizers may add."""
-    return "".join(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False).split())
-
-
-def _loses_a_name(example: Example, row: Encoded, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a name that stands in the passage is not in the window that was left of it."""
-    passage = task_of(example.task, [example]).passage
-    start, end = next((place for name, *place in example.fields if name == passage), (0, 0))
-    inside = {name: example.prompt[start:end].count(name) for name in example.protected}
-    shown = _show(tokenizer, row.prompt_ids) if any(inside.values()) else ""
-    return any(n and shown.count(name) <= example.prompt.count(name) - n for name, n in inside.items())
-
-
 def list_notes(name: str, root: str | None, warnings: dict[str, int]) -> list[str]:
-    """What to know about a task: rows left out, how it was read, rows that cannot be answered."""
+    """What to know about a task: rows left out, how it was read, the warnings of `encode_task`."""
     report = load_splits(name, root).report
     left_out = [f"left out of {split}: {_counts(dropped)}" for split, dropped in report["dropped"].items() if dropped]
     return left_out + report["notes"] + [f"{count} {reason}" for reason, count in warnings.items()]
 
 
+def draw_shots(name: str, k: int, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[
+        dict[str, list[Encoded]], list[Example], dict[str, list[str]]]:
+    """k examples of a target and k more for choosing a checkpoint: {train | dev: rows}, the development examples, and
+    where both were drawn from (file and line)."""
+    few, held = k_shot(load_task(name, "train", cfg.data_root), k, cfg.seed)
+    rows = {split: fitting(encode_all(some, tokenizer, cfg.max_length, split == "train", cfg.chat_template == "on"),
+                           cfg.max_length) for split, some in (("train", few), ("dev", held))}
+    return rows, held, {split: [row.row for row in some] for split, some in (("train", few), ("dev", held))}
+
+
+def _counts(counts: Counter) -> str:
+    """The ten most frequent entries in words."""
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common(10)) or "none"
+
+
+# Tokens -> batches ---------------------------------------------------------------------------------------------------
 @dataclass
 class Batch:
     """Right-padded rows; all tensors are long."""
@@ -500,20 +521,22 @@ def _pad(rows: list[list[int]], value: int = 0, side: str = "right") -> tuple[to
 class Batches:
     """batches[step] -> the micro-batches of a step, each a list of Encoded; a step depends on nothing but its number.
 
-    "uniform": the tasks take turns, "proportional": as the rows are; in a new random order each epoch. A step is
-    `batch_size` rows, sorted by length and cut into parts of at most `budget` tokens, padding included, or without a
-    budget of PART rows."""
+    Tasks take turns, each with its rows in a new random order every epoch. A step is `batch_size` rows, sorted by
+    length and cut into parts of at most `budget` tokens, padding included, or without a budget of PART rows."""
 
     PART = 16
 
-    def __init__(self, rows_by_task: dict[str, Sequence[Encoded]], batch_size: int, seed: int,
-                 budget: int = 0):
-        self.batch_size, self.seed, self.budget, self.streams = batch_size, seed, budget, rows_by_task
-        self.order = lru_cache(2 * len(self.streams))(self._order)  # remembers this epoch's and the last one's
+    def __init__(self, rows_by_task: dict[str, Sequence[Encoded]], batch_size: int, seed: int, budget: int = 0):
+        self.rows, self.batch_size, self.seed, self.budget = rows_by_task, batch_size, seed, budget
+        self.order = lru_cache(2 * len(rows_by_task))(self._order)  # remembers this epoch's and the last one's
 
     def __getitem__(self, step: int) -> list[list[Encoded]]:
-        parts = [[]]
-        for row in sorted(self.draw(step * self.batch_size, self.batch_size), key=len):
+        names, drawn, parts = list(self.rows), [], [[]]
+        for n in range(step * self.batch_size, (step + 1) * self.batch_size):  # row n of an endless stream
+            name = names[n % len(names)]
+            epoch, place = divmod(n // len(names), len(self.rows[name]))
+            drawn.append(self.rows[name][self.order(name, epoch)[place]])
+        for row in sorted(drawn, key=len):
             rows = len(parts[-1]) + 1
             wide = parts[-1] and len(row) > 1.25 * len(parts[-1][0])  # much of the shorter rows would be padding
             if (rows * len(row) > self.budget or wide) if self.budget else rows > self.PART:
@@ -521,72 +544,60 @@ class Batches:
             parts[-1].append(row)
         return parts
 
-    def draw(self, start: int, count: int) -> list[Encoded]:
-        """Rows number start .. start + count - 1 of the endless stream."""
-        names, drawn = list(self.streams), []
-        for n in range(start, start + count):
-            rows = self.streams[name := names[n % len(names)]]
-            epoch, place = divmod(n // len(names), len(rows))
-            drawn.append(rows[self.order(name, epoch)[place]])
-        return drawn
-
     def _order(self, name: str, epoch: int) -> list[int]:
-        order = list(range(len(self.streams[name])))
+        order = list(range(len(self.rows[name])))
         random.Random(f"{self.seed} {name} {epoch}").shuffle(order)
         return order
 
 
 # The page about the data ---------------------------------------------------------------------------------------------
 def page(name: str, root: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None, cfg=None) -> str:
-    """What to look at first: counts, rows left out, lengths, balance of answers, an example, a rewritten example; with
-    a tokenizer (and cfg, as `encode_task` reads it) also how many rows cannot be answered."""
-    splits = load_splits(name, root)
-    train, test, task = splits.train, splits.test, task_of(name, splits.train)
-    lengths = sorted(len(e.prompt) + len(e.answer) for e in train)
-    rewritten = {e: new for e in test if (new := perturb(e, seed=0)).operations}
-    example = min(rewritten or test, key=lambda e: len(e.prompt))
-    try:
-        notes = list_notes(name, root, encode_task(name, tokenizer, cfg)[1] if tokenizer else {})
-    except UserError as error:
-        notes = [*list_notes(name, root, {}), f"refused: {error}"]
-    lines = [
-        f"{name}: {task.role} task, {task.kind}, scored by {task.metric}, from {splits.report['source']}",
-        f"  rows        {len(train)} train, {len(splits.dev)} dev (cut from train), {len(test)} test",
-        *(f"  note        {note}" for note in notes),
-        f"  characters  {lengths[len(lengths) // 2]} (median), {lengths[-1]} (longest train row, with its answer)",
-        f"  answers     {_counts(Counter(e.answer for e in train))}",
-        f"  example     {example.row}", indent(example.prompt, "    "), f"  answer      {example.answer}",
-        f"  rewritten   {_counts(Counter(new.operations[0] for new in rewritten.values()))} of {len(test)} test rows"]
-    return "\n".join(lines + [indent(rewritten[example].prompt, "    ")] if rewritten else lines)
-
-
-def _counts(counts: Counter) -> str:
-    """The ten most frequent entries in words."""
-    return ", ".join(f"{count} {name}" for name, count in counts.most_common(10)) or "none"
+    """What to look at first: counts, rows left out, lengths, balance of answers, a rewritten test row; with a tokenizer
+    (and cfg, as `encode_task` reads it) lengths in tokens, rows that are shortened and what that loses."""
+    splits, warnings, cut = load_splits(name, root), {}, []
+    unit, lengths = "characters", [len(row.prompt + row.answer) for row in splits.train]
+    if tokenizer:
+        rows, warnings = encode_task(name, tokenizer, cfg)
+        unit, lengths = "tokens", [len(row) for row in encode_all(splits.train, tokenizer, sys.maxsize)]
+        lost = [row.lost for split in ("train", "dev", "test") for row in rows[split] if row.lost]
+        cut = [f"--max-length {cfg.max_length} shortens {len(lost)} rows, {len(lost) - lost.count('text')} of them "
+               "without their answer or a name"]
+    rewritten = [new for example in splits.test if (new := perturb(example, seed=0)).operations]
+    return "\n  ".join([
+        describe_task(name, root),
+        f"{len(splits.train)} train, {len(splits.dev)} dev (cut from train), {len(splits.test)} test rows from "
+        f"{splits.report['source']}", f"answers: {_counts(Counter(row.answer for row in splits.train))}",
+        f"{unit} of a train row: {sorted(lengths)[len(lengths) // 2]} (median), {max(lengths)} (longest)",
+        *cut, *list_notes(name, root, warnings),
+        f"rewritten: {_counts(Counter(new.operations[0] for new in rewritten))} of {len(splits.test)} test rows",
+        *(f"{row.prompt} -> {row.answer}".replace("\n", "\n  ") for row in rewritten[:1])])
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python data.py", description="Show the tasks, a page each (default: the micro-world's).")
     parser.add_argument("--data-root", help="folder with <task>/train.jsonl and test.jsonl")
-    parser.add_argument("--task", nargs="+", help="only these tasks; without --data-root, Chinese sets are downloaded")
-    parser.add_argument("--backbone", help="folder or hub name: count the rows that it cannot answer")
+    parser.add_argument("--task", nargs="+", help="only these tasks (default: all in --data-root)")
+    parser.add_argument("--backbone", help="folder or hub name: show lengths in its tokens, and rows it cannot answer")
     parser.add_argument("--max-length", type=int, default=128, help="as in train.py (default: 128)")
-    parser.add_argument("--max-new-tokens", type=int, default=8, help="as in train.py (default: 8)")
-    parser.add_argument("--chat-template", default="off", choices=("on", "off"), help="as in train.py (default: off)")
-    parser.set_defaults(seed=0, dev_rows=None, test_rows=0, targets=())
-    options = parser.parse_args(argv)
-    root, tokenizer = options.data_root, None
-    names = sorted({path.parent.name for path in Path(root).glob("*/*train*.*")}) if root else micro.TASKS
+    parser.set_defaults(seed=0, dev_rows=None, test_rows=0, targets=(), max_new_tokens=sys.maxsize, chat_template="off")
+    cfg = parser.parse_args(argv)
+    names = micro.TASKS
+    if cfg.data_root:
+        names = sorted({path.parent.name for path in Path(cfg.data_root).glob("*/*train*.*")})
     if not names:
-        raise UserError(f"--data-root {root} holds no <task>/train.jsonl")
-    if options.backbone:
+        raise UserError(f"--data-root {cfg.data_root} holds no <task>/train.jsonl")
+    tokenizer = None
+    if cfg.backbone:
         from model import load_tokenizer  # data.py comes before model.py, and only this page needs it
         try:
-            tokenizer = load_tokenizer(options.backbone)
+            tokenizer = load_tokenizer(cfg.backbone)
         except (OSError, ValueError) as error:
-            raise UserError(f"--backbone {options.backbone} has no tokenizer that can be read ({error})") from None
-    for name in options.task or names:
-        print(page(name, root, tokenizer, options), end="\n\n")
+            raise UserError(f"--backbone {cfg.backbone} has no tokenizer that can be read ({error})") from None
+    for name in cfg.task or names:
+        try:
+            print(page(name, cfg.data_root, tokenizer, cfg), end="\n\n")
+        except UserError as error:
+            print(f"{name}: refused: {error}", end="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 r"""Predictions, scores, tables, pictures, and a look into a finished run.
 
-    python evaluate.py --run runs/toy                   answer all test rows again and keep every answer
+    python evaluate.py --run runs/toy                   its tables again
     python evaluate.py --run runs/toy --task toy-amazon --ask "ann found the soup very awful at the oslo cafe"
     python evaluate.py --adapter FOLDER --task toy-amazon --ask "ann found the soup very awful"         without the run
     python evaluate.py --diagnose runs/toy              what the adapter does: gates, prompts, cosines
@@ -13,10 +13,14 @@ B batch, T text tokens, C choices, L layers, n tasks, P prompt length, d model w
 
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
+from textwrap import shorten
 from types import SimpleNamespace
 
 import torch
@@ -26,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import data
 from checkpoint import Parser, UserError, pick_device, read_json, run_program, write_whole
 from data import Encoded, Example, task_of
-from model import MICRO_BACKBONE, NO_TASK, AdaptedLM, TALoRA, load_backbone, load_tokenizer
+from model import NO_TASK, AdaptedLM, TALoRA, load_backbone
 from tasks.chinese import Task, fill_template
 from tasks.metrics import NAMES, accuracy, char_f1, exact_match, macro_f1, majority, micro_f1
 
@@ -174,44 +178,83 @@ def references(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ta
     return columns
 
 
+def test_stage(run, model: AdaptedLM, folder: Path, ids: dict[str, int], held: list[Example] | None,
+               columns: dict) -> dict:
+    """Answer the test rows of the tasks in ``ids``: what results.json says of them, and every answer to a plain row in
+    predictions.jsonl. run: train.Run; held: the development rows of a few-shot target; columns: more scores."""
+    cfg, lines = run.cfg, []
+    found = {key: {} for key in ("scores", "metrics", "rewritten", "dev_as_test", "warnings")}
+    for task, task_id in ids.items():
+        tests = data.test_rows(task, cfg)
+        dev = (held or data.load_task(task, "dev", cfg.data_root)[: cfg.dev_rows])[:64]
+        if task not in run.references:
+            run.references[task] = references(run.backbone, run.tokenizer, task, cfg)
+        answers = {rows: predict(model, run.tokenizer, some, task_id, cfg, f"{task}, {rows} rows")
+                   for rows, some in (tests | {"dev": dev}).items()}
+        own = {rows: score_task(task, answers[rows], some) for rows, some in tests.items()}
+        dev_score = score_task(task, answers["dev"], dev)["score"]
+        run.log(f"{task}: {dev_score:.1%} on {len(dev)} development rows, scored as test rows are")
+        changed = sum(bool(row.operations) for row in tests.get("rewritten", ()))
+        found["scores"][task] = run.references[task] | columns | {run.method.name: own}
+        found["metrics"][task] = task_of(task, tests["plain"]).metric
+        found["rewritten"][task] = changed / len(tests["plain"])
+        found["dev_as_test"][task] = {"score": dev_score, "rows": len(dev)}
+        found["warnings"][task] = run.warnings[task]
+        for row, said in zip(tests["plain"], answers["plain"]):
+            golds = row.references or (row.answer,)
+            right = said in golds if row.choices else bool(exact_match(said, golds))
+            lines.append(dict(task=task, prompt=row.prompt, answer=row.answer, prediction=said, right=right))
+    with write_whole(folder / "predictions.jsonl") as file:
+        file.writelines((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
+    if cfg.references:
+        run.log(show_answers(model, run, ids))
+    return found
+
+
+def show_answers(model: AdaptedLM, run, ids: dict[str, int]) -> str:
+    """Three test rows of the tasks in ``ids``: text, right answer, the frozen backbone's and the model's."""
+    lines = []
+    for n, task in enumerate((list(ids) * 3)[:3]):
+        row = data.load_task(task, "test", run.cfg.data_root)[n]
+        said = [predict(one, run.tokenizer, [row], task_id, run.cfg)[0] or "(nothing)"
+                for one, task_id in ((AdaptedLM(run.backbone), NO_TASK), (model, ids[task]))]
+        text = shorten(" ".join(row.prompt.split()), 90, placeholder=" ...")
+        lines += [f"{task}: {text}",
+                  f"    right: {row.answer}   frozen backbone: {said[0]}   {run.method.name}: {said[1]}"]
+    return "\n".join(["three test rows:", *lines])
+
+
 # ------------------------------------------------------------- pictures; those that take an axis serve others as well
 
 # Okabe's and Ito's colours, which colour-blind readers can tell apart, and line styles for readers in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("o-", "s--", "^-.", "v:", "D-", "x--")  # not as many as colours: pairs repeat after 42
-CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei",
-                 "WenQuanYi Zen Hei", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB")
+CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC")
 
 
-def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 3.5), **options):
-    """A figure and its axes, to be drawn into a file: no display needed."""
+@contextmanager
+def new_figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 3.5), **options):
+    """A figure and its axes, saved as `path` at the end of the with block; no display needed."""
     from matplotlib.figure import Figure  # slow to import, and most programs draw nothing
 
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots(rows, columns, **options)
-
-
-def save_figure(figure, path: Path) -> None:
+    figure = Figure(figsize=size, layout="compressed")
+    yield figure, figure.subplots(rows, columns, **options)
     with write_whole(path) as file:
         figure.savefig(file, dpi=130, format="png")
 
 
 def label_tasks(names: Sequence[str], path: Path, log: Callable[[str], None] = print) -> list[str]:
     """Task names as the picture can show them: what matplotlib's font lacks comes from the first of CHINESE_FONTS that
-    is installed; the n-th name is "task n" if no font has all its characters, and the log says which that are."""
-    import matplotlib
-    from matplotlib import font_manager
+    is installed; the n-th name is "task n" if neither has all its characters, and the log says so."""
+    from matplotlib import font_manager, get_cachedir, rcParams
 
-    installed = [font for font in CHINESE_FONTS if font in font_manager.get_font_names()]
-    fonts = list(dict.fromkeys([*matplotlib.rcParams["font.family"], *installed[:1]]))
-    matplotlib.rcParams["font.family"] = fonts  # a character is drawn in the first font that has it
+    fonts = ["DejaVu Sans", *(font for font in CHINESE_FONTS if font in font_manager.get_font_names())][:2]
+    rcParams["font.family"] = fonts  # a character is drawn in the first font that has it
     files = [font_manager.findfont(font_manager.FontProperties(family=[font])) for font in fonts]
     known = {chr(code) for file in files for code in font_manager.get_font(file).get_charmap()}
-    labels = [name if known.issuperset(name) else f"task {n}" for n, name in enumerate(names, 1)]
-    if unknown := [f"{label} is {name}" for label, name in zip(labels, names) if label != name]:
-        log(f"{path}: {', '.join(unknown)}; no font has the characters (install one such as Noto Sans CJK, and delete "
-            f"{matplotlib.get_cachedir()})")
-    return labels
+    if numbered := {name: f"task {n}" for n, name in enumerate(names, 1) if not known.issuperset(name)}:
+        log(f"{path}: no font has the characters of {numbered}; install Noto Sans CJK and delete {get_cachedir()}")
+    return [numbered.get(name, name.replace("$", r"\$")) for name in names]  # $ would begin a formula
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -220,47 +263,60 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def draw_run(folder: Path, log: Callable[[str], None] = print) -> None:
-    """Draw a stage from its metrics.jsonl: loss.png, and gates.png and cosines.png if the stage changed them."""
+    """Draw a stage from its metrics.jsonl: loss.png, and gates.png and cosines.png if the stage changed them (of tasks
+    that were trained together: a target's u and v are a source's at the start, and only they change)."""
     rows = read_metrics(folder)
     steps, dev, gates, cosines = ([r for r in rows if key in r] for key in ("loss", "dev_loss", "gates", "cosines"))
     if steps:
-        figure, axis = new_figure()
-        axis.plot([r["step"] for r in steps], [r["loss"] for r in steps], ".-", color=COLOURS[0], label="training")
-        axis.plot([r["step"] for r in dev], [r["dev_loss"] for r in dev], "s--", color=COLOURS[1], label="development")
-        axis.set(xlabel="step", ylabel="cross-entropy of an answer token (nats)", title="Task loss")
-        axis.set_ylim(bottom=0)
-        axis.legend()
-        save_figure(figure, folder / "loss.png")
+        with new_figure(folder / "loss.png") as (figure, axis):
+            at, losses = [r["step"] for r in steps], [r["loss"] for r in steps]
+            wide = [min(i // 5, len(at) // 15) for i in range(len(at))]  # less where the loss falls fast
+            means = [fmean(losses[i - n : i + n + 1]) for i, n in enumerate(wide)]
+            axis.semilogy(at, losses, ".", markersize=4, color=COLOURS[5], label="training, single batches")
+            axis.semilogy(at, means, color=COLOURS[0], label="training, running mean")
+            at, losses = [r["step"] for r in dev], [r["dev_loss"] for r in dev]
+            axis.semilogy(at, losses, "s--", color=COLOURS[1], label="development")
+            axis.set(xlabel="step", ylabel="cross-entropy of an answer token (nats)", title="Task loss")
+            axis.legend()
     if gates and gates[0]["gates"] != gates[-1]["gates"]:
-        figure, axis = new_figure()
-        figure.colorbar(gates_over_steps(axis, gates), label="tanh g")
-        save_figure(figure, folder / "gates.png")
-    if cosines and cosines[0]["cosines"] != cosines[-1]["cosines"]:
-        draw_cosines(folder / "cosines.png", cosines[0], cosines[-1], log)
+        with new_figure(folder / "gates.png", size=(7, 3 + 0.13 * len(gates[0]["gates"]))) as (figure, axis):
+            figure.colorbar(gates_over_steps(axis, gates), label="tanh g")
+    adapter = folder / "best" / "adapter.json"  # a target has none
+    if cosines and cosines[0]["cosines"] != cosines[-1]["cosines"] and adapter.exists():
+        about = read_json(adapter)
+        sizes = (about["config"]["rank"], about["backbone"]["hidden_size"]) if "talora" in about["method"] else ()
+        draw_cosines(folder / "cosines.png", cosines[0], cosines[-1], sizes, log)
 
 
 def gates_over_steps(axis, rows: Sequence[dict]):
-    """tanh g, with its sign, of every layer (up) at every logged step (across) -> the image, for a colorbar. White is a
-    closed gate; a negative one subtracts what the prompt contributes."""
+    """tanh g of every layer (up) at every logged step (across) -> the image, for a colorbar. Its sign is seen twice: as
+    a colour, and as a line above the layer's zero line or below it. Numbers at the right: after the last step."""
     by_step = {row["step"]: row["gates"] for row in rows}
-    layers, top = range(len(rows[0]["gates"])), max(abs(gate) for gates in by_step.values() for gate in gates) or 1
-    image = axis.pcolormesh(list(by_step), layers, list(zip(*by_step.values())), shading="nearest", cmap="RdBu",
+    by_layer, top = list(zip(*by_step.values())), max(abs(gate) for gates in by_step.values() for gate in gates) or 1
+    image = axis.pcolormesh(list(by_step), range(len(by_layer)), by_layer, shading="nearest", cmap="RdBu", alpha=0.7,
                             vmin=-top, vmax=top)
-    axis.set(xlabel="step", ylabel="layer", yticks=layers[:: 1 + len(layers) // 12],
+    for layer, line in enumerate(by_layer):
+        axis.axhline(layer, color="gray", linewidth=0.5)
+        axis.plot(list(by_step), [layer + 0.45 * gate / top for gate in line], color="black", linewidth=1)
+        axis.text(1.01, layer, f"{line[-1]:+.2f}", va="center", fontsize="small", transform=axis.get_yaxis_transform())
+    axis.set(xlabel="step", ylabel="layer", yticks=range(0, len(by_layer), 1 + len(by_layer) // 12),
              title="Gates: blue adds the prompt, red subtracts it")
     return image
 
 
-def draw_cosines(path: Path, first: dict, last: dict, log: Callable[[str], None] = print) -> None:
-    """Draw |cos(A_i, A_j)|, the mean over layers, at two steps; first, last: rows of metrics.jsonl."""
+def draw_cosines(path: Path, first: dict, last: dict, sizes: Sequence[int] = (), log: Callable = print) -> None:
+    """Draw |cos(A_i, A_j)|, the mean over layers, before and after training; first, last: rows of metrics.jsonl.
+    sizes: r and d, to mark what random tasks have, E|cos u| E|cos v|, about sqrt(2 / (pi r)) sqrt(2 / (pi d))."""
+    level = 2 / math.pi / math.prod(sizes) ** 0.5 if sizes else math.nan
     top = max(c for row in (first, last) for i, line in enumerate(row["cosines"]) for j, c in enumerate(line) if i != j)
     names = label_tasks(first["tasks"], path, log)
-    figure, axes = new_figure(1, 2, (10, 5.4), sharey=True)
-    for axis, row, when in zip(axes, (first, last), ("before", "after")):
-        image = cosine_matrix(axis, names, row["cosines"], top)
-        axis.set_title(f"{when} training (step {row['step']})")
-    figure.colorbar(image, ax=axes, label="|cos| between tasks, mean over layers")
-    save_figure(figure, path)
+    with new_figure(path, 1, 2, (10, 5), sharey=True) as (figure, axes):
+        for axis, row, when in zip(axes, (first, last), ("before", "after")):
+            image = cosine_matrix(axis, names, row["cosines"], max(top, level))
+            axis.set_title(f"{when} training (step {row['step']})")
+        label = "|cos| of two tasks, mean over layers"
+        label += f"\nwhite line: random tasks, about {level:.2g}" if sizes else ""
+        figure.colorbar(image, ax=axes, label=label).ax.axhline(level, color="white", linewidth=3)
 
 
 def cosine_matrix(axis, names: Sequence[str], cosines: Sequence[Sequence[float]], top: float | None = None):
@@ -271,18 +327,29 @@ def cosine_matrix(axis, names: Sequence[str], cosines: Sequence[Sequence[float]]
     return axis.imshow(others, cmap="viridis", vmin=0, vmax=top)
 
 
-def draw_targets(folder: Path, folders: Sequence[Path], log: Callable[[str], None] = print) -> None:
-    """Draw targets.png into `folder`: the share of development rows that are right, a line for each of `folders`."""
-    curves = {path.name: [row for row in read_metrics(path) if "dev_accuracy" in row] for path in folders}
-    if any(curves.values()):
-        names = label_tasks(list(curves), folder / "targets.png", log)
-        figure, axis = new_figure(size=(7, 4))
-        for i, (name, dev) in enumerate(zip(names, curves.values())):
-            axis.plot([r["step"] for r in dev], [100 * r["dev_accuracy"] for r in dev], STYLES[i % len(STYLES)],
-                      color=COLOURS[i % len(COLOURS)], label=name)
-        axis.set(xlabel="step", ylabel="development rows right (%)", ylim=(0, 103), title="Target tasks")
-        figure.legend(loc="outside right upper", fontsize="small", ncols=1 + len(curves) // 20)
-        save_figure(figure, folder / "targets.png")
+def draw_targets(path: Path, found: Sequence[dict], log: Callable[[str], None] = print) -> None:
+    """Draw the scores of targets on plain test rows: a bar for each column of their tables, the method's once for every
+    number of examples, and a line for the majority. found: what their results.json hold."""
+    from matplotlib import colormaps
+
+    scores = {}  # of all numbers of examples together
+    for results in sorted(found, key=lambda results: results["shots"] or math.inf):
+        for task, columns in results["scores"].items():
+            scores.setdefault(task, {}).update(columns)
+            name = f"{results['method']}, {results['shots'] or 'all'} examples"
+            scores[task][name] = scores[task].pop(results["method"])
+    names = dict.fromkeys(name for columns in scores.values() for name in columns)
+    bars = {name: [100 * macro({task: scores[task]}, name) for task in scores] for name in names}
+    with new_figure(path, size=(4 + 0.15 * len(scores) * len(bars), 4)) as (figure, axis):
+        centres, marks = [x + 0.4 for x in range(len(scores))], bars.pop("majority", [math.nan] * len(scores))
+        width = 0.8 / len(bars)
+        for i, (name, heights) in enumerate(bars.items()):
+            axis.bar([x + i * width for x in range(len(scores))], heights, width, align="edge", label=name,
+                     color=colormaps["viridis"](1 - i / len(bars)), edgecolor="black", linewidth=0.5)
+        axis.errorbar(centres, marks, xerr=0.45, fmt="none", color="black", label="majority")
+        axis.set_xticks(centres, label_tasks(list(scores), path, log), rotation=30, ha="right")
+        axis.set(ylabel="score on test rows (%)", ylim=(0, 103), title="Target tasks")
+        figure.legend(loc="outside right upper", fontsize="small")
 
 
 # ----------------------------------------------------------------------------------------- questions to an adapter
@@ -342,37 +409,25 @@ def ask(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, name: str, texts: 
                       *([f"{unknown} of {len(words)} words are unknown to the backbone"] if unknown else [])])
 
 
-def open_adapter(names: Sequence[str], backbone: str = "",
-                 model_class: type[AdaptedLM] = TALoRA) -> tuple[AdaptedLM, PreTrainedTokenizerBase]:
+def open_adapter(names: Sequence[str | Path], backbone: str = "", model_class: type[AdaptedLM] = TALoRA) -> tuple[
+        AdaptedLM, PreTrainedTokenizerBase, PreTrainedModel]:
     """An adapter (a folder, or its name on the hub) on the backbone that it names, and folders of single tasks added to
-    it -> the model and its tokenizer. Raises UserError."""
+    it -> the model, its tokenizer and the backbone as it was before. Raises UserError."""
     folder = Path(names[0])
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(names[0], allow_patterns=["adapter.*"]))
+            folder = Path(snapshot_download(str(names[0]), allow_patterns=["adapter.*"]))
         except Exception as error:  # whatever the hub or the network raises
             raise UserError(f"'{names[0]}' is neither a folder nor an adapter that the hub gives "
                             f"({' '.join(str(error).split())[:200]})") from error
     named = read_json(folder / "adapter.json").get("backbone", {})
-    model = model_class.load(folder, load_backbone(backbone or named["name"], named["dtype"], pick_device("auto"))[0])
+    frozen, tokenizer = load_backbone(backbone or named["name"], named["dtype"], pick_device("auto"))
+    model = model_class.load(folder, frozen).eval()
     for name in names[1:]:
         model.load_task(name)
-    return model, load_tokenizer(backbone or named["name"] or MICRO_BACKBONE)
-
-
-def show_answers(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, ids: dict[str, int], cfg) -> str:
-    """Three test rows of the tasks in ``ids``: text, right answer, the frozen backbone's and the model's."""
-    lines = []
-    for n, task in enumerate((list(ids) * 3)[:3]):
-        row = data.load_task(task, "test", cfg.data_root)[n]
-        said = [predict(one, tokenizer, [row], task_id, cfg)[0]
-                for one, task_id in ((AdaptedLM(model.backbone), NO_TASK), (model, ids[task]))]
-        text = " ".join(row.prompt.split())
-        lines.append(f"{task}: {text if len(text) < 90 else f'{text[:60]} ... {text[-24:]}'}\n    right: {row.answer}   "
-                     f"frozen backbone: {said[0] or '(nothing)'}   this run: {said[1] or '(nothing)'}")
-    return "\n".join(["three test rows:", *lines])
+    return model, tokenizer, frozen
 
 
 # ------------------------------------------------------------------------------------------------- a finished run
@@ -414,78 +469,38 @@ def report(run: Path, log: Callable[[str], None], asked: Sequence[Path]) -> None
         with write_whole(run / name) as file:
             file.write(text.encode())
         log(f"\n{text}\nsaved as {run / name}")
-    if asked and (last := [results for _, folder, results in found if folder == asked[-1]]):
-        task = list(last[0]["scores"])[-1]
-        log(f"\ntry: python evaluate.py --run {run} --task {task} --ask ...\n     python evaluate.py --diagnose {run}\n"
+    if any(folder == asked[-1] and results["method"] == "talora" for _, folder, results in found):
+        row = json.loads((asked[-1] / "predictions.jsonl").read_text(encoding="utf-8").partition("\n")[0])
+        log(f"\ntry: python evaluate.py --run {run} --task {row['task']} --ask {shlex.quote(row['prompt'])}\n"
+            f"     python evaluate.py --diagnose {run}\n"
             f"     python train.py --stage target --run {run} --shots 8 --targets ...")
-    if targets := [folder for name, folder, _ in found if name.startswith("target")]:
-        draw_targets(run / "target", targets, log)
+    if targets := [results for name, _, results in found if name.startswith("target")]:
+        draw_targets(run / "target" / "targets.png", targets, log)
 
 
-@dataclass
-class Trained:
-    """A finished stage of a run: an adapter on its backbone."""
-
-    folder: Path
-    table: str  # the run's table that it belongs to
-    method: str
-    cfg: SimpleNamespace  # the run's options
-    backbone: PreTrainedModel  # as it was before the adapter: model.backbone may be a copy with more modules
-    tokenizer: PreTrainedTokenizerBase
-    model: AdaptedLM
-    task_ids: dict[str, int]  # of the tasks that have test rows
-
-
-def open_run(run: Path, model_class: type[AdaptedLM] = TALoRA, task: str = "") -> list[Trained]:
-    """The finished stages of a run that have test rows (with `task`: of this task). Raises UserError if none has."""
+def stages_of(run: Path, task: str = "") -> dict[Path, list[Path]]:
+    """Folders of the finished stages with test rows (of ``task``) -> their adapter, as `open_adapter` takes it."""
     found = find_results(run)
     tasks = dict.fromkeys(name for _, _, results in found for name in results["scores"])
     if not found:
         raise UserError(f"'{run}' holds no finished multitask or target stage; python train.py --run {run} trains one")
     if task and task not in tasks:
         raise UserError(f"the run '{run}' has no task '{task}'; it has {', '.join(tasks)}")
-    stages, backbone = [], None
-    for table_name, folder, results in found:
-        if not task or task in results["scores"]:
-            cfg = SimpleNamespace(**read_json(folder / "stage.json"))
-            if not backbone:
-                backbone, tokenizer = load_backbone(cfg.backbone, cfg.dtype, pick_device("auto"))
-            alone = (folder / "best" / "task.json").exists()
-            model = model_class.load((run / "multitask" if alone else folder) / "best", backbone).eval()
-            if alone:
-                model.load_task(folder / "best")
-            ids = {name: model.tasks.index(name) if name in model.tasks else 0 for name in results["scores"]}
-            stages.append(Trained(folder, table_name, results["method"], cfg, backbone, tokenizer, model, ids))
-    return stages
+    alone = {folder: (folder / "best" / "task.json").exists() for _, folder, _ in found}
+    return {folder: [run / "multitask" / "best"] * alone[folder] + [folder / "best"]
+            for _, folder, results in found if task in ("", *results["scores"])}
 
 
-def evaluate_run(stages: Sequence[Trained]) -> str:
-    """Answer all test rows again: the run's tables, and predictions.jsonl in the folder of each stage."""
-    tables, metrics = {}, {}
-    for stage in stages:
-        lines = []
-        for task, task_id in stage.task_ids.items():
-            rows = data.test_rows(task, stage.cfg)["plain"]
-            answers = predict(stage.model, stage.tokenizer, rows, task_id, stage.cfg, task)
-            metrics[task] = task_of(task, rows).metric
-            tables.setdefault(stage.table, {})[task] = {stage.method: {"plain": score_task(task, answers, rows)}}
-            for row, said in zip(rows, answers):
-                golds = row.references or (row.answer,)
-                right = said in golds if row.choices else bool(exact_match(said, golds))
-                lines.append(dict(task=task, prompt=row.prompt, answer=row.answer, prediction=said, right=right))
-        with write_whole(stage.folder / "predictions.jsonl") as file:
-            file.writelines((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
-    return "\n".join(f"{name}, answered again\n\n{table(scores, metrics)}" for name, scores in tables.items())
-
-
-def diagnose(stage: Trained) -> str:
+def diagnose(folder: Path, adapter: list[Path], model_class: type[AdaptedLM]) -> str:
     """Does the adapter do anything? Development rows with it and without it, its gates, and its tasks' cosines."""
-    model, cfg, ids = stage.model, stage.cfg, stage.task_ids
-    rows = {task: data.encode_all(data.load_task(task, "dev", cfg.data_root)[:16], stage.tokenizer, cfg.max_length,
+    model, tokenizer, backbone = open_adapter(adapter, model_class=model_class)
+    cfg, tasks = SimpleNamespace(**read_json(folder / "stage.json")), read_json(folder / "results.json")["scores"]
+    ids = {name: model.tasks.index(name) if name in model.tasks else 0 for name in tasks}
+    rows = {task: data.encode_all(data.load_task(task, "dev", cfg.data_root)[:16], tokenizer, cfg.max_length,
                                   False, cfg.chat_template == "on") for task in ids}
     right, loss = dev_score(model, rows, ids, cfg.eval_tokens)
-    plain_right, plain_loss = dev_score(AdaptedLM(stage.backbone), rows, dict.fromkeys(ids, NO_TASK), cfg.eval_tokens)
-    lines = [f"{stage.folder}: of {sum(map(len, rows.values()))} development rows {right:.1%} are right (loss "
+    plain_right, plain_loss = dev_score(AdaptedLM(backbone), rows, dict.fromkeys(ids, NO_TASK), cfg.eval_tokens)
+    lines = [f"{folder}: of {sum(map(len, rows.values()))} development rows {right:.1%} are right (loss "
              f"{loss:.3f}), without the adapter {plain_right:.1%} (loss {plain_loss:.3f})"]
     if loss > plain_loss - 0.01:
         lines.append("the adapter changes next to nothing: train longer, or with higher learning rates")
@@ -508,7 +523,7 @@ def main(argv: list[str], model_class: type[AdaptedLM] = TALoRA) -> None:
     """evaluate.py; model_class: the method whose runs are opened."""
     parser = Parser(prog="evaluate.py", description="Look into a finished run, or ask an adapter.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", type=Path, help="answer its test rows again, and save every answer")
+    what.add_argument("--run", type=Path, help="its tables again; with --ask: what its adapters answer")
     what.add_argument("--diagnose", type=Path, metavar="RUN", help="what its adapters do: gates, prompts, cosines")
     what.add_argument("--adapter", nargs="+", metavar="FOLDER", help="an adapter to ask: a folder or its name on the "
                       "hub, and folders of single tasks to add to it")
@@ -523,17 +538,18 @@ def main(argv: list[str], model_class: type[AdaptedLM] = TALoRA) -> None:
     if (options.ask or options.choices or options.adapter) and (options.diagnose or not asks):
         raise UserError("a question needs --run RUN or --adapter FOLDER, --task NAME and --ask TEXT")
     if options.adapter:
-        print(ask(*open_adapter(options.adapter, options.backbone, model_class), options.task, options.ask,
-                  options.choices))
+        model, tokenizer, _ = open_adapter(options.adapter, options.backbone, model_class)
+        print(ask(model, tokenizer, options.task, options.ask, options.choices))
         return
-    stages = open_run(options.run or options.diagnose, model_class, options.task)
-    if options.ask:
-        print("\n\n".join(f"{s.folder} answers: {ask(s.model, s.tokenizer, options.task, options.ask, options.choices)}"
-                          for s in stages))
-    elif options.run:
-        print(evaluate_run(stages))
-    else:
-        print("\n\n".join(diagnose(stage) for stage in stages))
+    run = options.run or options.diagnose
+    stages = stages_of(run, options.task)
+    for folder, adapter in stages.items() if options.ask else ():
+        model, tokenizer, _ = open_adapter(adapter, model_class=model_class)
+        print(f"{folder} answers: {ask(model, tokenizer, options.task, options.ask, options.choices)}\n")
+    if options.diagnose:
+        print("\n\n".join(diagnose(folder, adapter, model_class) for folder, adapter in stages.items()))
+    elif not options.ask:
+        report(run, print, list(stages))
 
 
 if __name__ == "__main__":

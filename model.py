@@ -27,19 +27,16 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import transformers
-from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import cached_file
+from transformers import DynamicCache, PreTrainedModel
 
-from checkpoint import UserError, describe, read_adapter, write_adapter
+from checkpoint import FAMILIES as FAMILIES  # their public place is here
+from checkpoint import UserError, check_backbone, describe, read_adapter, write_adapter
+from checkpoint import load_backbone as load_backbone
 from gating import GATED_PREFIX, prefix_key_value
 from lowrank import orthogonality, task_cosines, task_prompt
 
-FAMILIES = ("qwen2", "qwen3", "llama", "mistral")  # they have k_proj, v_proj and transformers' attention interface
 NO_TASK = -1  # the task id of a row that uses theta0 alone
-MICRO_BACKBONE = Path(__file__).parent / "tasks" / "micro_backbone"
 
 
 @dataclass(frozen=True)
@@ -84,14 +81,7 @@ class AdaptedLM(nn.Module):
     @classmethod
     def check(cls, backbone: PreTrainedModel) -> None:
         """Raise UserError for a backbone that this method cannot work with."""
-        family = getattr(backbone.config, "model_type", "?")
-        if family not in FAMILIES or backbone.get_output_embeddings() is None:
-            raise UserError(f"the backbone is a {type(backbone).__name__} (model type '{family}'), but this needs a "
-                            f"causal language model of one of the families {', '.join(FAMILIES)}")
-        rope = (getattr(backbone.config, "rope_parameters", None) or {}).get("rope_type")
-        if rope in ("dynamic", "longrope"):
-            raise UserError(f"the positions of this backbone ('{rope}' RoPE) depend on the longest row of a batch, and "
-                            "so would answers on their neighbours; take a backbone with another kind, such as YaRN")
+        check_backbone(backbone)
 
     def add_task(self, name: str) -> int:
         """Add a task with weights of its own and return its id; earlier ids stay valid. UserError for a taken name."""
@@ -390,48 +380,3 @@ def random_words(backbone: PreTrainedModel, P: int) -> Tensor:
 def positions(attention_mask: Tensor) -> Tensor:
     """Position of every token counted over real tokens, so that padding moves nothing; (B, T) -> (B, T)."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    try:  # tokenizer.json as it is: a declared class may read it in another way, and an inferred one always does
-        return PreTrainedTokenizerFast.from_pretrained(path)
-    except (OSError, ValueError):  # only a SentencePiece model or the like
-        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-
-
-def load_backbone(path: str | Path = "", dtype: str = "float32",
-                  device: torch.device | str = "cpu") -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """The backbone ``path`` (a folder, a hub name, or "" for the micro-world's own) and its tokenizer. dtype:
-    "float32" or "bfloat16". Only data is read (safetensors, never code), into host memory first. UserError for
-    what is not a causal language model of one of FAMILIES with all its weights and a tokenizer that belongs to it."""
-    name, path = str(path), path or MICRO_BACKBONE
-    try:
-        config = transformers.AutoConfig.from_pretrained(path, attn_implementation="sdpa", trust_remote_code=False)
-        quantised = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
-        if quantised:
-            raise ValueError(f"its weights are quantised ({dict(quantised).get('quant_method')}); give plain ones")
-        tokenizer = load_tokenizer(path)
-        backbone, loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True)
-        AdaptedLM.check(backbone)
-        for file in Path(cached_file(path, "config.json")).parent.glob("*.safetensors"):
-            with safe_open(file, "pt") as tensors:
-                kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
-            if kinds - {"F64", "F32", "F16", "BF16"}:
-                raise ValueError(f"its weights are stored as {', '.join(sorted(kinds))}; give plain ones, in bf16 say")
-        broken = [name for name, p in backbone.named_parameters() if not p.detach().sum().isfinite()]
-        unread = [name for name in loaded["unexpected_keys"] if not name.endswith("rotary_emb.inv_freq")]
-        for fault, names in (("missing", loaded["missing_keys"]), ("not finite", broken), ("not read by it", unread)):
-            if names:
-                raise ValueError(f"{len(names)} of its tensors are {fault}: {', '.join(sorted(names)[:3])}")
-        most, count = backbone.config.vocab_size, len(tokenizer)
-        if not tokenizer("a").input_ids or tokenizer.eos_token_id is None or count > most:
-            raise ValueError("its tokenizer needs a vocabulary (tokenizer.json), an end token (it has "
-                             f"{tokenizer.eos_token}) and at most the model's {most:,} tokens (it has {count:,})")
-    except Exception as error:  # whatever a folder makes transformers raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise UserError(f"'{path}' cannot be used as a backbone ({reason}); --backbone takes the folder of a causal "
-                        "language model (config.json, safetensors, tokenizer) or its name on the hub") from error
-    backbone.name_or_path = name
-    return backbone.to(device), tokenizer

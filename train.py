@@ -168,8 +168,8 @@ def parse(argv: list[str], method: Method = TALORA) -> Config:
         before = {}  # not the run that is meant; same_run will say so
     preset = before.get("preset", preset)
     defaults = PRESETS[preset] | method.defaults.get("toy" if preset == "toy" else "large", {})
-    if "data_root" in typed:  # whatever is there of the sixteen sets
-        defaults |= {name: tuple(task for task in known if os.path.isdir(Path(typed["data_root"]) / task))
+    if root := typed.get("data_root", before.get("data_root")):  # whatever is there of the sixteen sets
+        defaults |= {name: tuple(task for task in known if os.path.isdir(Path(root) / task))
                      for name, known in (("sources", chinese.SOURCES), ("targets", chinese.TARGETS))}
     cfg = Config(**defaults | before | typed | {"run": run})
     cfg = dataclasses.replace(cfg, shots=tuple(cfg.shots), **method.fixes(cfg))
@@ -353,7 +353,8 @@ def describe_progress(run: "Run", stage: str, now: dict) -> str:
                       *([f"reg {row['reg']:.5f}"] if row["reg"] else []),
                       *([f"|tanh g| {sum(map(abs, row['gates'])) / len(row['gates']):.3f}"] if "gates" in row else []),
                       *(f"{name} {rate:.1e}" for name, rate in row["learning_rates"].items()),
-                      f"{now['tokens'] / now['seconds']:,.0f} tok/s  all trained in {left // 60}:{left % 60:02d}"])
+                      f"{now['tokens'] / now['seconds']:,.0f} tok/s",
+                      f"all stages trained in {left // 60}:{left % 60:02d}"])
 
 
 def save_best(model: AdaptedLM, learning: dict[str, str], method: Method, stage: str, folder: Path) -> None:
@@ -469,12 +470,8 @@ def train_target(run: Run, folder: Path, task: str, shots: int) -> None:
     """One target task, from k examples or all of them; everything that tasks share is frozen."""
     cfg, method, rows, task_id, start, held, columns = run.cfg, run.method, run.rows[task], 0, "", None, {}
     if shots:
-        few, held = data.k_shot(data.load_task(task, "train", cfg.data_root), shots, cfg.seed)
-        chat = cfg.chat_template == "on"
-        rows = {split: data.fitting(data.encode_all(some, run.tokenizer, cfg.max_length, split == "train", chat),
-                                    cfg.max_length) for split, some in (("train", few), ("dev", held))}
-        checkpoint.write_json(folder / "shots.json", {"k": shots, "seed": cfg.seed, "train": [row.row for row in few],
-                                                      "dev": [row.row for row in held]})
+        rows, held, chosen = data.draw_shots(task, shots, run.tokenizer, cfg)
+        checkpoint.write_json(folder / "shots.json", {"k": shots, "seed": cfg.seed, **chosen})
     torch.manual_seed(cfg.seed)
     model = run.load(folder_of(cfg, "multitask")) if "multitask" in method.learns else run.new_model([task])
     if isinstance(model, TALoRA):
@@ -500,29 +497,13 @@ def finish(run: Run, folder: Path, about: dict, ids: dict[str, int], held: list[
            columns: dict | None = None) -> None:
     """Test the tasks in ``ids``, draw the stage and write results.json: the stage is finished. held: the development
     rows of a few-shot target; columns: scores to put next to the method's."""
-    cfg, model = run.cfg, run.load(folder)
+    model = run.load(folder)
     learning = learning_tensors(model, run.method.learns[about["stage"]], list(ids.values()))
-    results = {**about, "method": run.method.name, "seed": cfg.seed, "trainable": count(model, learning),
-               "scores": {}, "metrics": {}, "rewritten": {}, "dev_as_test": {}, "warnings": {}}
-    for task, task_id in ids.items():
-        tests = data.test_rows(task, cfg)
-        dev = (held or data.load_task(task, "dev", cfg.data_root)[: cfg.dev_rows])[:64]
-        if task not in run.references:
-            run.references[task] = evaluate.references(run.backbone, run.tokenizer, task, cfg)
-        own = evaluate.score_rows(model, run.tokenizer, task, task_id, cfg, tests | {"dev": dev})
-        dev_score = own.pop("dev")["score"]
-        run.log(f"{task}: {dev_score:.1%} on {len(dev)} development rows, scored as test rows are")
-        changed = sum(bool(row.operations) for row in tests.get("rewritten", ()))
-        results["scores"][task] = run.references[task] | (columns or {}) | {run.method.name: own}
-        results["metrics"][task] = data.task_of(task, tests["plain"]).metric
-        results["rewritten"][task] = changed / len(tests["plain"])
-        results["dev_as_test"][task] = {"score": dev_score, "rows": len(dev)}
-        results["warnings"][task] = run.warnings[task]
-    if ids and cfg.references:
-        run.log(evaluate.show_answers(model, run.tokenizer, ids, cfg))
-    if cfg.pictures:
+    about |= {"method": run.method.name, "seed": run.cfg.seed, "trainable": count(model, learning)}
+    about |= evaluate.test_stage(run, model, folder, ids, held, columns or {}) if ids else {}
+    if run.cfg.pictures:
         evaluate.draw_run(folder, run.log)
-    checkpoint.write_json(folder / "results.json", results | checkpoint.environment(run.command))
+    checkpoint.write_json(folder / "results.json", about | checkpoint.environment(run.command))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 

@@ -7,10 +7,10 @@ markers and hatches, so that no reader depends on them.
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from evaluate import COLOURS, STYLES, new_figure, save_figure
+from evaluate import COLOURS, STYLES, new_figure
 
 Interval = tuple[float, float]  # mean, half of the 95 % interval
 
@@ -18,7 +18,7 @@ Interval = tuple[float, float]  # mean, half of the 95 % interval
 def few_shot_curves(axis, shots: Sequence[int], curves: dict[str, dict[int, Interval]]) -> None:
     """Score against the number of examples k (0: all of them, drawn last); curves[label][k] in %."""
     for i, (label, points) in enumerate(curves.items()):
-        x = [at + 0.03 * (i - len(curves) / 2) for at, k in enumerate(shots) if k in points]
+        x = [at + 0.05 * (i - (len(curves) - 1) / 2) for at, k in enumerate(shots) if k in points]
         mean, half = zip(*(points[k] for k in shots if k in points))
         axis.errorbar(x, mean, half, fmt=STYLES[i % len(STYLES)], color=COLOURS[i % len(COLOURS)], capsize=2,
                       label=label)
@@ -37,7 +37,7 @@ def sizes_against_scores(axis, points: dict[str, tuple[int, float, float]]) -> N
     axis.set(xlabel="score, mean of the target tasks (%)", ylabel="method, parameters stored for a target task",
              ylim=(len(points) - 0.5, -0.5), yticks=range(len(points)),
              yticklabels=[f"{method}  {points[method][0]:,}" for method in in_order])
-    axis.grid(axis="y", linewidth=0.4)
+    axis.grid(linewidth=0.4)
 
 
 def difference_bars(axis, differences: dict[str, tuple[float, float, str]]) -> None:
@@ -47,57 +47,39 @@ def difference_bars(axis, differences: dict[str, tuple[float, float, str]]) -> N
         axis.barh(y, mean, color=colour, hatch=hatch, xerr=half, capsize=2)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set(xlabel="points above TA-LoRA", yticks=range(len(differences)), yticklabels=list(differences),
-             ylim=(len(differences) - 0.5, -0.5))
-
-
-def layer_heat_map(axis, rows: dict[str, Sequence[float]]):
-    """One value per layer (across) for every name (down) -> the image, for a colorbar."""
-    image = axis.imshow(list(rows.values()), aspect="auto", cmap="viridis", vmin=0)
-    layers = len(next(iter(rows.values())))
-    axis.set(xlabel="layer", xticks=range(layers), yticks=range(len(rows)), yticklabels=list(rows))
-    return image
-
-
-def mean_and_largest(axis, values: Iterable[Interval]) -> None:
-    """A dot at the mean and a line up to the largest value, one row below another."""
-    for y, (mean, largest) in enumerate(values):
-        axis.plot([mean, largest], [y, y], "-", color="#888888")
-        axis.plot(mean, y, "o", color=COLOURS[0])
-    axis.set_xlim(left=0)
-
-
-def mean_by_layer(logged: dict[str, list[dict]], what: str) -> dict[str, list[float]]:
-    """A logged size of every layer, mean over seeds of its absolute values (signs of gates differ by seed); or nan."""
-    none = [math.nan] * max(len(row[what]) for rows in logged.values() for row in rows if what in row)
-    return {name: [statistics.mean(map(abs, layer)) for layer in zip(*(row.get(what, none) for row in rows))]
-            for name, rows in logged.items()}
-
-
-def alignment(rows: Sequence[dict]) -> Interval:
-    """Mean and largest |cos| of every two tasks, means over the seeds' rows of metrics.jsonl."""
-    pairs = [[c for i, line in enumerate(row["cosines"]) for c in line[i + 1:]] for row in rows]
-    return statistics.mean(map(statistics.mean, pairs)), statistics.mean(map(max, pairs))
+             ylim=(len(differences) - 0.5, -0.5), axisbelow=True)
+    axis.grid(linewidth=0.4)
 
 
 # ------------------------------------------------------------------------------------------------------------ files
 
 def draw_panels(path: Path, draw: Callable, panels: dict[str, Sequence], size: tuple[float, float], **options) -> None:
-    """One panel for each title, drawn by draw(axis, *panels[title])."""
-    figure, axes = new_figure(1, len(panels), size, squeeze=False, **options)
-    for axis, (title, what) in zip(axes[0], panels.items()):
-        draw(axis, *what)
-        axis.set_title(title)
-    save_figure(figure, path)
+    """One panel for each title, drawn by draw(axis, *panels[title]); names that all panels share stand at the left."""
+    with new_figure(path, 1, len(panels), size, squeeze=False, **options) as (_, axes):
+        for axis, (title, what) in zip(axes[0], panels.items()):
+            draw(axis, *what)
+            axis.set_title(title)
+        if len({tuple(label.get_text() for label in axis.get_yticklabels()) for axis in axes[0]}) == 1:
+            for axis in axes[0]:
+                axis.label_outer()
 
 
 def draw_mechanism(path: Path, logged: dict[str, list[dict]]) -> None:
-    """What training left behind; logged[name]: the last row of metrics.jsonl of each seed's multitask stage."""
-    figure, axes = new_figure(1, 4, (13, 1.4 + 0.28 * len(logged)), sharey=True)
-    panels = {"gates": "gates |tanh g| (unsigned)", "theta0_norms": "shared prompt |theta0|",
+    """What training left behind, means over seeds; logged[name]: the last row of metrics.jsonl of each seed's multitask
+    stage. Gates without their sign, which differs by seed."""
+    panels = {"gates": "gates |tanh g| (white: none)", "theta0_norms": "shared prompt |theta0|",
               "step_norms": "a task's step |s B A_i|"}
-    for axis, (what, title) in zip(axes, panels.items()):
-        figure.colorbar(layer_heat_map(axis, mean_by_layer(logged, what)), ax=axis)
-        axis.set_title(title)
-    mean_and_largest(axes[3], map(alignment, logged.values()))
-    axes[3].set(title="|cos| of two tasks", xlabel="mean (dot) to largest")
-    save_figure(figure, path)
+    with new_figure(path, 1, 4, (13, 1.4 + 0.28 * len(logged)), sharey=True) as (figure, axes):
+        for axis, (what, title) in zip(axes, panels.items()):
+            none = [math.nan] * max(len(row[what]) for rows in logged.values() for row in rows if what in row)
+            by_layer = [[statistics.mean(map(abs, layer)) for layer in zip(*(row.get(what, none) for row in rows))]
+                        for rows in logged.values()]  # (names, layers)
+            figure.colorbar(axis.imshow(by_layer, aspect="auto", cmap="viridis", vmin=0), ax=axis)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.set(title=title, xlabel="layer", yticks=range(len(logged)), yticklabels=list(logged))
+        for y, rows in enumerate(logged.values()):
+            pairs = [[c for i, line in enumerate(row["cosines"]) for c in line[i + 1 :]] for row in rows]  # by seed
+            mean, largest = statistics.mean(map(statistics.mean, pairs)), statistics.mean(map(max, pairs))
+            axes[3].plot([mean, largest], [y, y], "o-", color=COLOURS[0], markevery=[0])
+        axes[3].set(title="|cos| of two tasks", xlabel="mean (dot) to largest", xlim=(0, None))
+        axes[3].grid(linewidth=0.4)

@@ -32,13 +32,12 @@ from urllib.request import urlretrieve
 from checkpoint import UserError
 
 SPLITS = ("train", "test")  # as published; data.py cuts the development set
-FORMATS = ("text", "json", "parquet")  # kinds of files that a Source may name instead of a data set on the hub
 
 
 @dataclass(frozen=True)
 class Source:
     """Where rows are published: a data set on the hub (`path` is its id, `train` and `test` are its splits) or files
-    (`path` is one of FORMATS, `train` and `test` are addresses). `columns` name the fields of tab-separated lines."""
+    (`path` is "", `train` and `test` are addresses). `columns` name the fields of tab-separated lines."""
 
     path: str
     train: str | tuple[str, ...] = "train"
@@ -49,7 +48,7 @@ class Source:
 
     def __str__(self) -> str:
         name = f"{self.path}:{self.config}" if self.config else self.path
-        return self.train[0] if self.path in FORMATS else f"{name} at {(self.revision or 'main')[:7]}"
+        return f"{name} at {(self.revision or 'main')[:7]}" if self.path else self.train[0]
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def clue(config: str, test: str = "validation") -> Source:
 def github(commit: str, train: Sequence[str], test: Sequence[str], columns: tuple[str, ...] = ()) -> tuple[Source, ...]:
     """Files of "owner/name@commit", and the same files at a mirror."""
     folders = f"https://raw.githubusercontent.com/{commit.replace('@', '/')}", f"https://cdn.jsdelivr.net/gh/{commit}"
-    return tuple(Source("text", *(tuple(f"{folder}/{file}" for file in files) for files in (train, test)),
+    return tuple(Source("", *(tuple(f"{folder}/{file}" for file in files) for files in (train, test)),
                         columns=columns) for folder in folders)
 
 
@@ -117,18 +116,14 @@ TABLE = (
     Task("amazon", "source", "closed", "accuracy",
          "阅读这条商品评价，推测买家打了几颗星。\n评价：{text}\n可选：{options}\n星级：",
          ("一星", "两星", "三星", "四星", "五星"), **REVIEW,
-         sources=(Source("SetFit/amazon_reviews_multi_zh", revision="184ac90d5511a7f6801cba99688892f440ece660"),
-                  Source("json", ("hf://datasets/mteb/amazon_reviews_multi/zh/train.jsonl",),
-                         ("hf://datasets/mteb/amazon_reviews_multi/zh/test.jsonl",)))),
+         sources=(Source("SetFit/amazon_reviews_multi_zh", revision="184ac90d5511a7f6801cba99688892f440ece660"),)),
     Task("thucnews", "source", "closed", "accuracy",
          "给这条新闻标题选一个栏目。\n标题：{text}\n可选：{options}\n栏目：",
          ("财经", "房产", "股票", "教育", "科技", "社会", "时政", "体育", "游戏", "娱乐"), **TITLE,
          sources=github(TITLES, ["THUCNews/data/train.txt"], ["THUCNews/data/test.txt"], ("text", "label"))),
     Task("bq", "source", "closed", "accuracy", "下面两句是银行客户的提问，判断能否用同一个答案回复。\n"
          "提问一：{sentence1}\n提问二：{sentence2}\n可选：{options}\n判断：", **PAIR,
-         sources=(Source("C-MTEB/BQ", revision="e3dda5e115e487b39ec7e618c0c6a29137052a55"),
-                  Source("parquet", ("hf://datasets/shibing624/nli_zh@refs/convert/parquet/BQ/train/*.parquet",),
-                         ("hf://datasets/shibing624/nli_zh@refs/convert/parquet/BQ/test/*.parquet",)))),
+         sources=(Source("C-MTEB/BQ", revision="e3dda5e115e487b39ec7e618c0c6a29137052a55"),)),
     Task("cmnli", "source", "closed", "accuracy",
          "已知前提，判断假设与它的逻辑关系。\n前提：{sentence1}\n假设：{sentence2}\n可选：{options}\n关系：", **NLI,
          sources=(clue("cmnli"), Source("fenffef/cmnli", test="validation"))),
@@ -192,6 +187,9 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
     if row is None:
         raise Unusable("wrong number of columns")
     whole = "prompt" in row or not task.template
+    if whole and not {"prompt", "answer"} <= row.keys():
+        raise UserError(f'{where}: a row needs "prompt" and "answer", as in {{"prompt": "...", "answer": "..."}}; this '
+                        f"one has {', '.join(row) or 'nothing'}")
     names = ("prompt", "answer") if whole else [name for name in task.fields if name not in ("options", "choices")]
     values = {name: _clean(_field(row, name, where)) for name in names}
     if empty := [name for name, text in values.items() if not text]:
@@ -199,7 +197,6 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
     if whole:
         return row | {"fields": ()}
     group, given = group_of(*map(values.get, task.group or (task.passage,))), _field(row, task.answer_field, where)
-    values["options"] = "、".join(task.answers)
     if task.kind == "span":
         references, spans = _spans(given, values[task.passage])
         answers = {"answer": spans[0], "references": references, "protected": spans}
@@ -210,8 +207,14 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
     else:
         answers = {"answer": _label(task, given, where), "choices": task.answers,
                    "protected": [values[name] for name in ("head", "tail") if name in values]}  # of a relation
-    prompt, fields = fill(task.template, values)
+    prompt, fields = fill_template(task, values)
     return {"prompt": prompt, "group": group, "fields": fields, **answers}
+
+
+def fill_template(task: Task, values: dict[str, str]) -> tuple[str, tuple[tuple[str, int, int], ...]]:
+    """`fill` for the task's template; {options} are its answers, joined as the template's language does it."""
+    comma = "、" if re.search("[\u4e00-\u9fff]", task.template) else ", "
+    return fill(task.template, {"options": comma.join(task.answers)} | values)
 
 
 def fill(template: str, values: dict[str, str]) -> tuple[str, tuple[tuple[str, int, int], ...]]:
@@ -315,10 +318,6 @@ def _read(task: Task, rows: Rows) -> tuple[list[tuple[str, dict]], Counter]:
     return prompts, dropped
 
 
-def fill_template(task, values):
-    return fill(task.template, values | {"options": "、".join(task.answers)})
-
-
 def local_rows(task: Task, root: str, split: str) -> Rows:
     """Rows of root/<task>/<split>.jsonl, .csv, .tsv, or .txt as published, the first that is there; otherwise of the
     .json files of CLUE, CMRC and C3, whose development set is the test set where the test set has no answers."""
@@ -347,10 +346,8 @@ def published_rows(source: Source, split: str) -> Rows:
     from datasets import load_dataset  # slow to import, and the micro-world does not need it
 
     place = source.train if split == "train" else source.test
-    if source.path == "text":
+    if not source.path:
         return (row for url in place for row in parse_rows(_download(url).read_bytes().decode(), source.columns, url))
-    if source.path in FORMATS:
-        return number_rows(load_dataset(source.path, data_files={split: list(place)}, split=split), place[0])
     rows = load_dataset(source.path, source.config, revision=source.revision, split=place)
     return number_rows(rows, f"{source.path} {place}")
 
@@ -360,14 +357,14 @@ def _download(url: str) -> Path:
     from datasets import config
 
     path = Path(config.HF_DATASETS_CACHE) / "downloads" / f"{group_of(url)}-{url.rsplit('/', 1)[1]}"
-    if path.is_file():
-        return path
-    if config.HF_HUB_OFFLINE:
-        raise ConnectionError("not downloaded yet, and HF_HUB_OFFLINE is set")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    urlretrieve(url, part)  # raises if the connection breaks
-    return part.replace(path)
+    if not path.is_file():
+        if config.HF_HUB_OFFLINE:
+            raise ConnectionError("not downloaded yet, and HF_HUB_OFFLINE is set")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        urlretrieve(url, part)  # raises if the connection breaks
+        part.replace(path)
+    return path
 
 
 def number_rows(rows: Iterable[dict], where: str) -> Rows:
@@ -378,26 +375,25 @@ def parse_table(text: str, where: str) -> Rows:
     """Rows of a CSV or TSV file whose first line names the fields. A cell of LISTS is a JSON list, or its parts with |
     between them. In a TSV, quotation marks count only where they enclose a whole cell, as the csv module writes it."""
     tabs = where.endswith(".tsv")
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True,
-                       quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True,
+                           quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
     try:
-        rows = filter(any, lines)  # without blank lines
-        names = [cell.strip(' "') for cell in next(rows, [])]
-        if len(names) > len(set(names)):
-            raise ValueError(f"the first line names a column twice: {', '.join(names)}")
-        for cells in rows:
-            first = lines.line_num - sum(cell.count("\n") for cell in cells)
-            if tabs:
-                cells = [c[1:-1].replace('""', '"') if re.fullmatch('"([^"]|"")*"', c) else c for c in cells]
-            if len(cells) != len(names):
-                raise ValueError(f"{len(cells)} columns, but the first line names {len(names)}")
-            row = dict(zip(names, cells))
-            for name in row.keys() & set(LISTS):
-                cell = row[name].strip()
-                row[name] = decode(cell) if cell[:1] == "[" else [part.strip() for part in cell.split("|") if cell]
-            yield f"{where}:{first}", row
+        table.fieldnames = [name.strip(' "') for name in table.fieldnames or ()]
+        if len(table.fieldnames) > len(set(table.fieldnames)):
+            raise ValueError(f"the first line names a column twice: {', '.join(table.fieldnames)}")
+        for row in table:
+            if None in row or None in row.values():
+                raise ValueError(f"not the {len(table.fieldnames)} columns that the first line names")
+            for name, cell in row.items():
+                if tabs and re.fullmatch('"([^"]|"")*"', cell):
+                    row[name] = cell = cell[1:-1].replace('""', '"')
+                if name in LISTS:
+                    cell = cell.strip()
+                    row[name] = decode(cell) if cell[:1] == "[" else [part.strip() for part in cell.split("|") if cell]
+            if any(row.values()):  # not a blank line of a spreadsheet
+                yield f"{where}:{table.line_num}", row
     except (ValueError, csv.Error) as error:
-        raise UserError(f"{where}:{lines.line_num}: not readable as a table ({error})") from None
+        raise UserError(f"{where}:{table.reader.line_num}: not readable as a table ({error})") from None
 
 
 def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Rows:

@@ -64,16 +64,22 @@ def both(name):
     return [published(name, i) for i in range(12)], [published(name, i) for i in range(12, 16)]
 
 
-def test_the_table_has_the_sixteen_tasks_and_is_consistent():
-    assert chinese.SOURCES == ("afqmc", "amazon", "thucnews", "bq", "cmnli", "cmrc2018", "sanwen", "cote_mfw")
-    assert chinese.TARGETS == ("chnsenticorp", "tnews", "ocnli", "lcqmc", "drcd", "c3", "cote_bd", "finre")
-    sizes = {"amazon": 5, "thucnews": 10, "cmnli": 3, "ocnli": 3, "sanwen": 10, "tnews": 15, "finre": 44}
+def test_the_table_is_consistent_and_source_and_target_tasks_are_apart():
+    assert set(PUBLISHED) <= set(TASKS) and {*chinese.SOURCES, *chinese.TARGETS} == set(TASKS)
     for task in chinese.TABLE:
-        assert task.template.rstrip()[-1] == "：" and task.passage in task.fields and task.sources
-        assert (task.kind == "closed") == bool(task.answers) == ("options" in task.fields)
+        assert task.role in ("source", "target") and task.passage in task.fields and task.sources
+        assert (task.kind == "closed") == bool(task.answers) and (task.kind == "choice") == ("choices" in task.fields)
         assert not task.labels or len(task.labels) == len(task.answers) == len(set(task.answers))
         assert set(task.group) <= set(task.fields) and task.positive in ("", *task.answers)
-        assert task.kind != "closed" or len(task.answers) == sizes.get(task.name, 2)
+
+
+def test_answers_are_joined_as_the_language_of_the_template_does_it():
+    for template, joined in (("{text} 可选：{options}", "甲 可选：a、b"), ("{text} One of: {options}", "甲 One of: a, b")):
+        task = chinese.Task("new", "source", "closed", "accuracy", template, ("a", "b"))
+        prompt, fields = chinese.fill_template(task, {"text": "甲"})
+        assert prompt == joined and chinese.fill_template(task, {n: prompt[a:b] for n, a, b in fields})[0] == prompt
+        row = chinese.to_prompt(task, {"text": "甲", "label": "b"}, "")
+        assert (row["prompt"], row["fields"], row["answer"]) == (prompt, fields, "b")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -137,12 +143,12 @@ def test_tables_hold_rows_as_json_lines_do(tmp_path, kind):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("prompt,answer\n甲,好\n乙\n", "train.csv:3: .*1 columns, but the first line names 2"),
+    ("prompt,answer\n甲,好\n乙\n", "train.csv:3: .*not the 2 columns that the first line names"),
     ('prompt,answer\n甲,"好\n', "train.csv:2: not readable as a table"),
     ('prompt,answer\n"甲"乙,好\n', "train.csv:2: not readable as a table"),
     ("prompt,answer,choices\n甲,好,[坏\n", "train.csv:2: not readable as a table"),
     ("prompt,answer,choices\n甲,好,坏|差\n", "train.csv:2: choices"),
-    ("甲,好\n乙,坏\n", "train.csv:2: no field 'prompt'")])
+    ("甲,好\n乙,坏\n", 'train.csv:2: a row needs "prompt" and "answer", .*has 甲, 好')])
 def test_a_mistake_in_a_table_is_named_by_file_and_line(tmp_path, text, message):
     write_rows(tmp_path, "mine", text, text, suffix="csv")
     with pytest.raises(UserError, match=message):
@@ -303,12 +309,6 @@ def test_files_are_downloaded_once_from_the_commit_or_its_mirror(hub, monkeypatc
     assert data.load_splits("finre").test == splits.test and len(asked) == 3  # from the cache
     with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
         chinese._download("https://example.org/other.txt")
-
-
-def test_files_of_the_hub_are_read_by_their_builder(hub):
-    files = [("json", f"hf://datasets/mteb/amazon_reviews_multi/zh/{split}.jsonl") for split in ("train", "test")]
-    hub.rows = dict(zip(files, both("amazon")))
-    assert len(data.load_task("amazon", "test")) == 4 and hub.calls[0][0] == "SetFit/amazon_reviews_multi_zh"
 
 
 @pytest.mark.parametrize("name, change, operation, old, new", [

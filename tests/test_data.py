@@ -14,13 +14,13 @@ from test_chinese import example_of, published, write_rows
 import data
 from checkpoint import UserError
 from data import Batches, Encoded, Example
-from tasks import micro
+from tasks import chinese, micro
 
 
 class Characters:
     """A tokenizer with one token a character, end of sequence 0; it merges ：答 into one token."""
 
-    eos_token_id = 0
+    eos_token_id, unk_token_id = 0, None
 
     def __call__(self, text, add_special_tokens=True, split_special_tokens=False):
         if isinstance(text, list):
@@ -28,7 +28,7 @@ class Characters:
         return {"input_ids": [ord(character) for character in text.replace("：答", "@")]}
 
 
-TOKENIZER = Characters()
+TOKENIZER, CFG = Characters(), SimpleNamespace(seed=0, targets=(), dev_rows=64, test_rows=0, chat_template="off")
 
 
 def text_of(ids):
@@ -54,7 +54,7 @@ def test_the_micro_world_loads_offline_with_its_groups_apart_and_the_rows_of_the
         [1081, 1466, 219, 1031, 628, 696, 1435, 758], [535, 464, 1443, 701, 1714, 120, 1897, 272]]
 
 
-def test_no_group_is_in_two_splits_and_dev_is_a_tenth(tmp_path):
+def test_no_group_is_in_two_splits_dev_is_a_capped_tenth_and_repeated_rows_are_dropped(tmp_path, monkeypatch):
     train = [published("cmrc2018", i % 50, question=f"问{i}？") for i in range(200)]  # four questions a passage
     write_rows(tmp_path, "cmrc2018", train, [published("cmrc2018", i, question="新？") for i in range(45, 60)])
     splits = data.load_splits("cmrc2018", str(tmp_path))
@@ -62,15 +62,12 @@ def test_no_group_is_in_two_splits_and_dev_is_a_tenth(tmp_path):
     assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
     assert splits.report["dropped"]["train"] == {"text also in test": 20}
     assert len(splits.train) + len(splits.dev) == 180 and 18 <= len(splits.dev) < 22
-
-
-def test_dev_is_capped_rows_are_shuffled_and_repeated_rows_are_dropped(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "DEV_ROWS", 5)
     rows = [published("amazon", i, label=i // 40) for i in range(200)]  # sorted by star, as published
     write_rows(tmp_path, "amazon", rows + rows[:7], [published("amazon", i) for i in range(200, 240)])
     splits = data.load_splits("amazon", str(tmp_path))
     assert len(splits.dev) == 5 and splits.report["dropped"]["train"] == {"repeated": 7}
-    assert len({e.answer for e in splits.train[:20]}) >= 4
+    assert len({e.answer for e in splits.train[:20]}) >= 4  # shuffled
 
 
 def test_texts_of_cote_bd_are_not_trained_on_through_cote_mfw(tmp_path):
@@ -98,9 +95,9 @@ def test_own_rows_need_no_entry_in_the_table(tmp_path):
     ({"answer": "a", "choices": ["A", "B"]}, "train.jsonl:1: choices .*'a'"),
     ({"passage": "别的"}, "train.jsonl:1: the passage '别的' does not occur"), ({"prompt": {"a": 1}}, "prompt.* text"),
     ({"answer": None}, "1 empty answer"), ({"prompt": ""}, "1 empty prompt"),
-    (None, "train.jsonl:1: no field 'prompt' in the row .it has text, answer")])
+    (None, 'train.jsonl:1: a row needs "prompt" and "answer", as in {"prompt": "...", .* this one has text, label')])
 def test_an_own_row_that_cannot_be_used_is_named_by_file_and_line(tmp_path, change, message):
-    rows = own_rows(1, **change) if change else [{"text": "好吗？", "answer": "好"}]
+    rows = own_rows(1, **change) if change else [{"text": "好吗？", "label": "好"}]
     with pytest.raises(UserError, match=message):
         data.load_task("mine", "train", write_rows(tmp_path, "mine", rows, own_rows(9)))
 
@@ -132,16 +129,45 @@ def test_missing_folders_files_names_and_splits_are_named(tmp_path):
     write_rows(tmp_path, "sanwen", [published("sanwen")], [])
     write_rows(tmp_path, "gbk", own_rows(1), own_rows(1))
     (tmp_path / "gbk" / "train.jsonl").write_bytes("我".encode("gbk"))
+    (tmp_path / "empty" / "sanwen").mkdir(parents=True)
     for root, name, split, message in (
-        (tmp_path / "none", "sanwen", "train", "none/sanwen/train.jsonl is missing.*--data-root"),
+        (tmp_path / "none", "sanwen", "train", "'sanwen' cannot be loaded, tried .*HF_HUB_OFFLINE.*--data-root"),
+        (tmp_path / "empty", "sanwen", "train", "empty/sanwen/train.jsonl is missing.*--data-root"),
         (tmp_path, "sanwen", "valid", "'valid'.*dev"),
         (tmp_path, "../sanwen", "train", "'../sanwen' cannot be a task"),
-        (None, "nothing", "train", "'nothing'.*afqmc.*toy-afqmc.*--data-root"),
+        (None, "nothing", "train", "'nothing': --data-root DIR.*nothing/train.jsonl.*afqmc.*toy-afqmc"),
+        (tmp_path, "nothing", "train", f"--data-root {tmp_path} should hold nothing/train.jsonl and test.jsonl"),
         (tmp_path, "sanwen", "test", "no usable test row"),
         (tmp_path, "gbk", "train", "UTF-8"),
     ):
         with pytest.raises(UserError, match=message):
             data.load_task(name, split, root)
+
+
+def test_one_run_reads_tasks_of_its_folder_and_of_the_micro_world(tmp_path):
+    root = write_rows(tmp_path, "mine", own_rows(20), own_rows(24)[20:])
+    assert data.load_task("mine", "test", root)[0].row == f"{root}/mine/test.jsonl:1"
+    assert data.load_task("toy-bq", "test", root) == data.load_task("toy-bq", "test")
+
+
+def test_a_task_is_described_on_a_line_and_asked_without_its_rows(tmp_path):
+    long = [row | {"prompt": f"第一行\n{i}" + "很长" * 99 + "判断："} for i, row in enumerate(own_rows(24))]
+    root = write_rows(tmp_path, "mine", long[:20], long[20:])
+    line, train = data.describe_task("mine", root), data.load_task("mine", "train", root)
+    assert line.startswith("mine: one of 坏, 好 | 第一行 ") and " … 很" in line and len(line) < 100
+    assert line.split("判断： -> ")[1] in ("坏", "好")
+    write_rows(tmp_path, "cmrc2018", [published("cmrc2018", i) for i in range(9)], [published("cmrc2018", 10)])
+    assert data.describe_task("cmrc2018", root).startswith("cmrc2018: a text | 从文章")
+    for name, examples, spec in (
+        ("mine", train, ["closed", "accuracy", "", ["坏", "好"], "text"]),
+        ("cmrc2018", (), ["span", "char_f1", chinese.TASKS["cmrc2018"].template, [], "context"]),
+        ("toy-c3", data.load_task("toy-c3", "dev"), ["choice", "accuracy", "{text} =>", [], ""]),
+    ):
+        found = json.loads(json.dumps(data.spec_of(name, examples)))
+        assert [found[key] for key in ("kind", "metric", "template", "answers", "passage")] == spec
+        task = chinese.Task(name, "own", **found)
+        assert chinese.fill_template(task, dict.fromkeys(task.fields, "甲"))[0] == task.template.replace(
+            "{text}", "甲").replace("{context}", "甲").replace("{question}", "甲")
 
 
 def made_up(counts, per_group=1):
@@ -233,20 +259,34 @@ def test_an_own_row_is_shortened_around_its_answer_or_around_what_it_protects():
             assert "oslo" in micro.tokenizer().decode(ids) and len(ids) == 38
 
 
-def test_rows_that_cannot_be_answered_are_counted_by_reason(tmp_path, capsys):
+def test_rows_that_cannot_be_answered_are_counted_by_reason_on_the_page(tmp_path, capsys):
     passage = "soup " * 60 + "oslo"
     spans = [{"prompt": f"{passage} ; row {i} =>", "answer": "oslo", "passage": passage} for i in range(20)]
     spans += [{"prompt": "who =>", "answer": "我"}, {"prompt": "what =>", "answer": "ann bob ann bob"}]
     other = [{**row, "prompt": "the " + row["prompt"]} for row in spans[-5:]]
     write_rows(tmp_path, "mine", spans, other)
     write_rows(tmp_path, "same", own_rows(9), own_rows(9, prompt="新"))
-    options = ["--backbone", str(micro.FOLDER), "--max-length", "50", "--max-new-tokens", "3"]
-    data.main(["--data-root", str(tmp_path), *options])
+    options = ["--data-root", str(tmp_path), "--backbone", str(micro.FOLDER), "--max-length", "50"]
+    data.main([*options, "--task", "mine", "same", "toy-bq"])
     out = capsys.readouterr().out
-    assert "3 test answers are cut away where their passage is shortened; raise --max-length" in out
-    assert "1 test answers hold tokens that the backbone does not know" in out and "train answers are cut" not in out
-    assert "1 test answers are longer than --max-new-tokens 3" in out
-    assert "refused: " in out and "the choices '坏' and '好' are the same tokens" in out
+    for part in ("3 test answers are cut away where their passage is shortened; raise --max-length",
+                 "\n  2 development rows alone choose the best checkpoint; add train rows",
+                 "1 test answers hold tokens that the backbone does not know",
+                 "tokens of a train row: 67 (median), 67 (longest)", "shortens 23 rows, 5 of them without their answer",
+                 "same: refused: ", "the choices '坏' and '好' are the same tokens", "toy-bq: one of one, two | "):
+        assert part in out
+    assert "train answers are cut" not in out and "words of the train rows" not in out
+
+
+def test_rows_in_another_language_than_the_tokenizer_s_are_told(tmp_path):
+    rows = own_rows(200, choices=["no", "yes"])
+    rows = [row | {"prompt": f"第 {i} 行 ; the", "answer": ("no", "yes")[i % 2]} for i, row in enumerate(rows)]
+    write_rows(tmp_path, "mine", rows[4:], rows[:4])
+    cfg = SimpleNamespace(**vars(CFG), data_root=str(tmp_path), max_length=20, max_new_tokens=2)
+    words = 5 * len(data.load_task("mine", "train", tmp_path))
+    assert data.encode_task("mine", micro.tokenizer(), cfg)[1] == {
+        f"of {words} words of the train rows are unknown to the backbone's tokenizer; give a --backbone of this "
+        "language": words * 3 // 5}
 
 
 def test_collate_on_a_hand_written_batch():
@@ -283,18 +323,16 @@ def padding(steps):
 THREE_TASKS = {t: numbered(t, 50 + n, lambda i, n=n: 3 + i * (n + 1) % 17) for n, t in enumerate("abc")}
 
 
-@pytest.mark.parametrize("mixing, first, expected", [
-    ("uniform", "a17 b43 c40 c29 b35 a4 b28 c13 b30 a10 a11 a28 a29 b23 c10 c27", "262c2dd884f7b44b"),
-    ("proportional", "b0 b34 a19 b27 a4 a38 a5 a23 c36 b47 a11 b14 c21 a29 c27 c44", "88fe294a0fcd9220")])
-def test_steps_are_those_of_the_first_release(mixing, first, expected):
-    batches = Batches(THREE_TASKS, 20, 5, mixing)
+def test_steps_are_those_of_the_first_release():
+    batches = Batches(THREE_TASKS, 20, 5)
     steps = [[[f"{row.task}{row.prompt_ids[0]}" for row in batch] for batch in batches[step]] for step in range(120)]
-    assert steps[0][0] == first.split() and [len(batch) for batch in steps[0]] == [16, 4]
-    assert hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:16] == expected
+    assert " ".join(steps[0][0]) == "a17 b43 c40 c29 b35 a4 b28 c13 b30 a10 a11 a28 a29 b23 c10 c27"
+    assert [len(batch) for batch in steps[0]] == [16, 4]
+    assert hashlib.sha256(json.dumps(steps).encode()).hexdigest()[:16] == "262c2dd884f7b44b"
 
 
 @pytest.mark.parametrize("budget", [0, 30])
-def test_uniform_steps_hold_equally_many_rows_of_each_task_and_every_row_comes_once_an_epoch(budget):
+def test_steps_hold_equally_many_rows_of_each_task_and_every_row_comes_once_an_epoch(budget):
     batches = Batches({"a": numbered("a", 96, lambda i: 3 + i % 9), "b": numbered("b", 48)}, 6, 0, budget=budget)
     steps = [flat(batches[step]) for step in range(64)]
     assert budget or all([row.task for row in step].count("a") == 3 for step in steps)
@@ -304,12 +342,11 @@ def test_uniform_steps_hold_equally_many_rows_of_each_task_and_every_row_comes_o
         assert order[:96] != order[96:]
 
 
-@pytest.mark.parametrize("mixing", ["uniform", "proportional"])
 @pytest.mark.parametrize("budget", [0, 64])
-def test_a_step_depends_on_nothing_but_its_number(mixing, budget):
-    first, second = (Batches(THREE_TASKS, 8, 5, mixing, budget) for _ in range(2))
+def test_a_step_depends_on_nothing_but_its_number(budget):
+    first, second = (Batches(THREE_TASKS, 8, 5, budget) for _ in range(2))
     assert [first[step] for step in range(100)][40:] == [second[step] for step in range(40, 100)]
-    assert first[3] == second[3] != Batches(THREE_TASKS, 8, 6, mixing, budget)[3]
+    assert first[3] == second[3] != Batches(THREE_TASKS, 8, 6, budget)[3]
 
 
 def test_a_token_budget_keeps_the_budget_the_mixture_and_little_padding():
@@ -324,14 +361,15 @@ def test_a_token_budget_keeps_the_budget_the_mixture_and_little_padding():
     assert padding(steps) < 0.12 and padding([[flat(plain[step])] for step in range(50)]) > 0.4
 
 
-def test_the_page_shows_counts_an_example_and_a_rewritten_one(tmp_path, capsys):
+def test_the_page_shows_counts_and_a_rewritten_row(tmp_path, capsys):
     rows = [{"s": f"长城{i}雄伟，游人也多，值得去", "ot": "长城"} for i in range(30)] + [{"s": "长城", "ot": "故宫"}]
     write_rows(tmp_path, "cote_bd", rows, [{"s": f"长城{i}雄伟，人少，值得去", "ot": "长城"} for i in range(4)])
     write_rows(tmp_path, "mine", own_rows(20), own_rows(24)[20:])
     data.main(["--data-root", str(tmp_path)])
     out = capsys.readouterr().out
-    for part in ("cote_bd: target task, span", "27 train, 3 dev", "of train: 1 answer not in the text",
-                 "4 clause_order of 4 test rows", "对象：\n  answer      长城", "mine: source task, closed"):
+    for part in ("cote_bd: a text | ", "27 train, 3 dev (cut from train), 4 test rows", "mine: one of 坏, 好 | 好吗",
+                 "of train: 1 answer not in the text", "4 clause_order of 4 test rows", "对象： -> 长城",
+                 "characters of a train row: 6 (median), 6 (longest)"):
         assert part in out
     with pytest.raises(UserError, match="none holds no <task>/train.jsonl"):
         data.main(["--data-root", str(tmp_path / "none")])
@@ -342,17 +380,17 @@ def test_rows_that_lose_a_name_are_counted_and_a_draw_that_does_not_fit_is_refus
            for i in range(40)]
     long = [{"prompt": f"{i}问：", "answer": "长" * (400 if i % 2 else 1)} for i in range(40)]
     for task, rows in (("finre", far), ("own", long)):
-        (tmp_path / task).mkdir()
-        for split, some in (("train", rows[:30]), ("test", rows[30:])):
-            (tmp_path / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, some)))
-    cfg = SimpleNamespace(data_root=str(tmp_path), seed=0, targets=("own",), shots=(8,), dev_rows=64, test_rows=0,
-                          max_length=390, max_new_tokens=900, chat_template="off")
-    tokenizer = Characters()
-    tokenizer.unk_token_id, tokenizer.decode = None, lambda ids, **_: text_of(ids)
-    _, warnings = data.encode_task("finre", tokenizer, cfg)
+        write_rows(tmp_path, task, rows[:30], rows[30:])
+    cfg = SimpleNamespace(**vars(CFG), data_root=str(tmp_path), shots=(8,), max_length=390, max_new_tokens=900)
+    _, warnings = data.encode_task("finre", TOKENIZER, cfg)
     assert warnings["test rows lose a name where their text is shortened; raise --max-length"] == 10
+    assert warnings["development rows alone choose the best checkpoint; add train rows"] == 3
+    cfg.targets = ("own",)
     with pytest.raises(UserError, match="--shots 8 draws a row whose answer is too long for --max-length 390"):
-        data.encode_task("own", tokenizer, cfg)
-    cfg.shots = ()
-    _, warnings = data.encode_task("own", tokenizer, cfg)
+        data.encode_task("own", TOKENIZER, cfg)
+    cfg.targets = ()
+    _, warnings = data.encode_task("own", TOKENIZER, cfg)
     assert warnings["train rows are left out for answers that are too long; raise --max-length"] > 5
+    cfg.max_new_tokens = 399
+    assert data.encode_task("own", TOKENIZER, cfg)[1]["test answers are longer than --max-new-tokens 399 and never "
+                                                      "given in full; raise it"] == 5

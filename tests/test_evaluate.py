@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import data
 import evaluate
 from checkpoint import UserError
 from data import Example
+from lowrank import task_cosines
 from model import NO_TASK, TALoRA, TALoRAConfig, load_backbone
 from tasks import micro
 
@@ -122,42 +124,96 @@ def write_metrics(folder, *rows):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_pictures_are_drawn_from_the_metrics_file_alone_and_none_of_nothing(tmp_path):
-    before, after = ({"gates": [g, -g], "tasks": ["a", "b"], "cosines": [[1, g], [g, 1]]} for g in (0.1, 0.2))
-    write_metrics(tmp_path, {"step": 0, **before}, {"step": 5, "loss": 2.0, **after},
-                  {"step": 5, "dev_accuracy": 0.5, "dev_loss": 1.5, **after})
-    write_metrics(tmp_path / "empty", {"step": 0, **before})
-    for folder in (tmp_path, tmp_path / "empty"):
-        evaluate.draw_run(folder)
-    evaluate.draw_targets(tmp_path, [tmp_path])
-    evaluate.draw_targets(tmp_path / "empty", [tmp_path / "empty"])
-    assert {path.name for path in tmp_path.rglob("*.png")} == {"loss.png", "gates.png", "cosines.png", "targets.png"}
-    assert not list((tmp_path / "empty").glob("*.png"))
+@pytest.fixture
+def drawn(monkeypatch):
+    """The axes of every picture that is drawn, by the name of its file."""
+    axes, new_figure = {}, evaluate.new_figure
+
+    @contextmanager
+    def remember(path, *args, **options):
+        with new_figure(path, *args, **options) as made:
+            axes[path.name] = made[1]
+            yield made
+
+    monkeypatch.setattr(evaluate, "new_figure", remember)
+    return axes
+
+
+def test_the_picture_of_the_loss_shows_every_batch_their_running_mean_and_the_development_rows(tmp_path, drawn):
+    losses = [3 / step for step in range(1, 31)]
+    write_metrics(tmp_path, {"step": 0}, *({"step": 2 * i, "loss": loss} for i, loss in enumerate(losses, 1)),
+                  {"step": 60, "dev_accuracy": 0.5, "dev_loss": 1.5})
+    evaluate.draw_run(tmp_path)
+    batches, means, dev = (line.get_xydata().tolist() for line in drawn["loss.png"].lines)
+    assert batches == [[2 * i, loss] for i, loss in enumerate(losses, 1)] and dev == [[60, 1.5]]
+    assert means[:5] == batches[:5], "a mean would be far above a loss that falls fast"
+    assert means[20] == [42, pytest.approx(sum(losses[18:23]) / 5)]
+    assert means[-1] == [60, pytest.approx(sum(losses[-3:]) / 3)]
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_gates_and_cosines_are_drawn_as_they_are_logged_and_only_where_they_changed(tmp_path, drawn):
+    before, after = ({"gates": [g, -4 * g], "tasks": ["a", "b"], "cosines": [[1, g], [g, 1]]} for g in (0.0, 0.1))
+    rows = [{"step": 0, **before}, {"step": 5, **after}, {"step": 5, "dev_accuracy": 0.5, "dev_loss": 1.5, **after}]
+    write_metrics(tmp_path / "frozen", rows[0], {"step": 5, **before})
+    write_metrics(tmp_path / "bare", {"step": 0})
+    write_metrics(tmp_path / "target", *({key: row[key] for key in row if key != "gates"} for row in rows))
+    for folder in ("frozen", "bare", "target"):
+        evaluate.draw_run(tmp_path / folder)
+    assert not drawn and not list(tmp_path.rglob("*.png")), "no picture of nothing"
+
+    write_metrics(tmp_path / "run", *rows)
+    (tmp_path / "run" / "best").mkdir()
+    about = {"method": "talora", "config": {"rank": 8}, "backbone": {"hidden_size": 64}}
+    (tmp_path / "run" / "best" / "adapter.json").write_text(json.dumps(about))
+    evaluate.draw_run(tmp_path / "run")
+    gates, (first, last) = drawn["gates.png"], drawn["cosines.png"]
+    image = gates.collections[0]
+    assert image.get_array().tolist() == [[0, 0.1], [0, -0.4]] and image.get_clim() == (-0.4, 0.4)
+    shut, subtracts, adds = (image.to_rgba(value) for value in (0.0, -0.4, 0.4))
+    assert min(shut[:3]) > 0.9 and subtracts[0] > subtracts[2] and adds[2] > adds[0], "white, red, blue"
+    assert all(line.get_ydata()[-1] != layer and (line.get_ydata()[-1] > layer) == (gate > 0)
+               for layer, (line, gate) in enumerate(zip(gates.lines[1::2], (0.1, -0.4)))), "above its zero, or below"
+    assert [text.get_text() for text in gates.texts] == ["+0.10", "-0.40"]
+    assert [axis.images[0].get_array()[0, 1] for axis in (first, last)] == [0, 0.1]
+    level = first.figure.axes[-1].lines[-1].get_ydata()[0]
+    random = task_cosines(torch.randn(500, 8), torch.randn(500, 64)).abs()
+    assert level == pytest.approx(random[~torch.eye(500, dtype=torch.bool)].mean().item(), rel=0.1)
+
+
+def test_the_picture_of_the_targets_has_a_bar_for_every_column_and_number_of_examples(tmp_path, drawn):
+    def result(task, shots, **columns):
+        scores = {name.replace("_", " "): {"plain": {"score": score}} for name, score in columns.items()}
+        return {"shots": shots, "method": "talora", "scores": {task: scores}}
+
+    found = [result("x", 0, majority=0.1, frozen_backbone=0.25, talora=1.0),
+             result("x", 32, majority=0.1, frozen_backbone=0.25, talora=0.75),
+             result("x", 8, majority=0.1, frozen_backbone=0.25, talora=0.5), result("y", 8, majority=0.2, talora=0.5)]
+    evaluate.draw_targets(tmp_path / "targets.png", found)
+    *bars, majority = drawn["targets.png"].containers
+    heights = {bar.get_label(): [patch.get_height() for patch in bar] for bar in bars}
+    assert list(heights) == ["frozen backbone", "talora, 8 examples", "talora, 32 examples", "talora, all examples"]
+    assert [scores[0] for scores in heights.values()] == [25, 50, 75, 100]
+    assert heights["talora, 8 examples"][1] == 50 and math.isnan(heights["talora, 32 examples"][1])
+    assert [line[0][1] for line in majority[2][0].get_segments()] == [10, 20]
+    assert [label.get_text() for label in drawn["targets.png"].get_xticklabels()] == ["x", "y"]
 
 
 @pytest.mark.filterwarnings("error:Glyph")
 @pytest.mark.parametrize("installed, labels", [
-    ((), ["task 1", "task 2", "task 3", "café"]),
-    (("not installed", "STIXGeneral"), ["task 1", "\U0001d49c-8-shot", "task 3", "café"])])
+    ((), ["task 1", "task 2", "task 3", "café", r"\$_\$"]),
+    (("not installed", "STIXGeneral"), ["task 1", "\U0001d49c-8-shot", "task 3", "café", r"\$_\$"])])
 def test_names_are_drawn_in_a_font_that_has_their_characters_and_numbered_where_none_has(
         tmp_path, monkeypatch, installed, labels):
     import matplotlib
 
     monkeypatch.setitem(matplotlib.rcParams, "font.family", ["DejaVu Sans"])  # which has no script A
     monkeypatch.setattr(evaluate, "CHINESE_FONTS", installed)
-    names, said = ["情感", "\U0001d49c-8-shot", "情感-x", "café"], []
+    names, said = ["情感", "\U0001d49c-8-shot", "情感-x", "café", "$_$"], []
     assert evaluate.label_tasks(names, tmp_path, said.append) == labels
-    assert "task 1 is 情感, " in said[0] and "café" not in said[0]
-    row = {"step": 1, "tasks": names, "cosines": [[0.5] * 4] * 4}
+    assert "'情感': 'task 1'" in said[0] and "café" not in said[0]
+    row = {"step": 1, "tasks": names, "cosines": [[0.5] * 5] * 5}
     evaluate.draw_cosines(tmp_path / "cosines.png", row, row)
-
-
-def test_the_picture_of_the_gates_shows_their_signs():
-    rows = [{"step": 0, "gates": [0.0, 0.0]}, {"step": 5, "gates": [0.1, -0.4]}]
-    image = evaluate.gates_over_steps(evaluate.new_figure()[1], rows)
-    assert image.get_clim() == (-0.4, 0.4) and image.get_array().tolist() == [[0, 0.1], [0, -0.4]]
-    shut, subtracts, adds = (image.to_rgba(value) for value in (0.0, -0.4, 0.4))
-    assert min(shut[:3]) > 0.9 and subtracts[0] > subtracts[2] and adds[2] > adds[0], "white, red, blue"
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import train
 from checkpoint import UserError
-from experiments import bench, report
+from experiments import bench, plots, report
 from experiments.compare import METHODS, VARIANTS
 from experiments.report import REWRITTEN, SOURCES, by_seed, interval, paired, target, verdict
 from experiments.suite import SUITES
@@ -134,6 +135,24 @@ def test_the_report_is_made_from_the_result_file_alone(tmp_path):
     assert page.read_text() == report.fill_tables(page.read_text(), tables) and "old" not in page.read_text()
     for name in ("fewshot", "size", "variants", "mechanism", "cosines"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_pictures_show_the_numbers_and_name_the_rows_once(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    bars = {"a": (-2.0, 1.0, "lower"), "b": (0.5, 2.0, "no effect seen")}
+    for other in (bars, {"c": bars["a"]}):
+        plots.draw_panels(tmp_path / "x.png", plots.difference_bars, {"here": (bars,), "there": (other,)}, (6, 2))
+    plots.draw_mechanism(tmp_path / "x.png", {"talora": [AFTER, {**AFTER, "gates": [0.3, 0.4]}], "bare": [
+        {key: AFTER[key] for key in AFTER if key != "gates"}]})
+    panels = [[axis.yaxis.get_tick_params()["labelleft"] for axis in figure.axes] for figure in figures[:2]]
+    assert panels == [[True, False], [True, True]], "other rows need their own names"
+    lower, unseen = figures[0].axes[0].patches
+    assert (lower.get_width(), unseen.get_width()) == (-2, 0.5) and lower.get_hatch() and not unseen.get_hatch()
+    gates, *_, pairs = figures[2].axes[:4]
+    assert gates.images[0].get_array()[0].tolist() == pytest.approx([0.2, 0.3]), "a mean of sizes, whatever the signs"
+    assert gates.images[0].get_array().mask.tolist() == [[False] * 2, [True] * 2]
+    assert pairs.lines[0].get_xdata().tolist() == [0.2, 0.2]
 
 
 def test_the_committed_tables_are_made_from_the_committed_results(tmp_path, monkeypatch):

@@ -158,15 +158,12 @@ def test_a_chat_template_that_cannot_be_used_is_refused():
 
 
 @pytest.mark.parametrize("asked, template, name, ends, chosen, words", [
-    ("on", None, "base", None, "on", "as asked for"), ("off", CHATML, "x-Instruct", None, "off", "as asked for"),
-    ("auto", None, "x-Instruct", None, "off", "has none"), ("auto", CHATML, "up/x-Instruct", None, "on", "name"),
-    ("auto", CHATML, "Chat-7B/", None, "on", "name"), ("auto", CHATML, "base", [2, 6], "on", "the end of a turn"),
+    ("on", None, "base", [], "on", "as asked for"), ("off", CHATML, "x-Instruct", [], "off", "as asked for"),
+    ("auto", None, "x-Instruct", [], "off", "has none"), ("auto", CHATML, "up/x-Instruct", [], "on", "name"),
+    ("auto", CHATML, "Chat-7B/", [], "on", "name"), ("auto", CHATML, "base", [2, 6], "on", "the end of a turn"),
     ("auto", CHATML, "instructions/base", [2], "off", "does not call itself")])
-def test_auto_takes_the_template_of_what_calls_itself_a_chat_model(
-        asked, template, name, ends, chosen, words, tiny_backbone):
-    tokenizer, backbone = make_tokenizer("bytes", template=template), tiny_backbone()
-    backbone.generation_config.eos_token_id = ends
-    found = train.choose_chat_template(SimpleNamespace(chat_template=asked, backbone=name), backbone, tokenizer)
+def test_auto_takes_the_template_of_what_calls_itself_a_chat_model(asked, template, name, ends, chosen, words):
+    found = data.choose_chat_template(asked, name, ends, make_tokenizer("bytes", template=template))
     assert found[0] == chosen and words in found[1]
 
 
