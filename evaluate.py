@@ -233,12 +233,12 @@ CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "M
 
 
 @contextmanager
-def new_figure(path: Path, rows: int = 1, columns: int = 1, size: tuple[float, float] = (6, 3.5), **options):
-    """A figure and its axes, saved as `path` at the end of the with block; no display needed."""
+def new_figure(path: Path, columns: int = 1, size: tuple[float, float] = (6, 3.5), **options):
+    """A figure and its axes, side by side, saved as `path` at the end of the with block; no display needed."""
     from matplotlib.figure import Figure  # slow to import, and most programs draw nothing
 
     figure = Figure(figsize=size, layout="compressed")
-    yield figure, figure.subplots(rows, columns, **options)
+    yield figure, figure.subplots(1, columns, **options)
     with write_whole(path) as file:
         figure.savefig(file, dpi=130, format="png")
 
@@ -263,8 +263,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def draw_run(folder: Path, log: Callable[[str], None] = print) -> None:
-    """Draw a stage from its metrics.jsonl: loss.png, and gates.png and cosines.png if the stage changed them (of tasks
-    that were trained together: a target's u and v are a source's at the start, and only they change)."""
+    """Draw a stage from its metrics.jsonl: loss.png, and gates.png and cosines.png if the stage changed them."""
     rows = read_metrics(folder)
     steps, dev, gates, cosines = ([r for r in rows if key in r] for key in ("loss", "dev_loss", "gates", "cosines"))
     if steps:
@@ -281,7 +280,7 @@ def draw_run(folder: Path, log: Callable[[str], None] = print) -> None:
     if gates and gates[0]["gates"] != gates[-1]["gates"]:
         with new_figure(folder / "gates.png", size=(7, 3 + 0.13 * len(gates[0]["gates"]))) as (figure, axis):
             figure.colorbar(gates_over_steps(axis, gates), label="tanh g")
-    adapter = folder / "best" / "adapter.json"  # a target has none
+    adapter = folder / "best" / "adapter.json"  # not there for a target, which begins as a copy of a source
     if cosines and cosines[0]["cosines"] != cosines[-1]["cosines"] and adapter.exists():
         about = read_json(adapter)
         sizes = (about["config"]["rank"], about["backbone"]["hidden_size"]) if "talora" in about["method"] else ()
@@ -310,12 +309,11 @@ def draw_cosines(path: Path, first: dict, last: dict, sizes: Sequence[int] = (),
     level = 2 / math.pi / math.prod(sizes) ** 0.5 if sizes else math.nan
     top = max(c for row in (first, last) for i, line in enumerate(row["cosines"]) for j, c in enumerate(line) if i != j)
     names = label_tasks(first["tasks"], path, log)
-    with new_figure(path, 1, 2, (10, 5), sharey=True) as (figure, axes):
+    with new_figure(path, 2, (10, 5), sharey=True) as (figure, axes):
         for axis, row, when in zip(axes, (first, last), ("before", "after")):
             image = cosine_matrix(axis, names, row["cosines"], max(top, level))
             axis.set_title(f"{when} training (step {row['step']})")
-        label = "|cos| of two tasks, mean over layers"
-        label += f"\nwhite line: random tasks, about {level:.2g}" if sizes else ""
+        label = "|cos| of two tasks, mean over layers" + (f"\nwhite: random tasks, about {level:.2g}" if sizes else "")
         figure.colorbar(image, ax=axes, label=label).ax.axhline(level, color="white", linewidth=3)
 
 
@@ -340,13 +338,12 @@ def draw_targets(path: Path, found: Sequence[dict], log: Callable[[str], None] =
             scores[task][name] = scores[task].pop(results["method"])
     names = dict.fromkeys(name for columns in scores.values() for name in columns)
     bars = {name: [100 * macro({task: scores[task]}, name) for task in scores] for name in names}
+    lines, centres = bars.pop("majority", [math.nan] * len(scores)), range(len(scores))
     with new_figure(path, size=(4 + 0.15 * len(scores) * len(bars), 4)) as (figure, axis):
-        centres, marks = [x + 0.4 for x in range(len(scores))], bars.pop("majority", [math.nan] * len(scores))
-        width = 0.8 / len(bars)
         for i, (name, heights) in enumerate(bars.items()):
-            axis.bar([x + i * width for x in range(len(scores))], heights, width, align="edge", label=name,
+            axis.bar([x - 0.4 + 0.8 * (i + 0.5) / len(bars) for x in centres], heights, 0.8 / len(bars), label=name,
                      color=colormaps["viridis"](1 - i / len(bars)), edgecolor="black", linewidth=0.5)
-        axis.errorbar(centres, marks, xerr=0.45, fmt="none", color="black", label="majority")
+        axis.errorbar(centres, lines, xerr=0.45, fmt="none", color="black", label="majority")
         axis.set_xticks(centres, label_tasks(list(scores), path, log), rotation=30, ha="right")
         axis.set(ylabel="score on test rows (%)", ylim=(0, 103), title="Target tasks")
         figure.legend(loc="outside right upper", fontsize="small")

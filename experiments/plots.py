@@ -55,7 +55,7 @@ def difference_bars(axis, differences: dict[str, tuple[float, float, str]]) -> N
 
 def draw_panels(path: Path, draw: Callable, panels: dict[str, Sequence], size: tuple[float, float], **options) -> None:
     """One panel for each title, drawn by draw(axis, *panels[title]); names that all panels share stand at the left."""
-    with new_figure(path, 1, len(panels), size, squeeze=False, **options) as (_, axes):
+    with new_figure(path, len(panels), size, squeeze=False, **options) as (_, axes):
         for axis, (title, what) in zip(axes[0], panels.items()):
             draw(axis, *what)
             axis.set_title(title)
@@ -69,7 +69,7 @@ def draw_mechanism(path: Path, logged: dict[str, list[dict]]) -> None:
     stage. Gates without their sign, which differs by seed."""
     panels = {"gates": "gates |tanh g| (white: none)", "theta0_norms": "shared prompt |theta0|",
               "step_norms": "a task's step |s B A_i|"}
-    with new_figure(path, 1, 4, (13, 1.4 + 0.28 * len(logged)), sharey=True) as (figure, axes):
+    with new_figure(path, 4, (13, 1.4 + 0.28 * len(logged)), sharey=True) as (figure, axes):
         for axis, (what, title) in zip(axes, panels.items()):
             none = [math.nan] * max(len(row[what]) for rows in logged.values() for row in rows if what in row)
             by_layer = [[statistics.mean(map(abs, layer)) for layer in zip(*(row.get(what, none) for row in rows))]
