@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from checkpoint import Parser, UserError, run_program
+from checkpoint import Parser, UserError, load_tokenizer, run_program
 from tasks import chinese, micro, rewrite
 from tasks.chinese import SPLITS, TASKS, Task, number_rows
 
@@ -588,7 +588,6 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--data-root {cfg.data_root} holds no <task>/train.jsonl")
     tokenizer = None
     if cfg.backbone:
-        from model import load_tokenizer  # data.py comes before model.py, and only this page needs it
         try:
             tokenizer = load_tokenizer(cfg.backbone)
         except (OSError, ValueError) as error:

@@ -313,9 +313,11 @@ def fit(run: "Run", model: AdaptedLM, stage: str, rows: dict[str, dict[str, list
             now.update(step=done, tokens=now["tokens"] + sum(len(row) for part in drawn for row in part),
                        seconds=time.perf_counter() - started)
             now["history"].append({"step": done, **measured})
-            if done % cfg.log_every == 0 or done == steps:
+            tell = done % cfg.log_every == 0 or done == steps
+            if tell or done % max(1, steps // 20) == 0:  # as many as a picture needs
                 rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
                 now["history"][-1] |= {"learning_rates": rates, **model.diagnose()}
+            if tell:
                 run.log(describe_progress(run, stage, now))
             if done % cfg.eval_every == 0 or done == steps:
                 accuracy, loss = evaluate.dev_score(model, dev, task_ids, cfg.eval_tokens)

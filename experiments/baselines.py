@@ -1,21 +1,13 @@
 r"""The methods TA-LoRA is compared with. All of them adapt a backbone through one interface (model.AdaptedLM), so the
 loop, the loss, the batches and the scoring are the same, and two results differ by the method alone.
 
-    input prompts: the backbone reads [P; E(x)], P trainable rows in front of the text's embeddings E(x)
-      InputPrompts      P_i for each task: prompt tuning; SPoT starts a target from a       (Lester et al. 2021,
-                        prompt that was trained on the source tasks                          Vu et al. 2022)
-      MPT               P_i = P* o (u_i (x) v_i), with P* shared by all tasks               (Wang et al. 2023)
-      Attempt           P_i + sum_j a_j(x) P_j: the text x weighs frozen source prompts     (Asai et al. 2022)
-    gated prompts in every layer, Eq. (2): in TA-LoRA's place, to tell the effect of the place from that of sharing
-      DeepPrompts       theta_i for each task
-      DeepMPT           theta_i = P* o (u_i (x) v_i)
-    changes inside the backbone, trained on all source tasks and then on a target
-      Adapter           y + W_up gelu(W_down y + b) + b' after attention and after the MLP  (Houlsby et al. 2019)
-      LoRA              (W + s B A) x in q_proj and v_proj                                  (Hu et al. 2022)
-      BitFit            the biases the backbone has: those of q, k and v in a Qwen2         (Ben Zaken et al. 2022)
-      FullFineTuning    every weight
+    prompts at the input           prompt tuning (Lester et al. 2021), SPoT (Vu et al. 2022), ATTEMPT (Asai et al.
+                                   2022), MPT (Wang et al. 2023; here without teachers to distil from)
+    gated prompts in every layer   the same in TA-LoRA's place, Eq. (2), to tell the effect of the place from sharing
+    changes inside the backbone    adapters (Houlsby et al. 2019), LoRA (Hu et al. 2022), BitFit (Ben Zaken et al.
+                                   2022), all weights; trained on all source tasks and then on a target
 
-compare.py says what is trained in which stage, at which learning rate. MPT is trained without teachers to distil from.
+compare.py says what is trained in which stage, at which learning rate.
 B batch, T text tokens, P prompt length, d model width, L layers, m bottleneck, n distinct tasks of a batch, N tasks.
 """
 
@@ -30,52 +22,10 @@ from transformers import PreTrainedModel
 from checkpoint import UserError
 from model import NO_TASK, AdaptedLM, GatedPrompts, TALoRAConfig, random_words
 
-# ------------------------------------------------------------------------------------------- prompts at the input
-
-class PromptInFront(AdaptedLM):
-    """The backbone reads [P; E(x)], P rows in front of the text. Subclasses say what they are:
-
-    `prompts(ids, row, words, text)` -> (B, P, d), where row b has task ids[row[b]]; words (B, T, d), text (B, <= T).
-    """
-
-    reads, puts_prompt_in_front = ("prompt_length",), True
-
-    def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
-               text: Tensor) -> dict:
-        """[P; E(x)], even before left padding; arguments of AdaptedLM.inputs. Raises ValueError for a row without a
-        task, UserError if a sliding window is too short for prompt and text."""
-        ids, row = self.check_tasks(task_ids, len(input_ids))
-        refuse_no_task(ids)
-        words = self.backbone.get_input_embeddings()(input_ids)  # (B, T, d)
-        prompt = self.prompts(ids, row, words, text).to(words.dtype)  # (B, P, d)
-        P = prompt.shape[1]
-        self.check_window(words.shape[1])  # a window counts columns: padding between prompt and text would matter
-        own = torch.arange(P, device=words.device).expand(len(words), P)  # (B, P)
-        if attention_mask.dim() == 2:  # which tokens are real: all of the prompt's are
-            mask = F.pad(attention_mask, (P, 0), value=1)  # (B, P + T)
-        else:  # which token sees which: the text sees the whole prompt, the prompt only itself
-            mask = F.pad(attention_mask, (P, 0), value=True)  # (B, 1, T, P + T)
-            past = own.new_ones(P, P, dtype=torch.bool).tril().expand(len(words), 1, P, P)
-            mask = torch.cat([F.pad(past, (0, words.shape[1])), mask], 2)  # (B, 1, P + T, P + T)
-        return dict(inputs_embeds=torch.cat([prompt, words], 1), attention_mask=mask,
-                    position_ids=torch.cat([own, P + position_ids], 1))
-
-
-def refuse_no_task(ids: list[int]) -> None:
-    """Raise ValueError if NO_TASK is among the ids: only TA-LoRA's theta0 belongs to no task."""
-    if NO_TASK in ids:
-        raise ValueError(f"a row has no task ({NO_TASK}), but every prompt of this method belongs to a task")
-
-
-def sample_words(backbone: PreTrainedModel, P: int) -> Tensor:
-    """The embeddings of P random words in fp32, (P, d): a far better start than noise (Lester et al., section 3.2)."""
-    words = backbone.get_input_embeddings().weight  # (V, d)
-    return words[torch.randint(len(words), (P,), device=words.device)].detach().float()
-
 
 class PromptOfEachTask(AdaptedLM):
-    """A prompt of its own for each task. Subclasses say where it stands and give `new_prompt`, random words as it reads
-    them there (sample_words or random_words)."""
+    """A prompt of its own for each task. Where it stands, another class says; it gives `new_prompt`, random words as
+    they are read there, (P, d) or (L, P, d)."""
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
         super().__init__(backbone, config)
@@ -89,9 +39,14 @@ class PromptOfEachTask(AdaptedLM):
         self.prompt.append(nn.Parameter(self.new_prompt(self.backbone, self.config.prompt_length)))
         return new_id
 
+    def prompts(self, ids: list[int]) -> Tensor:
+        """The prompts of these tasks, (n, P, d) or (L, n, P, d)."""
+        refuse_no_task(ids)
+        return torch.stack([self.prompt[i] for i in ids], -3)
+
 
 class SharedPromptTimesFactors(AdaptedLM):
-    """P* o (u_i (x) v_i): a prompt P* for all tasks, and factors u = v = 1 at the start. Subclasses as above."""
+    """P* o (u_i (x) v_i): a prompt P* for all tasks, and factors u = v = 1 at the start. Where, as above."""
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
         super().__init__(backbone, config)
@@ -106,24 +61,62 @@ class SharedPromptTimesFactors(AdaptedLM):
         self.v.append(nn.Parameter(torch.ones_like(self.shared[..., 0, :])))  # (d,) or (L, d)
         return new_id
 
+    def prompts(self, ids: list[int]) -> Tensor:
+        refuse_no_task(ids)
+        u, v = (torch.stack([factor[i] for i in ids], -2) for factor in (self.u, self.v))  # (L, n, P), (L, n, d)
+        return self.shared.unsqueeze(-3) * u.unsqueeze(-1) * v.unsqueeze(-2)  # P* o (u_i (x) v_i)
+
+
+def refuse_no_task(ids: list[int]) -> None:
+    """Raise ValueError if NO_TASK is among the ids: only TA-LoRA's theta0 belongs to no task."""
+    if NO_TASK in ids:
+        raise ValueError(f"a row has no task ({NO_TASK}), but every prompt of this method belongs to a task")
+
+
+class PromptInFront(AdaptedLM):
+    """The backbone reads [P; E(x)], P rows in front of the text."""
+
+    reads, puts_prompt_in_front = ("prompt_length",), True
+
+    @staticmethod
+    def new_prompt(backbone: PreTrainedModel, P: int) -> Tensor:
+        """The embeddings of P random words, (P, d): a far better start than noise (Lester et al., section 3.2)."""
+        words = backbone.get_input_embeddings().weight  # (V, d)
+        return words[torch.randint(len(words), (P,), device=words.device)].detach().float()
+
+    def prompt_of_rows(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
+        """(B, P, d), where row b has task ids[row[b]]; words (B, T, d), text (B, <= T)."""
+        return self.prompts(ids)[row]
+
+    def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
+               text: Tensor) -> dict:
+        """[P; E(x)], even before left padding; arguments of AdaptedLM.inputs. Raises ValueError for a row without a
+        task, UserError if a sliding window is too short for prompt and text."""
+        ids, row = self.check_tasks(task_ids, len(input_ids))
+        words = self.backbone.get_input_embeddings()(input_ids)  # (B, T, d)
+        prompt = self.prompt_of_rows(ids, row, words, text).to(words.dtype)  # (B, P, d)
+        P = prompt.shape[1]
+        own = torch.arange(P, device=words.device).expand(len(words), P)  # (B, P)
+        if attention_mask.dim() == 2:  # which tokens are real: all of the prompt's are
+            mask = F.pad(attention_mask, (P, 0), value=1)  # (B, P + T)
+        else:  # which token sees which: the text sees the whole prompt, the prompt only itself
+            mask = F.pad(attention_mask, (P, 0), value=True)  # (B, 1, T, P + T)
+            past = own.new_ones(P, P, dtype=torch.bool).tril().expand(len(words), 1, P, P)
+            mask = torch.cat([F.pad(past, (0, words.shape[1])), mask], 2)  # (B, 1, P + T, P + T)
+        return dict(inputs_embeds=torch.cat([prompt, words], 1), attention_mask=mask,
+                    position_ids=torch.cat([own, P + position_ids], 1))
+
 
 class InputPrompts(PromptOfEachTask, PromptInFront):
     """One prompt for each task: prompt tuning and SPoT. P d parameters a task."""
 
-    method, new_prompt = "input-prompt", staticmethod(sample_words)
-
-    def prompts(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
-        return torch.stack([self.prompt[i] for i in ids])[row]
+    method = "input-prompt"
 
 
 class MPT(SharedPromptTimesFactors, PromptInFront):
     """P_i = P* o (u_i (x) v_i), which starts at P* for every task: u = v = 1. P d + (P + d) parameters a task."""
 
-    method, new_prompt = "mpt", staticmethod(sample_words)
-
-    def prompts(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
-        u, v = (torch.stack([factor[i] for i in ids]) for factor in (self.u, self.v))  # (n, P), (n, d)
-        return (self.shared * u.unsqueeze(-1) * v.unsqueeze(-2))[row]  # P* o (u_i (x) v_i)
+    method = "mpt"
 
 
 class Attempt(InputPrompts):
@@ -138,16 +131,14 @@ class Attempt(InputPrompts):
     method, reads = "attempt", ("prompt_length", "rank")
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig):
-        super().__init__(backbone, [], config)
+        super().__init__(backbone, tasks, config)
         m, d = config.rank, backbone.config.hidden_size
         self.down = nn.Parameter(torch.randn(m, d, device=self.device) * d**-0.5)
         self.up = nn.Parameter(torch.randn(d, m, device=self.device) * m**-0.5)
-        for task in tasks:
-            self.add_task(task)
         self.register_buffer("sources", torch.tensor(len(tasks), device=self.device))  # saved with the adapter
 
-    def prompts(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
-        own = super().prompts(ids, row, words, text)  # (B, P, d)
+    def prompt_of_rows(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
+        own = self.prompts(ids)[row]  # (B, P, d)
         target = torch.tensor(ids, device=row.device)[row] >= self.sources  # (B,)
         if not target.any():
             return own
@@ -164,7 +155,7 @@ class Attempt(InputPrompts):
 class WholePrompts(GatedPrompts):
     """A gated prompt in every layer for each task. What is logged is about the prompts as wholes."""
 
-    reads = ("prompt_length", "gate_per_head")
+    reads, new_prompt = ("prompt_length", "gate_per_head"), staticmethod(random_words)
 
     def cosines(self) -> Tensor:
         flat = F.normalize(self.prompts(list(range(len(self.tasks)))).flatten(2), dim=-1)  # (L, N, P d)
@@ -177,22 +168,13 @@ class WholePrompts(GatedPrompts):
 class DeepPrompts(PromptOfEachTask, WholePrompts):
     """Only the gates are shared. L P d parameters a task."""
 
-    method, new_prompt = "deep-prompt", staticmethod(random_words)
-
-    def prompts(self, ids: list[int]) -> Tensor:
-        refuse_no_task(ids)
-        return torch.stack([self.prompt[i] for i in ids], 1)  # (L, n, P, d)
+    method = "deep-prompt"
 
 
 class DeepMPT(SharedPromptTimesFactors, WholePrompts):
     """MPT in every layer, theta_i = P* o (u_i (x) v_i). Only u and v are trained on a target: L (P + d) parameters."""
 
-    method, new_prompt = "deep-mpt", staticmethod(random_words)
-
-    def prompts(self, ids: list[int]) -> Tensor:
-        refuse_no_task(ids)
-        u, v = (torch.stack([factor[i] for i in ids], 1) for factor in (self.u, self.v))  # (L, n, P), (L, n, d)
-        return self.shared[:, None] * u.unsqueeze(-1) * v.unsqueeze(-2)  # (L, n, P, d)
+    method = "deep-mpt"
 
 
 # ------------------------------------------------------------------------------------ changes inside the backbone
@@ -210,8 +192,7 @@ class ChangedBackbone(AdaptedLM):
             p.requires_grad_(name.endswith(self.trains))
         self.insert_modules()
         self.trained = {name for name, p in self.named_parameters() if p.requires_grad}
-        for task in tasks:
-            self.add_task(task)
+        self.tasks += tasks
 
     def insert_modules(self) -> None:
         """Put trainable modules into `self.backbone`."""
@@ -235,8 +216,7 @@ class BitFit(ChangedBackbone):
     def check(cls, backbone: PreTrainedModel) -> None:
         super().check(backbone)
         if not any(name.endswith(cls.trains) for name, _ in backbone.named_parameters()):
-            raise UserError(f"bitfit trains the biases of the backbone, but a {type(backbone).__name__} has none; "
-                            "take a Qwen2, or another method")
+            raise UserError(f"bitfit trains the biases of a backbone; {type(backbone).__name__} has none; take a Qwen2")
 
 
 class LowRankLinear(nn.Module):
@@ -277,8 +257,8 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        inner = F.linear(y, self.down.weight.to(y.dtype), self.down.bias.to(y.dtype))
-        return y + F.linear(F.gelu(inner, approximate="tanh"), self.up.weight.to(y.dtype), self.up.bias.to(y.dtype))
+        change = self.up(F.gelu(self.down(y.float()), approximate="tanh"))  # its weights are fp32
+        return y + change.to(y.dtype)
 
 
 class Adapter(ChangedBackbone):

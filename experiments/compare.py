@@ -4,7 +4,7 @@ r"""Baselines and ablations by TA-LoRA's own program: train.py with another Meth
     python -m experiments.compare --variant reg-off --stage all --shots 8       an ablation of TA-LoRA
     python -m experiments.compare --method lora --evaluate runs/toy-lora        what evaluate.py --run does
 
-All other options are those of train.py. An option that the method does not use is refused.
+All other options are those of train.py (python train.py --help). An option that the method does not use is refused.
 """
 
 import argparse
@@ -25,46 +25,41 @@ def on_both(*tensors: str) -> dict[str, dict[str, str]]:
     return {"multitask": dict.fromkeys(tensors, "prompt"), "target": dict.fromkeys(tensors, "target")}
 
 
-# defaults: the micro-world's learning rates are the best on development rows of the grids in suite.py, with one seed.
-# The large ones are not swept; sizes and rates are those of the papers that baselines.py names.
-LONG = {"prompt_length": 100}
+def rates(prompt: float, target: float, **large) -> dict[str, dict]:
+    """Learning rates in the micro-world, the best on development rows of the grids in suite.py, with one seed; options
+    of the large presets, which are not swept: sizes and rates of the papers that baselines.py names."""
+    return {"toy": {"prompt_rate": prompt, "target_rate": target}, "large": large}
+
+
 METHODS = {method.name: method for method in (
     TALORA,
     Method("pt", "an input prompt for each target, from scratch", baselines.InputPrompts,
-           {"target": {"prompt": "target"}}, defaults={"toy": {"target_rate": 0.1}, "large": LONG}),
+           {"target": {"prompt": "target"}}, defaults={"toy": {"target_rate": 0.1}, "large": {"prompt_length": 100}}),
     Method("spot", "one input prompt for all sources, the start of every target's", baselines.InputPrompts,
-           on_both("prompt"), defaults={"toy": {"prompt_rate": 0.1, "target_rate": 0.03}, "large": LONG}),
+           on_both("prompt"), defaults=rates(0.1, 0.03, prompt_length=100)),
     Method("attempt", "an input prompt for each source; a target mixes them, by the text, into its own",
            baselines.Attempt, {"multitask": {"prompt": "prompt"},
                                "target": {"down": "target", "up": "target", "prompt": "target"}}, per_task=True,
-           defaults={"toy": {"prompt_rate": 0.1, "target_rate": 0.3}, "large": LONG | {"rank": 100}}),
+           defaults=rates(0.1, 0.3, prompt_length=100, rank=100)),
     Method("mpt", "a shared input prompt times a rank-1 factor of the task; without distillation", baselines.MPT,
-           on_both("shared", "u", "v"), per_task=True,
-           defaults={"toy": {"prompt_rate": 0.1, "target_rate": 0.03}, "large": LONG}),
+           on_both("shared", "u", "v"), per_task=True, defaults=rates(0.1, 0.03, prompt_length=100)),
     Method("deep-pt", "a gated prompt in every layer for each target, from scratch", baselines.DeepPrompts,
            {"target": {"prompt": "target", "gate": "target"}}, defaults={"toy": {"target_rate": 0.04}}),
     Method("deep-spot", "one gated prompt in every layer for all sources, the start of every target's",
-           baselines.DeepPrompts, on_both("prompt", "gate"),
-           defaults={"toy": {"prompt_rate": 0.1, "target_rate": 0.02}}),
+           baselines.DeepPrompts, on_both("prompt", "gate"), defaults=rates(0.1, 0.02)),
     Method("deep-spot-nearest", "gated prompts in every layer for each source; a target starts from the nearest",
-           baselines.DeepPrompts, on_both("prompt", "gate"), per_task=True,
-           defaults={"toy": {"prompt_rate": 0.1, "target_rate": 0.04}}),
+           baselines.DeepPrompts, on_both("prompt", "gate"), per_task=True, defaults=rates(0.1, 0.04)),
     Method("deep-mpt", "a shared gated prompt in every layer times a rank-1 factor of the task", baselines.DeepMPT,
-           {"multitask": {"shared": "prompt", "u": "prompt", "v": "prompt", "gate": "prompt"},
-            "target": {"u": "target", "v": "target"}}, per_task=True,
-           defaults={"toy": {"prompt_rate": 0.04, "target_rate": 0.2}}),
+           on_both("shared", "u", "v", "gate") | {"target": {"u": "target", "v": "target"}}, per_task=True,
+           defaults=rates(0.04, 0.2)),
     Method("adapter", "a bottleneck after attention and MLP of every layer", baselines.Adapter, on_both("backbone"),
-           defaults={"toy": {"prompt_rate": 0.01, "target_rate": 0.003},
-                     "large": {"rank": 64, "prompt_rate": 2e-4, "target_rate": 2e-4}}),
+           defaults=rates(0.01, 0.003, rank=64, prompt_rate=2e-4, target_rate=2e-4)),
     Method("lora", "low-rank changes of q_proj and v_proj", baselines.LoRA, on_both("backbone"),
-           defaults={"toy": {"prompt_rate": 0.01, "target_rate": 0.003},
-                     "large": {"rank": 8, "prompt_rate": 2e-4, "target_rate": 2e-4}}),
+           defaults=rates(0.01, 0.003, rank=8, prompt_rate=2e-4, target_rate=2e-4)),
     Method("bitfit", "the backbone's biases", baselines.BitFit, on_both("backbone"),
-           defaults={"toy": {"prompt_rate": 0.1, "target_rate": 0.03},
-                     "large": {"dtype": "float32", "autocast": True, "prompt_rate": 1e-3, "target_rate": 1e-3}}),
+           defaults=rates(0.1, 0.03, dtype="float32", prompt_rate=1e-3, target_rate=1e-3)),
     Method("ft", "all weights of the backbone", baselines.FullFineTuning, on_both("backbone"),
-           defaults={"toy": {"prompt_rate": 0.0003, "target_rate": 0.0001},
-                     "large": {"dtype": "float32", "autocast": True, "prompt_rate": 1e-5, "target_rate": 1e-5}}),
+           defaults=rates(0.0003, 0.0001, dtype="float32", prompt_rate=1e-5, target_rate=1e-5)),
 )}
 
 
@@ -75,10 +70,11 @@ def unused_options(method: Method) -> list[str]:
     if not any(tensor.startswith("gate") for tensor, _ in learns):
         used.discard("gate_per_head")
     if method.regularised:
-        used |= {"regulariser", "reg_weight"}
-    sizes = [f.name for f in dataclasses.fields(TALoRAConfig)]
-    rates = [f.name for f in dataclasses.fields(Config) if f.name.endswith("_rate")]
-    return [name for name in (*sizes, *rates, "regulariser", "reg_weight") if name not in used]
+        off = method.fixes(Config()).get("regulariser") == "off"
+        used |= {"regulariser"} if off else {"regulariser", "reg_weight"}
+    some = ["regulariser", "reg_weight", *(f.name for f in dataclasses.fields(TALoRAConfig))]
+    return [f.name for f in dataclasses.fields(Config)
+            if (f.name in some or f.name.endswith("_rate")) and f.name not in used]
 
 
 def check_typed(argv: list[str], method: Method) -> None:
@@ -86,33 +82,25 @@ def check_typed(argv: list[str], method: Method) -> None:
     typed = {word.partition("=")[0].replace("--no-", "--") for word in argv}
     unused = [flag(name) for name in unused_options(method) if flag(name) in typed]
     if unused:
-        raise UserError(f"{method.name} does not use {', '.join(unused)}; leave {'them' if len(unused) > 1 else 'it'} "
-                        "out")
+        raise UserError(f"{method.name} does not use {', '.join(unused)}; leave out what has no effect")
     cfg = train.parse(argv, dataclasses.replace(method, fixes=lambda cfg: {}))
     for name, value in method.fixes(cfg).items():
         follows = name.endswith("_rate")  # an ablation of the learning rates makes its own of those that are typed
         if flag(name) in typed and not follows and getattr(cfg, name) != value:
             raise UserError(f"{method.name} sets {flag(name)} {value}, the command {getattr(cfg, name)}; leave it out")
     if method.model in (baselines.BitFit, baselines.FullFineTuning) and cfg.dtype != "float32":
-        raise UserError(f"{method.name} changes weights of the backbone, and --dtype {cfg.dtype} rounds small steps "
-                        "away; use --dtype float32 --autocast")
-
-
-def describe_methods() -> str:
-    """What --help says after the options: every method and ablation on a line of its own."""
-    lines = ["methods:", *(f"  {name:18} {method.says}" for name, method in METHODS.items()),
-             "", "ablations of TA-LoRA:", *(f"  {name:18} {method.says}" for name, method in VARIANTS.items())]
-    return "\n".join([*lines, "", "All other options are those of train.py: see python train.py --help"])
+        raise UserError(f"{method.name} needs --dtype float32: {cfg.dtype} would round its small steps away")
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="python -m experiments.compare", description=__doc__, epilog=describe_methods(),
+    about = ["methods, then ablations of TA-LoRA (--variant):",
+             *(f"  {name:18} {method.says}" for name, method in (METHODS | VARIANTS).items())]
+    parser = Parser(prog="python -m experiments.compare", description=__doc__, epilog="\n".join(about),
                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--method", choices=METHODS, metavar="NAME", help="TA-LoRA or a baseline")
     which.add_argument("--variant", choices=VARIANTS, metavar="NAME", help="an ablation of TA-LoRA")
-    parser.add_argument("--evaluate", metavar="RUN", help="open a finished run of this method with evaluate.py --run, "
-                        "instead of training")
+    parser.add_argument("--evaluate", metavar="RUN", help="do not train, but what evaluate.py --run does")
     options, rest = parser.parse_known_args(argv)
     method = METHODS[options.method] if options.method else VARIANTS[options.variant]
     if options.evaluate:

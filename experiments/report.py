@@ -2,30 +2,27 @@ r"""What the results of a suite say: intervals, paired differences, tables, the 
 
     python -m experiments.report experiments/results/full       tables.md and pictures, from results.jsonl alone
 
-The seed is the unit of statistics. It changes everything that training draws: the initial weights, the order of the
-batches, the k examples and the backbone (separately pretrained ones take turns). n seeds give one mean and one interval
+The seed is the unit of statistics: it changes everything that training draws. n seeds give one mean and one interval
 
     mean +- t(n - 1) * std / sqrt(n),        t: the 97.5 % quantile of Student's t with n - 1 degrees of freedom
 
-Two methods are compared seed by seed, by the interval of their differences. A difference is seen if it excludes 0. The
-intervals hold for these test rows and backbones; with fewer backbones than seeds they are somewhat too narrow.
+Two methods are compared seed by seed, by the interval of their differences. A difference is seen if it excludes 0.
 """
 
 import json
 import math
-import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from checkpoint import Parser, UserError, run_program
-from evaluate import draw_cosines, markdown
+from evaluate import markdown
 from experiments import plots
 from experiments.compare import METHODS, VARIANTS
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # by degrees of freedom, from 1
-REFERENCES = ("majority", "frozen backbone", "hard instruction")
+REFERENCES = ("majority", "frozen backbone", "frozen, no template", "hard instruction")
 PARTS = {"fast and slow learning rates (here 4 : 3) are needed": ("equal-rates", "rates-swapped"),
          "zero-initialised attention is needed": ("open-gate", "one-softmax"),
          "the regulariser (cosine form) is needed": ("reg-off",)}  # the paper's claim -> the variants without this part
@@ -42,11 +39,8 @@ def target(k: int) -> Setting:
 
 
 def read_results(folder: Path) -> list[dict]:
-    """The records of results.jsonl, one for each run and stage; UserError if there is no such file.
-
-    record["scores"][column + rows] = {task: score}, where column is a method ("talora"), a variant ("reg-off", in the
-    file "talora reg-off") or a reference ("majority"), and rows is "" or ", rewritten".
-    """
+    """The records of results.jsonl, one for each run and stage, with record["scores"][column + rows] = {task: score}. A
+    column is a method, a variant ("reg-off", in the file "talora reg-off") or a reference. UserError without a file."""
     path = folder / "results.jsonl"
     if not path.exists():
         raise UserError(f"there is no '{path}'; give the folder into which a suite wrote its results")
@@ -79,10 +73,12 @@ def shots_in(records: Iterable[dict], kind: str = "method") -> list[int]:
     return sorted({r["shots"] for r in records if (r["kind"], r["stage"]) == (kind, "target")}, key=lambda k: k or 1e9)
 
 
-def settings_in(records: Iterable[dict], kind: str = "method") -> dict[str, Setting]:
+def settings_in(records: Sequence[dict], kind: str = "method") -> dict[str, Setting]:
     """The settings with results, by their headings."""
-    targets = {f"targets, k = {k}" if k else "targets, full": target(k) for k in shots_in(records, kind)}
-    return {"sources": SOURCES, "sources, rewritten": REWRITTEN} | targets
+    settings = {"sources": SOURCES, "sources, rewritten": REWRITTEN}
+    settings |= {f"targets, k = {k}" if k else "targets, full": target(k) for k in shots_in(records, kind)}
+    names = methods_in(records, kind)
+    return {where: s for where, s in settings.items() if any(by_seed(records, name, s) for name in names)}
 
 
 def stored(records: Iterable[dict], column: str) -> int:
@@ -107,9 +103,9 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
 
 
 def paired(one: dict[int, float], other: dict[int, float]) -> Difference | None:
-    """The difference one - other over the seeds that both have; None without any."""
+    """The difference one - other over the seeds that both have; None for fewer than two, which have no interval."""
     seeds = sorted(one.keys() & other.keys())
-    return (*interval(one[s] - other[s] for s in seeds), len(seeds)) if seeds else None
+    return (*interval(one[s] - other[s] for s in seeds), len(seeds)) if len(seeds) > 1 else None
 
 
 def compare(records: Sequence[dict], one: str, other: str, setting: Setting) -> Difference | None:
@@ -119,12 +115,11 @@ def compare(records: Sequence[dict], one: str, other: str, setting: Setting) -> 
 def verdict(difference: Difference) -> str:
     """Is a paired difference seen? "higher" or "lower" if its interval excludes 0."""
     mean, half = difference[:2]
-    return ("too few seeds" if math.isnan(half) else "higher" if mean - half > 0 else "lower" if mean + half < 0
-            else "no effect seen")
+    return "higher" if mean - half > 0 else "lower" if mean + half < 0 else "no effect seen"
 
 
 def format_interval(values: Sequence[float], signed: bool = False) -> str:
-    """(mean, half, ...) as "71.2 ± 3.0", signed as "+1.2 ± 3.0"."""
+    """(mean, half, ...) as "71.2 ± 3.0", signed as "+1.2 ± 3.0"; of a single value the mean alone."""
     mean, half = values[:2]
     return (f"{mean:+.1f}" if signed else f"{mean:.1f}") + ("" if math.isnan(half) else f" ± {half:.1f}")
 
@@ -156,19 +151,17 @@ def main_table(records: Sequence[dict], columns: Sequence[str] = (), settings: d
         if any(found):
             cells = [f"{format_interval(interval(v.values()))} ({len(v)})" if v else "" for v in found]
             method = METHODS.get(name)
-            mark = " †" if method and "multitask" in method.learns and not method.per_task else ""
-            label = "**talora**" if name == "talora" else name + mark
+            label = "**talora**" if name == "talora" else name
+            label += " †" if method and "multitask" in method.learns and not method.per_task else ""
             rows.append([label, f"{stored(records, name):,}" if method else "", *cells])
     return markdown(["method", "parameters stored for a target", *settings], rows)
 
 
 def variant_table(records: Sequence[dict]) -> str:
-    words = {"higher": "helps", "lower": "hurts"}
     settings, rows = settings_in(records, "variant"), []
     for name in methods_in(records, "variant"):
         found = [compare(records, name, "talora", setting) for setting in settings.values()]
-        cells = [f"{format_interval(d, signed=True)} ({d[2]}): {words.get(verdict(d), verdict(d))}" if d else ""
-                 for d in found]
+        cells = [f"{format_interval(d, signed=True)} ({d[2]}): {verdict(d)}" if d else "" for d in found]
         rows.append([name, VARIANTS[name].says.replace("|", r"\|"), *cells])
     return markdown(["variant", "what is changed", *settings], rows, align="<<" + ">" * len(settings))
 
@@ -182,55 +175,39 @@ def task_table(records: Sequence[dict], setting: Setting) -> str:
     return markdown(["task", *columns], rows)
 
 
-def rate_table(records: Sequence[dict]) -> str:
-    """Every learning rate that was tried; a target's with the chosen ones of the sources."""
-    kinds, cells = {"sweep-source": "sources", "sweep-target": "targets, k = 16"}, {}
-    for r in records:
-        if r["kind"] in kinds:
-            rates = [f"{rate:g}" for name, rate in r["rates"].items() if (name == "target_rate") == (r["shots"] == 16)]
-            chosen = " (chosen)" if r is choose_best(records, r["method"], r["kind"]) else ""
-            cells.setdefault((r["method"], r["kind"]), []).append(f"{'/'.join(rates)}: {100 * r['dev'][0]:.1f}{chosen}")
-    rows = [[method, where, "; ".join(cells[method, kind])]
-            for method in METHODS for kind, where in kinds.items() if (method, kind) in cells]
-    return markdown(["method", "development rows of", "learning rate: exact answers"], rows, align="<<<")
-
-
 def claims(records: Sequence[dict]) -> str:
-    """The paper's claims, each with an answer for these results and the numbers behind it."""
+    """The paper's claims that these results say something about: an answer, and the numbers behind it."""
     baselines, rows = [m for m in methods_in(records) if m != "talora"], []
-    told = [m for m in baselines if METHODS[m].per_task]  # others cannot tell apart sources that want other answers
-    settings = {"unseen data (rewritten sources; methods that are told the task)": (REWRITTEN, told)}
-    settings |= {f"unseen tasks, {f'k = {k}' if k else 'full data'}": (target(k), baselines) for k in shots_in(records)}
-    for where, (setting, against) in settings.items():
+    for where, setting in settings_in(records).items():
+        # A method that is not told the task cannot tell apart sources that want other answers.
+        against = [m for m in baselines if METHODS[m].per_task or setting != REWRITTEN]
         found = {m: d for m in against if (d := compare(records, "talora", m, setting))}
-        if found:
-            verdicts = {verdict(d) for d in found.values()}
-            answer = "yes" if verdicts == {"higher"} else "no" if "lower" in verdicts else "unclear"
+        if found and setting != SOURCES:
             whom = "every baseline" if len(found) == len(against) else f"the {len(found)} baselines that were run there"
-            rows.append([f"better than {whom} on {where}", answer, group_by_verdict(found, "above", "below")])
+            told = " (those that are told the task)" if setting == REWRITTEN else ""
+            rows.append([f"better than {whom} on {where}{told}", *judge(found, {"higher": "above", "lower": "below"})])
     if few := paired(by_seed(records, "talora", target(32)), by_seed(records, "talora", target(0))):
         answer = "yes" if few[0] - few[1] > -5 else "no" if few[0] + few[1] < -5 else "unclear"
         rows.append(["32 examples come within 5 points of full data (same steps)", answer, format_interval(few, True)])
-    size = stored(records, "talora")
-    fewer = "".join(f"; {m} {stored(records, m):,}" for m in baselines if 0 < stored(records, m) < size)
-    rows.append(["fewest trainable parameters stored for a target", "no" if fewer else "yes", f"{size:,}{fewer}"])
-    settings = {"sources": SOURCES, "rewritten": REWRITTEN, "k = 8": target(8)}
+    if size := stored(records, "talora"):
+        fewer = "".join(f"; {m} {stored(records, m):,}" for m in baselines if 0 < stored(records, m) < size)
+        rows.append(["fewest trainable parameters stored for a target", "no" if fewer else "yes", f"{size:,}{fewer}"])
     for claim, without in PARTS.items():
-        found = {f"{name} ({where})": d for name in without for where, setting in settings.items()
-                 if (d := compare(records, name, "talora", setting))}
+        found = {f"{name} ({where})": d for where, setting in settings_in(records, "variant").items()
+                 for name in without if (d := compare(records, name, "talora", setting))}
         if found:
-            verdicts = {verdict(d) for d in found.values()}
-            answer = ("yes" if verdicts == {"lower"} else "in part" if "lower" in verdicts else
-                      "no" if "higher" in verdicts else min(verdicts))  # "no effect seen" or "too few seeds"
-            rows.append([claim, answer, group_by_verdict(found, "better without", "worse without")])
+            rows.append([claim, *judge(found, {"lower": "worse without", "higher": "better without"})])
     return markdown(["claim", "here", "paired differences in points, with 95 % intervals"], rows, align="<<<")
 
 
-def group_by_verdict(found: dict[str, Difference], higher: str, lower: str) -> str:
-    words = {"higher": higher, "lower": lower, "no effect seen": "no difference seen", "too few seeds": "one seed"}
+def judge(found: dict[str, Difference], words: dict[str, str]) -> tuple[str, str]:
+    """An answer, and the differences by verdict; words: what to call the claimed verdict and, second, its opposite."""
+    words = words | {"no effect seen": "no difference seen"}
     groups = {says: [f"{name} {format_interval(d, signed=True)}" for name, d in found.items() if verdict(d) == group]
               for group, says in words.items()}
-    return "; ".join(f"*{says}* " + ", ".join(members) for says, members in groups.items() if members)
+    claimed, against, neither = groups.values()
+    answer = "no" if against else "no effect seen" if not claimed else "in part" if neither else "yes"
+    return answer, "; ".join(f"*{says}* " + ", ".join(members) for says, members in groups.items() if members)
 
 
 ABOUT = """Scores in %, macro averages over tasks; mean ± half the 95 % interval over seeds (number of seeds). † one set
@@ -240,57 +217,50 @@ corrected for their number. Variants have TA-LoRA's learning rates and are compa
 
 def build_tables(records: Sequence[dict]) -> dict[str, str]:
     """Every table that these results can fill, by its title."""
-    by_task = {"Source tasks, by task": SOURCES}
-    by_task |= {f"Target tasks, {f'{k} examples' if k else 'full data'}, by task": target(k) for k in shots_in(records)}
     tables = {"Methods": main_table(records), "Claims of the paper": claims(records),
-              "Variants of TA-LoRA": variant_table(records),
-              **{title: task_table(records, setting) for title, setting in by_task.items()},
-              "Learning rates tried, exact answers on development rows in %": rate_table(records)}
+              "Variants of TA-LoRA": variant_table(records)}
+    tables |= {f"By task: {where}": task_table(records, setting) for where, setting in settings_in(records).items()}
     return {title: table for title, table in tables.items() if table.count("\n") > 2}  # more than a head
 
 
-def write_report(folder: Path) -> dict[str, str]:
-    """tables.md and the pictures, from results.jsonl alone -> the tables."""
+def write_report(folder: Path) -> None:
+    """tables.md and the pictures, from results.jsonl alone. UserError if there is no result yet."""
     records = read_results(folder)
+    if not records:
+        raise UserError(f"no run in '{folder}' is finished yet; repeat this command later")
     tables, seconds = build_tables(records), {r["cell"]: r["seconds"] for r in records}
     head = (f"{len(seconds)} runs in {sum(seconds.values()) / 3600:.1f} core hours, torch {records[0]['torch']}, begun "
             f"{min(r['started'] for r in records)[:16]}, commits {', '.join(sorted({r['commit'] for r in records}))}.")
     parts = [f"{head}\n{ABOUT}\n", *(f"## {title}\n\n{table}" for title, table in tables.items())]
     (folder / "tables.md").write_text("\n".join(parts), encoding="utf-8")
+    draw_pictures(folder, records)
 
-    if shots := shots_in(records):
+
+def draw_pictures(folder: Path, records: Sequence[dict]) -> None:
+    """Those that show something: curves of two points, two methods to compare, differences, tasks to be alike."""
+    shots, curves, variants = shots_in(records), few_shot(records), methods_in(records, "variant")
+    found = {f"{k} examples of a target task": [sizes(records, k)] for k in shots if k in (8, 32)}
+    bars = {where: [differences(records, s)] for where, s in settings_in(records, "variant").items()}
+    if len(shots) > 1 and curves:
         plots.draw_panels(folder / "fewshot.png", plots.few_shot_curves,
-                          {"A new task from few examples": (shots, few_shot(records))}, (7, 4.2))
-        found = {f"{k or 'all'} examples of a target task": (sizes(records, k),)
-                 for k in [k for k in shots if k in (8, 32)] or shots}
+                          {"A new task from few examples": (shots, curves)}, (7, 4.2))
+    if any(len(methods) > 1 for [methods] in found.values()):
         plots.draw_panels(folder / "size.png", plots.sizes_against_scores, found, (5.5 * len(found), 4.2), sharex=True)
-    if variants := methods_in(records, "variant"):
-        found = {where: (differences(records, s),) for where, s in settings_in(records, "variant").items()}
-        plots.draw_panels(folder / "variants.png", plots.difference_bars, found, (11, 1.2 + 0.3 * len(variants)),
+    if any(names for [names] in bars.values()):
+        plots.draw_panels(folder / "variants.png", plots.difference_bars, bars, (11, 1.2 + 0.3 * len(variants)),
                           sharey=True)
-    logged = {name: select(records, name, "multitask") for name in ("talora", *variants)}
-    if logged["talora"] and "cosines" in logged["talora"][0]["last"]:  # not for a single source
-        plots.draw_mechanism(folder / "mechanism.png", {name: [r["last"] for r in logged[name]] for name in logged})
-        draw_cosines(folder / "cosines.png", logged["talora"][0]["first"], logged["talora"][0]["last"])
-    return tables
-
-
-def fill_tables(page: str, tables: dict[str, str]) -> str:
-    """A page with all text between <!-- tables: TITLE --> and <!-- end of tables --> replaced by the tables."""
-    return re.sub(r"(<!-- tables: (.*?) -->\n).*?(<!-- end of tables -->)",
-                  lambda found: found[1] + tables[found[2]] + found[3], page, flags=re.DOTALL)
+    logged = {name: [r["last"] for r in rows] for name in ("talora", *variants)
+              if (rows := select(records, name, "multitask"))}
+    if "cosines" in logged.get("talora", [{}])[0]:  # not for a single source
+        plots.draw_mechanism(folder / "mechanism.png", logged)
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m experiments.report", description="Tables and pictures from a suite's results.")
     parser.add_argument("folder", type=Path, help="where a suite wrote results.jsonl")
-    parser.add_argument("--page", type=Path, help="a Markdown page whose marked tables are replaced, too")
-    options = parser.parse_args(argv)
-    tables = write_report(options.folder)
-    if options.page:
-        page = fill_tables(options.page.read_text(encoding="utf-8"), tables)
-        options.page.write_text(page, encoding="utf-8")
-    print((options.folder / "tables.md").read_text(encoding="utf-8"))
+    folder = parser.parse_args(argv).folder
+    write_report(folder)
+    print((folder / "tables.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ must then equal those of a run that was never interrupted, bit for bit but for t
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
@@ -20,20 +20,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from experiments import compare
 from tasks import micro
+from tasks.pretrain import new_backbone
 
 
 def small_world(folder: Path) -> Path:
     """Save a random backbone of one layer that reads the micro-world in ``folder``; returns its own folder."""
-    torch.manual_seed(0)
     tokenizer = micro.tokenizer()
-    Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.3, bos_token_id=None, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id)).save_pretrained(folder / "backbone")
+    new_backbone(tokenizer, seed=0, width=16, layers=1).save_pretrained(folder / "backbone")
     tokenizer.save_pretrained(folder / "backbone")
     return folder / "backbone"
 
@@ -53,58 +49,54 @@ def read_outcome(run: Path) -> dict:
     for path in run.glob("**/metrics.jsonl"):
         found[path] = [json.loads(line) for line in path.read_text().splitlines()]
     for path in run.glob("**/results.json"):
-        found[path] = json.loads(path.read_text())["scores"]
+        found[path] = json.loads(path.read_text()).get("scores")
     return {str(path.relative_to(run)): value for path, value in found.items()}
 
 
-def start(arguments: list[str]) -> int:
-    """Run experiments.compare in a fork, which has imported everything already; returns the id of the process."""
-    child = os.fork()
-    if child:
-        return child
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            compare.main(arguments)
-    except BaseException as error:
-        print(f"the run failed: {error!r}", file=sys.stderr, flush=True)
-        os._exit(1)
-    os._exit(0)
+def run_silently(arguments: list[str]) -> None:
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        compare.main(arguments)
 
 
-def soak(backbone: Path, folder: Path, kills: int, rng: random.Random, *more: str) -> dict:
-    """Kill runs ``kills`` times in all and return counts. Raises AssertionError if anything comes out differently."""
-    began = time.perf_counter()
-    assert os.waitpid(start(command(backbone, folder / "whole", *more)), 0)[1] == 0, "the run does not even finish"
+def start(arguments: list[str]) -> multiprocessing.Process:
+    """Run experiments.compare in a fork, which has imported everything already."""
+    process = multiprocessing.get_context("fork").Process(target=run_silently, args=(arguments,))
+    process.start()
+    return process
+
+
+def soak(backbone: Path, folder: Path, kills: int, rng: random.Random, *more: str) -> int:
+    """Kill runs ``kills`` times in all -> how many runs that took. AssertionError if anything comes out differently."""
+    began, killed, runs, whole = time.perf_counter(), 0, 0, start(command(backbone, folder / "whole", *more))
+    whole.join()
+    assert whole.exitcode == 0, "the run does not even finish"
     seconds, expected = time.perf_counter() - began, read_outcome(folder / "whole")
-    counts = {"kills": 0, "runs": 0, "stages finished before a kill": []}
-    while counts["kills"] < kills:
-        run, status = folder / f"run{counts['runs']}", signal.SIGKILL
-        while status == signal.SIGKILL:
-            child = start(command(backbone, run, *more))
-            if counts["kills"] < kills:
+    while killed < kills:
+        run, exitcode, runs = folder / f"run{runs}", -signal.SIGKILL, runs + 1
+        while exitcode == -signal.SIGKILL:
+            process = start(command(backbone, run, *more))
+            if killed < kills:
                 time.sleep(rng.uniform(0, seconds / 2))
-                os.kill(child, signal.SIGKILL)
-            status = os.waitpid(child, 0)[1]
-            if status == signal.SIGKILL:
-                counts["kills"] += 1
-                counts["stages finished before a kill"].append(len(list(run.rglob("results.json"))))
-        assert status == 0, "a run that was killed cannot be resumed"
+                process.kill()
+            process.join()
+            exitcode = process.exitcode
+            killed += exitcode == -signal.SIGKILL
+        assert exitcode == 0, "a run that was killed cannot be resumed"
         found = read_outcome(run)
         other = [name for name in found | expected if found.get(name) != expected.get(name)]
         assert not other, f"after a kill {', '.join(other)} of {run} differ from those of {folder}/whole"
-        counts["runs"] += 1
-    return counts
+    return runs
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="of each method (default: 20)")
-    options = parser.parse_args()
+    kills = parser.parse_args().kills
     torch.set_num_threads(1)  # a fork has the thread that forks and no other
     transformers.logging.disable_progress_bar()
     micro.TRAIN_ROWS, micro.TEST_ROWS = 60, 6
     for method in (["talora", "--prompt-length", "3", "--rank", "2"], ["spot", "--prompt-length", "3"]):
         with tempfile.TemporaryDirectory() as folder:
-            backbone, rng = small_world(Path(folder)), random.Random(0)
-            counts = soak(backbone, Path(folder), options.kills, rng, "--method", *method)
-            print(method[0], counts, flush=True)
+            backbone = small_world(Path(folder))
+            runs = soak(backbone, Path(folder), kills, random.Random(0), "--method", *method)
+            print(f"{method[0]}: {kills} kills, {runs} runs, all as if never interrupted", flush=True)

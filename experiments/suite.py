@@ -40,15 +40,13 @@ MICRO = {
     "talora": (((0.03, 0.04), (0.06, 0.08), (0.12, 0.16), (0.24, 0.32)), (0.02, 0.04, 0.08, 0.16)),
     "pt": ((), INPUT), "spot": (INPUT, INPUT), "mpt": (INPUT, INPUT), "attempt": (INPUT, (*INPUT, 1.0)),
     "deep-pt": ((), DEEP_TARGET), "deep-spot": (DEEP, (*DEEP_TARGET, 0.01)), "deep-spot-nearest": (DEEP, DEEP_TARGET),
-    "deep-mpt": ((0.04, 0.08, 0.16, 0.02), (*DEEP_TARGET, 0.4)),
-    "adapter": (SMALL, SMALL), "lora": (SMALL, SMALL),
+    "deep-mpt": ((0.04, 0.08, 0.16, 0.02), (*DEEP_TARGET, 0.4)), "adapter": (SMALL, SMALL), "lora": (SMALL, SMALL),
     "bitfit": ((0.003, 0.01, 0.03, 0.1, 0.3), (0.003, 0.01, 0.03, 0.1)), "ft": (FULL, (*FULL, 0.00003)),
 }
 SLOW_FAST_PROMPT = tuple((fast / 4, fast, fast) for fast in (0.01, 0.02, 0.04, 0.08))
-WORDS = (0.001, 0.003, 0.01, 0.03)  # for rows among embeddings, whose entries are of size 0.015
 QWEN = {
     "talora": (SLOW_FAST_PROMPT, (0.01, 0.03, 0.1)), "lora": ((0.0003, 0.001, 0.003), (0.0003, 0.001, 0.003)),
-    "pt": ((), WORDS), "mpt": (WORDS, WORDS), "spot": (WORDS, WORDS),
+    "pt": ((), SMALL), "mpt": (SMALL, SMALL), "spot": (SMALL, SMALL),  # the entries of embeddings are of size 0.015
     "deep-spot-nearest": ((0.01, 0.02, 0.04, 0.08), (0.01, 0.03, 0.1)),
 }
 
@@ -56,7 +54,8 @@ QWEN = {
 @dataclass(frozen=True)
 class Suite:
     methods: dict[str, tuple[int, ...]]  # method -> numbers of examples of a target
-    variants: tuple[str, ...] = ()  # with 8 examples
+    variants: tuple[str, ...] = ()
+    variant_shots: tuple[int, ...] = (8,)
     seeds: tuple[int, ...] = (0,)
     backbones: tuple[int, ...] = (0,)  # seeds of pretraining, in turns; 0 is the shipped one
     grids: dict[str, tuple] = field(default_factory=dict)  # without one the learning rates are the methods' defaults
@@ -70,8 +69,8 @@ SUITES = {
     "full": Suite({name: (4, 8, 16, 32, 0) if name in EVERY_K else (8, 32, 0) for name in METHODS}, tuple(VARIANTS),
                   seeds=(0, 1, 2, 3, 4), backbones=(0, 1, 2), grids=MICRO,
                   options=("--multitask-steps", "400", "--multitask-batch", "32"), sweep=("--shots", "16")),
-    "qwen": Suite(dict.fromkeys(QWEN, (32,)), ("reg-off", "open-gate", "equal-rates", "one-softmax"), seeds=(0, 1, 2),
-                  grids=QWEN, options=tuple(
+    "qwen": Suite(dict.fromkeys(QWEN, (32,)), ("reg-off", "open-gate", "equal-rates", "one-softmax"), (32,),
+                  seeds=(0, 1, 2), grids=QWEN, options=tuple(
                       "--preset qwen2.5-0.5b --sources bq cmnli sanwen cote_mfw amazon "
                       "--targets lcqmc ocnli finre cote_bd chnsenticorp --max-length 256 --max-new-tokens 16 "
                       "--dev-rows 64 --test-rows 100 --tokens-per-batch 1024 --base-steps 30 --base-batch 16 "
@@ -104,22 +103,22 @@ def folder_of(name: str, out: Path) -> Path:
 
 
 def plan_sources(suite: Suite, records: Sequence[dict], out: Path) -> Iterator[Run]:
-    """The backbones, and each method's learning rates on the sources."""
+    """The backbones, and each method's learning rates on the sources; without a grid they are the defaults."""
     yield from (Run("backbone", f"backbone {seed}", "", seed) for seed in suite.backbones if seed)
-    for method in suite.methods if suite.grids else ():
-        for i, rate in enumerate(suite.grids[method][0]):
-            names = ("slow_rate", "fast_rate", "prompt_rate") if isinstance(rate, tuple) else ("prompt_rate",)
-            rates = dict(zip(names, rate if isinstance(rate, tuple) else (rate,)))
-            options = ("--method", method, "--stage", "multitask", "--no-references", *suite.options, *suite.sweep)
+    for method in suite.methods:
+        options = ("--method", method, "--stage", "multitask", "--no-references", *suite.options, *suite.sweep)
+        for i, rates in enumerate(suite.grids.get(method, ((), ()))[0]):
+            names = ("slow_rate", "fast_rate", "prompt_rate") if isinstance(rates, tuple) else ("prompt_rate",)
+            rates = dict(zip(names, rates if isinstance(rates, tuple) else (rates,)))
             yield Run("sweep-source", f"sweep {method} {i}", method, SWEEP_SEED, options, rates)
 
 
 def plan_targets(suite: Suite, records: Sequence[dict], out: Path) -> Iterator[Run]:
     """Each method's learning rates on the targets, from the finished source stages of its best run."""
-    for method in suite.methods if suite.grids else ():
+    for method in suite.methods:
         best = choose_best(records, method, "sweep-source")
         options = ("--method", method, "--stage", "target", "--no-references", *suite.options, *suite.sweep)
-        for i, rate in enumerate(suite.grids[method][1]):
+        for i, rate in enumerate(suite.grids.get(method, ((), ()))[1]):
             yield Run("sweep-target", f"{best['cell'] or f'sweep {method}'} target {i}", method, SWEEP_SEED, options,
                       best["rates"] | {"target_rate": rate}, best["cell"])
 
@@ -127,37 +126,33 @@ def plan_targets(suite: Suite, records: Sequence[dict], out: Path) -> Iterator[R
 def plan_methods(suite: Suite, records: Sequence[dict], out: Path) -> Iterator[Run]:
     """Methods seed by seed, then variants one by one: whenever it is stopped, what there is can be compared."""
     order = [("method", name, name, seed, shots) for seed in suite.seeds for name, shots in suite.methods.items()]
-    order += [("variant", name, "talora", seed, (8,)) for name in suite.variants for seed in suite.seeds]
+    order += [("variant", name, "talora", seed, suite.variant_shots) for name in suite.variants for seed in suite.seeds]
     for kind, name, method, seed, shots in order:
         options = [f"--{kind}", name, "--stage", "all", "--shots", *map(str, shots), *suite.options]
         if backbone := suite.backbones[seed % len(suite.backbones)]:
             options += ["--backbone", str(folder_of(f"backbone {backbone}", out))]
         options += ["--no-references"] if name != "talora" else []  # they are the same for all
-        rates = choose_best(records, method, "sweep-target")["rates"]
-        yield Run(kind, f"{name} seed {seed}", method, seed, tuple(options), rates)
+        best = choose_best(records, method, "sweep-target")
+        yield Run(kind, f"{name} seed {seed}", method, seed, tuple(options), best["rates"])
 
 
 def run_suite(suite: Suite, out: Path, jobs: int) -> None:
     """Run what is missing, phase by phase, then write the report."""
     (out / "results.jsonl").touch()
     for plan in (plan_sources, plan_targets, plan_methods):
-        records, missing = read_results(out), []
-        made = {record["cell"]: record["command"] for record in records}
-        for run in plan(suite, records, out):
-            if run.name not in made:
-                missing.append(run)
-            elif shlex.split(made[run.name])[1:] != run.command(out):
+        records = read_results(out)
+        made, runs = {record["cell"]: record["command"] for record in records}, list(plan(suite, records, out))
+        for run in runs:
+            if run.name in made and shlex.split(made[run.name])[1:] != run.command(out):
                 raise UserError(f"'{out}/results.jsonl' holds '{run.name}' made by another command ({made[run.name]}); "
                                 "choose another --out")
-        run_all(missing, out, jobs)
+        run_all([run for run in runs if run.name not in made], out, jobs)
     write_report(out)
 
 
 def run_all(runs: Sequence[Run], out: Path, jobs: int) -> None:
-    """Run them, ``jobs`` at a time; what one found is in results.jsonl as soon as it is finished.
-
-    After a failure (RunFailed) or a signal (SystemExit) those at work save their step and end.
-    """
+    """Run them, ``jobs`` at a time, and keep what each one found. After a failure (RunFailed) or a signal (SystemExit)
+    those at work save their step and end."""
     waiting, working = list(runs), {}
     with checkpoint.catch_signals() as caught:
         try:
@@ -236,7 +231,8 @@ def main(argv: list[str]) -> None:
                                formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=SUITES)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores (default: 2)")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these methods and variants (default: the suite's)")
+    parser.add_argument("--only", nargs="+", choices=METHODS | VARIANTS, metavar="NAME",
+                        help="these methods and variants (default: the suite's)")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="these seeds (default: the suite's)")
     parser.add_argument("--out", type=Path, help="folder for runs and results (default: runs/suite/NAME)")
     at = argv.index("--") if "--" in argv else len(argv)
@@ -244,18 +240,13 @@ def main(argv: list[str]) -> None:
     if asked.jobs < 1:
         raise UserError(f"--jobs is {asked.jobs}, but must be at least 1")
     suite, out = SUITES[asked.name], asked.out or Path("runs") / "suite" / asked.name
-    named = asked.only or (*suite.methods, *suite.variants)
-    if unknown := set(named) - {*suite.methods, *suite.variants}:
-        raise UserError(f"the suite has no {', '.join(sorted(unknown))}; it has "
-                        f"{', '.join((*suite.methods, *suite.variants))}")
-    suite = replace(suite, seeds=tuple(asked.seeds or suite.seeds),
-                    options=(*suite.options, "--no-pictures", *argv[at + 1:]),
-                    variants=tuple(name for name in suite.variants if name in named),
-                    methods={name: shots for name, shots in suite.methods.items() if name in named})
-    cfg = parse(list(suite.options))
+    options, only = (*suite.options, "--no-pictures", *argv[at + 1:]), asked.only or METHODS | VARIANTS
+    cfg = parse(list(options))
     check(cfg)  # refuses now what would fail in every run
-    if cfg.backbone:
-        suite = replace(suite, backbones=(0,))
+    suite = replace(suite, options=options, seeds=tuple(asked.seeds or suite.seeds),
+                    backbones=(0,) if cfg.backbone else suite.backbones,
+                    variants=tuple(name for name in suite.variants if name in only),
+                    methods={name: shots for name, shots in suite.methods.items() if name in only})
     with checkpoint.lock(out):
         run_suite(suite, out, asked.jobs)
     print((out / "tables.md").read_text(encoding="utf-8"))

@@ -1,13 +1,5 @@
-r"""Ablations: TA-LoRA with one change each. [paper: ...] says what the public summaries of the paper say about it.
-
-Most of them change an option or what is trained (VARIANTS, at the end). These compute something else:
-
-    OpenGate        tanh(g) = 1 from the first step                          instead of zero-initialised gates
-    OneSoftmax      softmax(q [K_theta; K_x]^T / sqrt(h)) [V_theta; V_x]     instead of Eq. (2)
-    GateOnTheStep   text + tanh(g0) P(theta0) + tanh(g) [P(theta_i) - P(theta0)],  P(theta) = softmax(q K^T / sqrt(h)) V
-    OwnB            theta_i = theta0 + s B_i A_i                             instead of a shared B
-    SumOfTerms      A_i = sum_t u_it (x) v_it                                instead of one rank-1 term
-    SideBySide      [theta_1; ..; theta_N] for every row                     instead of the prompt of the row's task
+r"""Ablations: TA-LoRA with one change each. Most of them change an option or what is trained: see the table at the end.
+[paper: ...] says what the public summaries of the paper say about it.
 
 B batch (as a weight (L, P, r)), T text tokens, S keys, P prompt length, d model width, H query heads, K key/value
 heads, h head size, L layers, N tasks, n distinct tasks of a batch, r rank.
@@ -29,7 +21,7 @@ from train import TALORA, Config, Method
 
 
 class OpenGate(TALoRA):
-    """Without zero-initialised attention: the gates are fixed open."""
+    """Without zero-initialised attention: the gates are fixed open, tanh(g) = 1 from the first step."""
 
     method = "talora-open-gate"
 
@@ -48,10 +40,8 @@ class OneSoftmax(TALoRA):
 
 
 def one_softmax_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                          scaling: float | None = None, prefix: list | None = None, **_) -> tuple[Tensor, None]:
+                          scaling: float, prefix: list, **_) -> tuple[Tensor, None]:
     """softmax(q [K_theta; K_x]^T / sqrt(h)) [V_theta; V_x]; arguments as gating.attention_of_layer -> (B, T, H, h)."""
-    if prefix is None:
-        return attention_of_layer(module, query, key, value, attention_mask, scaling)
     K, V, _ = prefix[module.layer_idx]
     T, S = query.shape[2], key.shape[2]
     if attention_mask is None:  # transformers' way to say causal
@@ -77,12 +67,9 @@ class GateOnTheStep(TALoRA):
 
 
 def gate_on_the_step_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-                               attention_mask: Tensor | None, scaling: float | None = None, prefix: list | None = None,
-                               **_) -> tuple[Tensor, None]:
+                               attention_mask: Tensor | None, scaling: float, prefix: list, **_) -> tuple[Tensor, None]:
     """text + tanh(g0) P(theta0) + tanh(g) [P(theta_i) - P(theta0)]; arguments as gating.attention_of_layer."""
     out, _ = attention_of_layer(module, query, key, value, attention_mask, scaling)  # (B, T, H, h)
-    if prefix is None:
-        return out, None
     K, V, g, K0, V0, g0 = prefix[module.layer_idx]
     own, shared = (attend(query, k, v, None, False, scaling).transpose(1, 2) for k, v in ((K, V), (K0, V0)))
     opened, opened0 = (torch.tanh(gate.expand(query.shape[1])).unsqueeze(-1) for gate in (g, g0))  # (H, 1)
@@ -95,7 +82,7 @@ for name, function in (("one_softmax", one_softmax_attention), ("gate_on_the_ste
 
 
 class OwnB(TALoRA):
-    """A B for each task."""
+    """A B for each task: theta_i = theta0 + s B_i A_i."""
 
     method = "talora-own-b"
 
@@ -120,9 +107,9 @@ class OwnB(TALoRA):
 
 
 class SumOfTerms(TALoRA):
-    """A_i a sum of several rank-1 terms, so the step B A_i has up to that rank."""
+    """A_i = sum_t u_it (x) v_it, a sum of several rank-1 terms, so the step B A_i has up to that rank."""
 
-    terms = 1
+    method, terms = "talora-2-terms", 2
 
     def add_task(self, name: str) -> int:
         """Add a task with new factors, u (L, terms, r) and v (L, terms, d), and return its id."""
@@ -150,16 +137,12 @@ class SumOfTerms(TALoRA):
         return self.cosines()[:, pairs].square().mean() if len(self.tasks) > 1 else self.theta0.new_zeros(())
 
 
-class TwoTerms(SumOfTerms):
-    method, terms = "talora-2-terms", 2
-
-
 class FourTerms(SumOfTerms):
     method, terms = "talora-4-terms", 4
 
 
 class SideBySide(TALoRA):
-    """Every row sees all tasks' prompts, N P rows, and attention chooses among them (base stage: theta0 alone)."""
+    """Every row sees [theta_1; ..; theta_N], N P rows, and attention chooses among them (base stage: theta0 alone)."""
 
     method = "talora-side-by-side"
 
@@ -221,7 +204,7 @@ VARIANTS = {method.name.removeprefix(f"{TALORA.name} "): method for method in (
                                             "multitask": LEARNS["multitask"] | {"gate0": "fast"}}),
     variant("frozen-theta0", "theta0 frozen after the base stage [paper: open]",
             learns=LEARNS | {"multitask": {"B": "slow", "u": "fast", "v": "fast", "gate": "fast"}}),
-    variant("2-terms", "A_i a sum of 2 rank-1 terms [paper: one]", TwoTerms, fixes=always(regulariser="cosine")),
+    variant("2-terms", "A_i a sum of 2 rank-1 terms [paper: one]", SumOfTerms, fixes=always(regulariser="cosine")),
     variant("4-terms", "A_i a sum of 4 rank-1 terms [paper: one]", FourTerms, fixes=always(regulariser="cosine")),
     variant("no-base", "without the base stage [paper: three stages]",
             learns={stage: LEARNS[stage] for stage in ("multitask", "target")}),

@@ -3,9 +3,8 @@
 import copy
 import json
 import math
-import re
+import shutil
 from contextlib import contextmanager
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,11 +12,11 @@ import torch
 
 import data
 import evaluate
-from checkpoint import UserError
+from checkpoint import UserError, run_program
 from data import Example
 from lowrank import task_cosines
 from model import NO_TASK, TALoRA, TALoRAConfig, load_backbone
-from tasks import micro
+from tasks import chinese, micro
 
 TOKENIZER = micro.tokenizer()
 CFG = SimpleNamespace(test_rows=0, max_length=64, max_new_tokens=5, eval_tokens=8192, data_root="", seed=0,
@@ -75,9 +74,7 @@ def test_length_batches_hold_every_row_once_within_the_budget():
 def test_dev_score_is_exact_answers_and_mean_loss_over_tasks(model):
     rows = {t: [data.encode(e, TOKENIZER, 64) for e in data.load_task(t, "dev")[:n]]
             for t, n in (("toy-amazon", 5), ("toy-cmrc2018", 3))}
-    model.train()
     right, loss = evaluate.dev_score(model, rows, {"toy-amazon": 0, "toy-cmrc2018": NO_TASK}, tokens=64)
-    assert model.training, "evaluation gives the mode back"
     means = []
     for encoded, task_id in zip(rows.values(), (0, NO_TASK)):
         batches = [vars(data.collate([row], [task_id])) for row in encoded]
@@ -219,28 +216,37 @@ def test_names_are_drawn_in_a_font_that_has_their_characters_and_numbered_where_
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A finished run on the shipped backbone, its adapters made by hand: the gates are open, nothing is zero."""
-    folder, (backbone, _) = tmp_path_factory.mktemp("runs") / "toy", load_backbone()
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    torch.manual_seed(0)
+    model = TALoRA(load_backbone()[0], TASKS, TALoRAConfig(3, 2))
+    torch.nn.init.constant_(model.gate, -0.3)
+    specs = {task: data.spec_of(task, data.load_task(task, "train")) for task in (*TASKS, "toy-finre")}
+    afqmc = data.spec_of("afqmc", []) | {"answers": ["no", "yes"]}  # two fields, in Chinese; own has no template at all
+    model.about = dict(chat_template="off", max_length=64, max_new_tokens=5, tasks={"afqmc": afqmc, **specs})
+    model.about["tasks"]["own"] = data.spec_of("own", [Example("own", "p", "no", ("no", "yes"))])
+    model.save(folder / "multitask/best")
+    model.add_task("toy-finre")
+    model.save_task("toy-finre", folder / "target/toy-finre-8-shot/best")
     for stage, tasks, shots in (("multitask", TASKS, {}), ("target/toy-finre-8-shot", ["toy-finre"], {"shots": 8})):
-        torch.manual_seed(0)
-        model = TALoRA(backbone, dict.fromkeys([*TASKS, *tasks]), TALoRAConfig(3, 2))
-        torch.nn.init.constant_(model.gate, -0.3)
-        model.save(folder / stage / "best")
         column = {"talora": {"plain": {"score": 0.5}, "rewritten": {"score": 0.25}}}
         results = {"method": "talora", "scores": dict.fromkeys(tasks, column), **shots,
                    "metrics": dict.fromkeys(tasks, "accuracy"), "rewritten": dict.fromkeys(tasks, 1.0)}
         (folder / stage / "results.json").write_text(json.dumps(results))
+        (folder / stage / "stage.json").write_text(json.dumps(vars(CFG) | {"backbone": "", "dtype": "float32"}))
         write_metrics(folder / stage, {"step": 1, "dev_accuracy": 0.5, "dev_loss": 1.5})
-    options = {**vars(CFG), "backbone": "", "dtype": "float32", "device": "cpu", "pictures": True}
-    (folder / "options.json").write_text(json.dumps(options))
     return folder
 
 
-def test_a_report_has_a_table_for_the_sources_and_for_every_number_of_examples(run):
-    said = []
-    evaluate.report(run, said.append)
-    assert len(said) == 2 and "| toy-finre     | accuracy |   25.0 |" in said[1] and "(100% could be)" in said[1]
-    assert (run / "multitask" / "table.md").read_text() in said[0]
-    assert (run / "target" / "table-8-shot.md").read_text() in said[1] and (run / "target" / "targets.png").exists()
+def test_a_report_has_a_table_for_the_sources_and_for_every_number_of_examples_and_prints_what_was_asked_for(run):
+    said, target = [], run / "target/toy-finre-8-shot"
+    evaluate.report(run, said.append, [run / "multitask", target])
+    tables = [text for text in said if "saved as" in text]
+    assert len(tables) == 2 and "| toy-finre     | accuracy |   25.0 |" in tables[1] and "(100% could be)" in tables[1]
+    assert (run / "multitask/table.md").read_text() in tables[0]
+    assert (run / "target/table-8-shot.md").read_text() in tables[1] and (run / "target/targets.png").exists()
+    assert f"--run {run} --task toy-finre --ask" in said[-1]
+    evaluate.report(run, said.append, [target])
+    assert len([text for text in said if "saved as" in text]) == 3
 
 
 def test_a_run_answers_its_test_rows_again(run, capsys, monkeypatch):
@@ -256,76 +262,98 @@ def test_a_run_answers_its_test_rows_again(run, capsys, monkeypatch):
     assert len((run / "target" / "toy-finre-8-shot" / "predictions.jsonl").read_text().splitlines()) == 12
 
 
-def test_a_question_is_answered_with_probabilities(run, capsys):
+TEXT = "ann found the soup very awful at the oslo cafe"
+PAIR = {"sentence1": f" {TEXT} ", "sentence2": " the soup was nice "}
+
+
+def test_answers_to_mixed_questions_are_those_to_each_alone_and_a_template_is_filled(run):
+    stage, = evaluate.open_run(run, task="toy-finre")
+    model, tokenizer = stage.model, stage.tokenizer
+    whole = chinese.TASKS["afqmc"].template.format(**PAIR, options="no、yes")
+    questions = [("toy-amazon", TEXT), ("afqmc", PAIR), ("toy-cote_mfw", TEXT), ("toy-finre", TEXT), ("own", TEXT),
+                 ("toy-c3", {"text": TEXT, "choices": ["tech", "food"]}), ("toy-amazon", f"{TEXT} =>"),
+                 ("afqmc", whole), ("afqmc", PAIR | {"sentence1": " the bus came late "})]
+    answers = evaluate.answer(model, tokenizer, questions)
+    for question, (text, shares) in zip(questions, answers):
+        (alone, own), = evaluate.answer(model, tokenizer, [question])
+        assert alone == text and shares == pytest.approx(own, rel=1e-3) and sum(shares.values()) <= 1 + 1e-5
+        assert text == max(shares, key=shares.get) if shares else question[0] == "toy-cote_mfw"
+    shares = [shares for _, shares in answers]
+    assert shares[6] == pytest.approx(shares[0], rel=1e-3) and shares[7] == pytest.approx(shares[1], rel=1e-3)
+    assert shares[8] != pytest.approx(shares[7], rel=1e-3), "the fields are read"
+    assert [list(found) for found in shares[1:6]] == [["no", "yes"], [], list(answers_of("toy-finre")), ["no", "yes"],
+                                                      ["tech", "food"]]
+    ids = tokenizer(f"{TEXT} =>", return_tensors="pt")
+    p = model(ids.input_ids, ids.attention_mask, torch.tensor([0])).logits[0, -1].softmax(-1)
+    for choice, share in shares[0].items():
+        assert share <= p[tokenizer.convert_tokens_to_ids(choice)] + 1e-6, "a whole answer, with its end token"
+
+
+def answers_of(task):
+    return data.task_of(task, data.load_task(task, "train")).answers
+
+
+@pytest.mark.parametrize("question, words", [
+    (("toy-bq", TEXT), "no task 'toy-bq'; it has afqmc, toy-amazon"),
+    (("afqmc", TEXT), "reads sentence1, sentence2; missing are sentence2"),
+    (("afqmc", {"sentence2": TEXT}), "missing are sentence1"), (("toy-c3", TEXT), "missing are the choices"),
+    (("toy-amazon", "soup " * 500 + "=>"), "the question: the prompt without its passage has 501 tokens"),
+])
+def test_a_question_that_lacks_something_is_refused(run, question, words):
     stage, = evaluate.open_run(run, task="toy-amazon")
-    assert stage.task_ids == dict(zip(TASKS, range(3)))
-    text = "zzz found the soup very awful at the oslo cafe"
-    evaluate.main(["--run", str(run), "--task", "toy-amazon", "--ask", text])
-    answer, _, *lines, note = capsys.readouterr().out.partition(" answers: ")[2].splitlines()
+    with pytest.raises(UserError, match=words) as refused:
+        evaluate.answer(stage.model, stage.tokenizer, [("toy-amazon", TEXT), question])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_copied_adapter_and_a_copied_task_are_asked_as_in_their_run(run, tmp_path, capsys):
+    (stage,), question = evaluate.open_run(run, task="toy-finre"), ["--task", "toy-finre", "--ask", f"zzz {TEXT}"]
+    copies = [str(shutil.copytree(folder / "best", tmp_path / name)) for name, folder in (
+        ("shared", run / "multitask"), ("task", stage.folder))]
+    evaluate.main(["--adapter", *copies, *question])
+    copied = capsys.readouterr().out
+    evaluate.main(["--run", str(run), *question])
+    assert capsys.readouterr().out == f"{stage.folder} answers: {copied}"
+    answer, *lines, note = copied.splitlines()
     shares = {line.split(maxsplit=1)[1]: float(line.split("%")[0]) for line in lines}
-    assert list(shares) == ["one", "two", "three", "four", "five", "another answer"]
-    assert sum(shares.values()) == pytest.approx(100, abs=0.5) and shares[answer] == max([*shares.values()][:5])
-    assert note == "1 of 11 words are not in the backbone's vocabulary"  # the eleventh is =>
-    ids = stage.tokenizer(f"{text} =>", return_tensors="pt")
-    p = stage.model(ids.input_ids, ids.attention_mask, torch.tensor([0])).logits[0, -1].softmax(-1)
-    first = p[stage.tokenizer.convert_tokens_to_ids(answer)].item()
-    assert shares[answer] <= 100 * first + 0.06, "a whole answer is never more probable than its first word"
+    assert list(shares) == [*answers_of("toy-finre"), "another answer"]
+    assert sum(shares.values()) == pytest.approx(100, abs=0.5)
+    assert shares[answer] == max([*shares.values()][:-1]) and note == "1 of 11 words are unknown to the backbone"
+    for task, options, fields in (("toy-cote_mfw", [TEXT], TEXT), ("afqmc", [*PAIR.values()], PAIR), (
+            "toy-c3", [TEXT, "--choices", "tech", "food"], {"text": TEXT, "choices": ["tech", "food"]})):
+        evaluate.main(["--adapter", copies[0], "--task", task, "--ask", *options])
+        (answer, shares), = evaluate.answer(stage.model, stage.tokenizer, [(task, fields)])
+        first, *lines = capsys.readouterr().out.splitlines()
+        assert first == answer and [line.split("%  ")[1] for line in lines][:-1] == [*shares]
 
 
-def test_a_question_may_bring_its_own_choices_or_have_none(run, capsys):
-    evaluate.main(["--run", str(run), "--task", "toy-cote_mfw", "--ask", "ann found the oslo cafe"])
-    assert len(capsys.readouterr().out.splitlines()) == 1  # generated
-    evaluate.main(["--run", str(run), "--task", "toy-c3", "--ask", "the soup ; food or", "--choices", "tech", "food"])
-    shares = capsys.readouterr().out.splitlines()[2:]
-    assert [line.split("%  ")[1] for line in shares] == ["tech", "food", "another answer"]
-
-
-def test_the_fields_of_a_template_are_asked_for_by_name(run, monkeypatch):
-    stage, = evaluate.open_run(run, task="toy-amazon")
-    stage.task_ids["afqmc"] = 0
-    row = Example("afqmc", "p", "不同", ("不同", "相同"))
-    monkeypatch.setattr(data, "load_task", lambda *_: [row])
-    assert evaluate.ask(stage, "afqmc", ["甲", "乙"], ["one", "two"]).splitlines()[0] in ("one", "two")
-    with pytest.raises(UserError, match=r"afqmc reads 2 texts \(sentence1, sentence2\), but --ask has 1"):
-        evaluate.ask(stage, "afqmc", ["甲"])
-    with pytest.raises(UserError, match="the text of --ask: the choices '不同' and '相同' are the same tokens"):
-        evaluate.ask(stage, "afqmc", ["甲", "乙"])
-    monkeypatch.setattr(data, "load_task", lambda *_: [replace(row, own=True)])
-    assert evaluate.ask(stage, "afqmc", ["甲 乙"], ["one", "two"]).splitlines()[0] in ("one", "two")
-
-
-def test_diagnose_closes_one_layer_after_the_other(run, capsys):
-    evaluate.main(["--diagnose", str(run), "--task", "toy-amazon"])
-    out = capsys.readouterr().out
+def test_diagnose_shows_the_gates_and_compares_with_the_backbone_as_it_was_before_the_adapter(run):
     stage, = evaluate.open_run(run, task="toy-amazon")
     rows = {t: [data.encode(e, stage.tokenizer, 64, False) for e in data.load_task(t, "dev")[:16]] for t in TASKS}
+    first, *lines = evaluate.diagnose(stage).splitlines()
+    own = evaluate.dev_score(stage.model, rows, stage.task_ids)[1]
+    assert sum(f" {math.tanh(-0.3):+.3f} " in line for line in lines) == 4, "gates keep their sign"
+    assert [line.split()[0] for line in lines[-3:]] == [*TASKS], "cosines"
     torch.nn.init.zeros_(stage.model.gate)
-    assert f"(loss {evaluate.dev_score(stage.model, rows, stage.task_ids)[1]:.3f})" in out.splitlines()[0]
-    layers = [line for line in out.splitlines() if re.match(r" +\d ", line)]
-    assert len(layers) == 4 and all(f" {math.tanh(-0.3):.3f} " in line for line in layers), "gates keep their sign"
-    assert len({line.split("loss")[1] for line in layers}) == 4, "closing another layer costs another loss"
-
-
-def test_diagnose_compares_with_the_backbone_as_it_was_before_the_adapter(run):
-    stage, = evaluate.open_run(run, task="toy-amazon")
-    without = evaluate.diagnose(stage).splitlines()[0].partition("without the adapter")[2]
+    plain = evaluate.dev_score(stage.model, rows, stage.task_ids)[1]
+    assert f"(loss {own:.3f}), without the adapter" in first and first.endswith(f"(loss {plain:.3f})")
     stage.model.backbone = copy.deepcopy(stage.backbone)  # as of a method that changes modules inside the backbone
     torch.nn.init.zeros_(stage.model.backbone.lm_head.weight)
-    assert evaluate.diagnose(stage).splitlines()[0].endswith(without)
+    assert evaluate.diagnose(stage).splitlines()[0].endswith(f"(loss {plain:.3f})")
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--run", "nowhere"], ["nowhere", "no finished multitask or target stage", "train.py"]),
-    (["--run", "RUN", "--task", "toy-bq", "--ask", "x"], ["toy-bq", "toy-amazon, toy-cote_mfw, toy-c3, toy-finre"]),
-    (["--run", "RUN", "--ask", "x"], ["--task"]),
-    (["--run", "RUN", "--task", "toy-amazon", "--ask", " =>"], ["--ask TEXT"]),
-    (["--run", "RUN", "--task", "toy-amazon", "--ask", "soup " * 500], ["the text of --ask", "tokens"]),
-    (["--run", "RUN", "--task", "toy-c3", "--ask", "x"], ["toy-c3", "choices of its own", "--choices "]),
-    (["--run", "RUN", "--choices", "x"], ["--choices", "--ask"]),
-    (["--ask", "x", "--task", "toy-bq"], ["--run"]),
-    ([], ["--run", "--diagnose", "evaluate.py --help"]),
+    ("--run nowhere", ["nowhere", "no finished multitask or target stage", "train.py"]),
+    ("--run RUN --task toy-bq --ask x", ["toy-bq", "toy-amazon, toy-cote_mfw, toy-c3, toy-finre"]),
+    ("--run RUN --ask x", ["--task NAME"]), ("--run RUN --task toy-amazon --choices x", ["--ask TEXT"]),
+    ("--adapter RUN/multitask/best --task toy-amazon", ["--ask TEXT"]),
+    ("--adapter RUN/multitask/best --task toy-bq --ask x", ["no task 'toy-bq'", "toy-amazon"]),
+    ("--adapter RUN/multitask/best --task afqmc --ask a b c", ["reads 2 texts", "but --ask has 3"]),
+    ("--adapter RUN/multitask/best RUN/base --task toy-amazon --ask x", ["RUN/base", "task.json"]),
+    ("--adapter nobody/nothing --task toy-amazon --ask x", ["'nobody/nothing' is neither a folder nor an adapter"]),
+    ("--ask x --task toy-bq", ["--run"]), ("", ["--run", "--diagnose", "--adapter", "--help"]),
 ])
-def test_what_cannot_be_answered_is_refused(run, arguments, words):
-    with pytest.raises(UserError) as caught:
-        evaluate.main([str(run) if a == "RUN" else a for a in arguments])
-    assert all(word in str(caught.value) for word in words)
+def test_what_cannot_be_answered_is_refused_in_a_sentence(run, arguments, words, capsys):
+    assert run_program(evaluate.main, arguments.replace("RUN", str(run)).split()) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and [word for word in words if word.replace("RUN", str(run)) not in error] == []

@@ -8,12 +8,14 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import small_run
 from safetensors.torch import load_file
 
+import checkpoint
 import data
 import evaluate
 import train
@@ -73,12 +75,11 @@ def optimizer_of(model, cfg, still=False):
     return optimizer
 
 
-def test_slow_and_fast_weights_have_their_rates_and_gates_do_not_decay(model, cfg):
-    cfg.weight_decay = 0.1
-    optimizer = optimizer_of(model, cfg)
-    found = {id(p): (g["initial"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
-    expected = dict.fromkeys(["theta0", "B"], (cfg.slow_rate, 0.1)) | {"gate": (cfg.fast_rate, 0.0)} | dict.fromkeys(
-        ["u.0", "u.1", "v.0", "v.1"], (cfg.fast_rate, 0.1))
+def test_slow_and_fast_weights_have_their_rates_and_none_decays(model, cfg):
+    found = {id(p): (g["initial"], g["weight_decay"]) for g in optimizer_of(model, cfg).param_groups
+             for p in g["params"]}
+    expected = dict.fromkeys(["theta0", "B"], (cfg.slow_rate, 0.0)) | dict.fromkeys(
+        ["gate", "u.0", "u.1", "v.0", "v.1"], (cfg.fast_rate, 0.0))
     assert {name: found.pop(id(model.get_parameter(name))) for name in expected} == expected and not found
     assert {name for name, p in model.named_parameters() if p.requires_grad} == set(expected)
 
@@ -115,8 +116,8 @@ def test_a_step_minimises_equation_3_however_it_is_cut_into_micro_batches(model,
 
 @pytest.mark.parametrize("regularise", [False, True])
 def test_an_absent_task_moves_only_if_the_regulariser_moves_it(model, cfg, regularise):
-    """Neither momentum nor weight decay: a factor without a gradient is left alone."""
-    cfg.weight_decay, optimizer = 0.1, optimizer_of(model, cfg)
+    """Not even momentum: a factor without a gradient is left alone."""
+    optimizer = optimizer_of(model, cfg)
     train.train_step(model, optimizer, [batch_of(2, 2)], cfg, regularise=False)
     before = {name: tensor.clone() for name, tensor in model.adapter_state().items()}
     for _ in range(2):
@@ -146,14 +147,18 @@ def test_a_target_starts_from_the_source_with_the_lowest_loss_on_its_examples(mo
 
 
 def test_a_run_leaves_adapters_results_tables_and_pictures(finished):
-    stage = {"stage.json", "metrics.jsonl", "results.json", "best/adapter.json", "best/adapter.safetensors"}
+    stage, shared = {"stage.json", "metrics.jsonl", "results.json"}, {"best/adapter.json", "best/adapter.safetensors"}
     names = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()} - {".lock"}
-    expected = {"options.json", "log.txt", "multitask/table.md", "multitask/cosines.png"}
-    expected |= {f"{name}/{file}" for name in ("base", "multitask") for file in {*stage, "loss.png", "gates.png"}}
+    expected = {"log.txt", "multitask/table.md", "multitask/cosines.png"}
+    expected |= {f"{name}/{file}" for name in ("base", "multitask")
+                 for file in stage | shared | {"loss.png", "gates.png"}}
     expected |= {f"target/table-{shots}-shot.md" for shots in (4, 8)}
     expected |= {f"target/{task}-{shots}-shot/{file}" for task in ("toy-finre", "toy-drcd") for shots in (4, 8)
-                 for file in {*stage, "shots.json"}}
+                 for file in stage | {"shots.json", "best/task.json", "best/task.safetensors"}}
     assert expected <= names and all(name.endswith(".png") for name in names - expected)
+    log = (finished / "log.txt").read_text()
+    assert all(f"\n{column}: {words}" in log for column, words in evaluate.LEGEND.items() if "template" not in column)
+    assert "three test rows:" in log and "\ntry: python evaluate.py" in log
 
 
 def test_results_hold_the_scores_of_every_column_on_plain_and_rewritten_rows(finished):
@@ -176,25 +181,14 @@ def test_results_hold_the_scores_of_every_column_on_plain_and_rewritten_rows(fin
     assert said in (finished / "log.txt").read_text()
 
 
-def test_rows_that_cannot_be_answered_are_told_and_stored(small_world, tmp_path, capsys):
-    (tmp_path / "data/own").mkdir(parents=True)
-    for split, size in (("train", 20), ("test", 5)):
-        rows = [{"prompt": f"{split} soup {i} =>", "answer": ("我", "soup")[i % 2]} for i in range(size)]
-        (tmp_path / f"data/own/{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    train.main(small_run(small_world, tmp_path / "run", "--stage", "multitask", "--data-root", str(tmp_path / "data"),
-                         "--sources", "own"))
-    reason = "test answers hold tokens that the backbone does not know"
-    assert f"3 {reason}" in capsys.readouterr().out.partition("== base")[0]
-    assert json.loads((tmp_path / "run/multitask/results.json").read_text())["warnings"]["own"][reason] == 3
-
-
 def test_the_log_holds_what_a_reader_wants_to_plot(finished):
     rows = read_metrics(finished / "multitask")
     steps = [row for row in rows if "loss" in row]
-    assert [row["step"] for row in steps] == [2, 4, 6, 8, 10, 12] and rows[0]["step"] == 0
+    assert [row["step"] for row in steps] == list(range(1, 13)) and rows[0]["step"] == 0
     assert [row["step"] for row in rows if "dev_accuracy" in row] == [3, 6, 9, 12]
-    assert set(steps[0]) >= {"loss", "reg", "grad_norm", "learning_rates", "gates", "cosines", "tasks"}
-    assert steps[0]["learning_rates"] == pytest.approx({"slow": 0.12 * 2 / 5, "fast": 0.16 * 2 / 5})  # warming up
+    assert all(set(row) == {"step", "loss", "reg", "grad_norm"} for row in steps[::2])
+    assert all(set(row) >= {"loss", "learning_rates", "gates", "cosines", "tasks"} for row in steps[1::2])
+    assert steps[1]["learning_rates"] == pytest.approx({"slow": 0.12 * 2 / 5, "fast": 0.16 * 2 / 5})  # warming up
     assert read_metrics(finished / "base")[-1]["gates"] != rows[0]["gates"] == [0], "the gates start from zero again"
 
 
@@ -202,14 +196,15 @@ def test_what_a_stage_freezes_stays_bit_for_bit(finished, small_world):
     """Base moves theta0 and the gates, multitask everything of ours, target nothing but its own task."""
     torch.manual_seed(10 * 0 + 1)
     new = TALoRA(load_backbone(small_world)[0], SOURCES, TALoRAConfig(3, 2)).adapter_state()
-    base, multitask, target = (load_file(finished / folder / "best/adapter.safetensors")
-                               for folder in ("base", "multitask", "target/toy-finre-8-shot"))
+    base, multitask = (load_file(finished / folder / "best/adapter.safetensors") for folder in ("base", "multitask"))
     assert {name for name in new if not torch.equal(new[name], base[name])} == {"theta0", "gate"}
     assert not any(torch.equal(base[name], multitask[name]) for name in new)
-    assert all(torch.equal(multitask[name], target[name]) for name in new)
-    assert target.keys() - new.keys() == {"u.2", "v.2"}
-    start = json.loads((finished / "target/toy-finre-8-shot/results.json").read_text())["start"]
-    assert not torch.equal(target["v.2"], multitask[f"v.{SOURCES.index(start)}"])
+    for stage in evaluate.open_run(finished, task="toy-finre"):
+        target, own = stage.model.adapter_state(), load_file(stage.folder / "best/task.safetensors")
+        assert all(torch.equal(multitask[name], target[name]) for name in new)
+        assert torch.equal(target.pop("u.2"), own["u"]) and torch.equal(target.pop("v.2"), own["v"])
+        start = json.loads((stage.folder / "results.json").read_text())["start"]
+        assert target.keys() == new.keys() and not torch.equal(own["v"], multitask[f"v.{SOURCES.index(start)}"])
 
 
 def test_the_adapter_that_is_kept_is_the_best_on_development_rows(small_world, tmp_path, monkeypatch):
@@ -225,14 +220,53 @@ def test_the_adapter_that_is_kept_is_the_best_on_development_rows(small_world, t
     assert best == 1
 
 
-def test_a_stage_builds_on_what_is_finished(copied, small_world, capsys):
-    before = read_outcome(copied)
-    train.main(small_run(small_world, copied, "--stage", "target", "--shots", "4", "0", "--targets", "toy-drcd"))
-    out = capsys.readouterr().out
-    assert "toy-drcd-full" in out and "== multitask" not in out and "toy-drcd-4-shot/" not in out
-    after = read_outcome(copied)
-    assert {name.split("/")[1] for name in after.keys() - before.keys()} == {"toy-drcd-full"}
-    assert all(after[name] == before[name] for name in before)
+def files_of(run):
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def add(copied, tmp_path):
+    """add(*options): what a user types to add a task of one's own to the finished run."""
+    (tmp_path / "data/mine").mkdir(parents=True)
+    for split, size in (("train", 20), ("test", 5)):
+        rows = [{"prompt": f"{split} soup {i} =>", "answer": ("我", "soup")[i % 2]} for i in range(size)]
+        (tmp_path / f"data/mine/{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command = "--stage", "target", "--targets", "mine", "--data-root", str(tmp_path / "data"), "--run", str(copied)
+    return lambda *options: train.main([*command, *options])
+
+
+def test_a_task_of_ones_own_is_added_to_a_finished_run_by_the_options_of_that_run(add, copied, capsys):
+    before = files_of(copied)
+    add("--shots", "4")
+    reason = "test answers hold tokens that the backbone does not know"
+    assert f"mine: 3 {reason}" in capsys.readouterr().out.partition("== stage 1 of 1: target mine")[0]
+    add("--shots", "4", "2", "--eval-every", "2")  # one more number of examples, evaluated at other steps
+    assert "stage 1 of 1: target mine; results go to" in capsys.readouterr().out, "what is finished is not done again"
+    after = files_of(copied)
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed <= {"log.txt", "target/table-4-shot.md", "target/targets.png"}
+    assert {name.split("/")[1] for name in after.keys() - before.keys()} == {
+        "mine-4-shot", "mine-2-shot", "table-2-shot.md"}
+    table = after["target/table-4-shot.md"].decode()
+    assert all(f"| {task} " in table for task in ("toy-finre", "toy-drcd", "mine"))
+    assert json.loads(after["target/mine-4-shot/results.json"])["warnings"]["mine"][reason] == 3
+    shared = evaluate.open_run(copied, task="toy-amazon")[0].model.hash_shared()
+    for shots, evaluated in ((4, [3, 5]), (2, [2, 4, 5])):
+        folder = copied / f"target/mine-{shots}-shot"
+        assert [row["step"] for row in read_metrics(folder) if "dev_loss" in row] == evaluated
+        assert json.loads((folder / "best/task.json").read_text())["shared"] == shared
+
+
+@pytest.mark.parametrize("options, words", [
+    ("--rank 3", "rank 2 (now 3)"), ("--targets nope", "nope/train.jsonl is missing"),
+    ("--targets toy-amazon", "toy-amazon: named twice among sources and targets"), ("--targets ../mine", "'../mine'"),
+    ("--shots 100", "k = 100"), ("--target-rate 0", "--target-rate is 0.0"),
+])
+def test_a_task_that_cannot_be_added_is_refused_and_nothing_is_written(add, copied, options, words):
+    before = files_of(copied)
+    with pytest.raises(UserError) as refused:
+        add("--shots", "4", *options.split())
+    assert words in str(refused.value) and "\n" not in str(refused.value) and files_of(copied) == before
 
 
 @pytest.mark.parametrize("more, words", [
@@ -240,26 +274,27 @@ def test_a_stage_builds_on_what_is_finished(copied, small_world, capsys):
     (["--fast-rate", "0.5"], "fast_rate 0.16 (now 0.5)"), (["--rank", "1"], "rank 2 (now 1)"),
     (["--sources", "toy-sanwen,toy-amazon"], "sources ['toy-amazon', 'toy-sanwen'] (now"),
     (["--target-batch", "2"], "target_batch 3 (now 2)"),
+    (["--stage", "multitask", "--eval-every", "7"], "eval_every 3 (now 7)"),  # the last stage asked for
 ])
 def test_a_run_is_not_continued_with_other_options(copied, small_world, more, words):
-    before = read_outcome(copied)
+    before = files_of(copied)
     with pytest.raises(UserError) as refused:
         train.main(small_run(small_world, copied, *more))
     assert words in str(refused.value) and "choose another --run" in str(refused.value)
-    assert read_outcome(copied) == before
+    assert files_of(copied) == before
 
 
 @pytest.mark.parametrize("shots", ["8", "2"])
 def test_a_run_is_not_continued_on_another_backbone(copied, small_world, tmp_path, shots):
     """Neither a target that has begun (8 shots), nor a new one (2) on the stages that are finished."""
     (copied / "target/toy-drcd-8-shot/results.json").unlink()
-    files = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    files = files_of(copied)
     other, backbone = shutil.copytree(small_world, tmp_path / "other"), load_backbone(small_world)[0]
     torch.nn.init.normal_(backbone.model.layers[0].self_attn.k_proj.weight)
     backbone.save_pretrained(other)
     with pytest.raises(UserError, match="backbone"):
         train.main(small_run(other, copied, "--shots", shots))
-    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == files, "nothing was written"
+    assert files_of(copied) == files, "nothing was written"
 
 
 def test_a_run_is_not_continued_on_other_rows(copied, small_world, monkeypatch):
@@ -270,25 +305,50 @@ def test_a_run_is_not_continued_on_other_rows(copied, small_world, monkeypatch):
         train.main(small_run(small_world, copied))
 
 
-def test_the_same_seed_gives_the_same_numbers_and_another_one_others(finished, small_world, tmp_path):
-    for seed in ("0", "1"):
-        train.main(small_run(small_world, tmp_path / seed, "--seed", seed))
-    for stage in ("base", "multitask", "target/toy-drcd-8-shot"):
-        same, other = ({name: value for name, value in read_outcome(tmp_path / seed).items()
-                        if name.startswith(f"{stage}/") and "results" not in name and "json" in name} for seed in "01")
-        assert same == {name: read_outcome(finished)[name] for name in same} and same != other
+def test_another_seed_gives_other_numbers_in_every_stage(finished, small_world, tmp_path):
+    """That the same one gives the same numbers, bit for bit, is what test_checkpoint.py compares."""
+    train.main(small_run(small_world, tmp_path, "--seed", "1"))
+    usual, other = read_outcome(finished), read_outcome(tmp_path)
+    tensors = [name for name in other if name.endswith("safetensors")]
+    assert len(tensors) == 4 and all(usual[name] != other[name] for name in tensors)
 
 
-@pytest.mark.parametrize("more", [
-    ("--autocast",), ("--dtype", "bfloat16"), ("--gate-per-head",), ("--tokens-per-batch", "128"),
-    ("--mixing", "proportional"), ("--regulariser", "printed"), ("--checkpointing",)], ids=lambda more: more[0])
-def test_a_run_in_another_way_ends_with_fp32_adapters_and_finite_losses(finished, small_world, tmp_path, more):
+@pytest.mark.parametrize("more, close", [
+    (("--dtype", "bfloat16"), 0.1), (("--gate-per-head",), 0.5), (("--regulariser", "printed"), 0.5),
+    (("--tokens-per-batch", "128"), 1e-4), (("--checkpointing",), 1e-4)], ids=str)
+def test_a_run_in_another_way_ends_with_fp32_adapters_and_similar_losses(finished, small_world, tmp_path, monkeypatch,
+                                                                         more, close):
+    step, passes = train.train_step, set()  # passes through the layer for each one of a step
+
+    def counted(model, optimizer, batches, *rest):
+        hook = model.backbone.model.layers[0].self_attn.register_forward_pre_hook(calls := Mock(return_value=None))
+        measured = step(model, optimizer, batches, *rest)
+        hook.remove()
+        passes.add(calls.call_count / len(batches))
+        return measured
+
+    monkeypatch.setattr(train, "train_step", counted)
     train.main(small_run(small_world, tmp_path / "run", *more, "--stage", "multitask"))
-    assert {t.dtype for t in load_file(tmp_path / "run/multitask/best/adapter.safetensors").values()} == {torch.float32}
+    assert passes == {1 + (more[0] == "--checkpointing")}, "in the steps after an evaluation as well"
+    adapter = load_file(tmp_path / "run/multitask/best/adapter.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
     losses, usual = ([row["loss"] for row in read_metrics(run / "multitask") if "loss" in row]
                      for run in (tmp_path / "run", finished))
-    close = {"--autocast": 0.1, "--dtype": 0.1, "--checkpointing": 1e-4, "--tokens-per-batch": 1e-4}.get(more[0], 0.5)
     assert losses == pytest.approx(usual, rel=close) and (close == 1e-4 or losses != usual)
+
+
+def test_dtype_auto_is_bfloat16_on_a_gpu_the_faster_type_on_a_cpu_and_stored(small_world, tmp_path, monkeypatch):
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, **how: ones(2, 2, **how))  # quick to multiply
+    for faster, dtype in ((0, "float32"), (1, "bfloat16")):
+        monkeypatch.setattr(checkpoint, "total", lambda found, faster=faster: faster)
+        assert [checkpoint.pick_dtype("auto", device) for device in ("cpu", "cuda:1")] == [dtype, "bfloat16"]
+    monkeypatch.undo()
+    monkeypatch.setattr(checkpoint, "pick_dtype", lambda dtype, _: "bfloat16" if dtype == "auto" else dtype)
+    train.main(small_run(small_world, tmp_path, "--stage", "base", "--dtype", "auto"))
+    assert json.loads((tmp_path / "base/stage.json").read_text())["dtype"] == "bfloat16"
+    assert json.loads((tmp_path / "base/best/adapter.json").read_text())["backbone"]["dtype"] == "bfloat16"
+    train.main(["--stage", "base", "--run", str(tmp_path)])  # the stored one counts
 
 
 DRIVER = """
@@ -312,7 +372,7 @@ def test_two_processes_give_the_losses_of_one_and_the_second_leaves_no_files(sma
         str(tmp_path / "driver.py"), *small_run(small_world, tmp_path / "two", *more)], capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(tmp_path / "scratch")})
     assert run.returncode == 0, run.stderr[-2000:]
-    assert run.stdout.count("== multitask") == 1, "one process prints"
+    assert run.stdout.count(": multitask;") == 1, "one process prints"
     assert not [path for path in (tmp_path / "scratch").rglob("*") if path.is_file()]
     one, two = read_outcome(tmp_path / "one"), read_outcome(tmp_path / "two")
     assert one.keys() == two.keys()
@@ -324,7 +384,7 @@ def test_two_processes_give_the_losses_of_one_and_the_second_leaves_no_files(sma
             for x, y in zip(one[name], two[name], strict=True):
                 for key in x.keys() & {"step", "loss", "reg", "grad_norm", "dev_loss", "dev_accuracy", "gates"}:
                     assert y[key] == pytest.approx(x[key], rel=1e-5, abs=1e-5), (name, x["step"], key)
-        else:
+        elif not name.endswith("task.json"):  # the hash of the shared part sees every rounding
             assert one[name] == two[name], name
 
 
@@ -339,17 +399,17 @@ def test_the_help_names_and_explains_every_option_on_100_lines(capsys):
 
 def test_what_is_typed_wins_over_the_preset_and_the_preset_over_the_defaults():
     cfg = train.parse(["--preset", "qwen2.5-7b", "--rank", "2", "--shots", "8", "32"])
-    assert (cfg.backbone, cfg.dtype, cfg.prompt_length) == ("Qwen/Qwen2.5-7B", "bfloat16", 12)
+    assert (cfg.backbone, cfg.dtype, cfg.prompt_length) == ("Qwen/Qwen2.5-7B", "auto", 12)
     assert (cfg.rank, cfg.shots, cfg.checkpointing, cfg.sources) == (2, (8, 32), True, chinese.SOURCES)
     assert not train.parse(["--preset", "qwen2.5-7b", "--no-checkpointing"]).checkpointing
-    assert train.parse(["--sources", "a,b", "c", "--base-task", "b"]).sources == ("a", "b", "c")
+    assert train.parse(["--sources", "a,b", "c"]).sources == ("a", "b", "c")
     train.check(train.parse([])), train.check(train.parse(["--preset", "qwen2.5-7b", "--stage", "all"]))
     assert [train.parse(words).run for words in ([], ["--seed", "1"])] == ["runs/toy", "runs/toy-seed1"]
 
 
 def test_a_stage_runs_after_those_it_builds_on():
-    cfg = train.parse(["--stage", "all", "--targets", "x", "y", "--shots", "8", "0", "--base-task", "toy-bq"])
-    base, multitask, targets = ("base", "toy-bq", 0), ("multitask", "", 0), [
+    cfg = train.parse(["--stage", "all", "--targets", "x", "y", "--shots", "8", "0"])
+    base, multitask, targets = ("base", micro.SOURCES[0], 0), ("multitask", "", 0), [
         ("target", task, shots) for shots in (8, 0) for task in ("x", "y")]
     for stage, jobs in (("base", [base]), ("multitask", [base, multitask]), ("target", [base, multitask, *targets]),
                         ("all", [base, multitask, *targets])):
