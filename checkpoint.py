@@ -200,8 +200,9 @@ def read_adapter(folder: Path, kind: str, method: str, backbone: dict) -> tuple[
         if saved["method"] != method:
             raise ValueError(f"it is of method '{saved['method']}', not '{method}'; python -m experiments.compare "
                              "opens runs of other methods")
-        wrong = [f"{key} = {saved['backbone'].get(key)} (this one has {value})"
-                 for key, value in backbone.items() if saved["backbone"].get(key) != value]
+        named = saved["backbone"]
+        wrong = [f"{key} = {named[key]} (this one has {value})"
+                 for key, value in backbone.items() if named.get(key, value) != value]
         if wrong:
             raise ValueError(f"it was trained on a backbone with {', '.join(wrong)}")
         return saved, load_file(folder / f"{kind}.safetensors")

@@ -84,9 +84,8 @@ def check_typed(argv: list[str], method: Method) -> None:
     if unused:
         raise UserError(f"{method.name} does not use {', '.join(unused)}; leave out what has no effect")
     cfg = train.parse(argv, dataclasses.replace(method, fixes=lambda cfg: {}))
-    for name, value in method.fixes(cfg).items():
-        follows = name.endswith("_rate")  # an ablation of the learning rates makes its own of those that are typed
-        if flag(name) in typed and not follows and getattr(cfg, name) != value:
+    for name, value in method.fixes(cfg).items():  # its own learning rates follow from those that are typed
+        if flag(name) in typed and not name.endswith("_rate") and getattr(cfg, name) != value:
             raise UserError(f"{method.name} sets {flag(name)} {value}, the command {getattr(cfg, name)}; leave it out")
     if method.model in (baselines.BitFit, baselines.FullFineTuning) and cfg.dtype != "float32":
         raise UserError(f"{method.name} needs --dtype float32: {cfg.dtype} would round its small steps away")

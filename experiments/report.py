@@ -189,7 +189,7 @@ def claims(records: Sequence[dict]) -> str:
     if few := paired(by_seed(records, "talora", target(32)), by_seed(records, "talora", target(0))):
         answer = "yes" if few[0] - few[1] > -5 else "no" if few[0] + few[1] < -5 else "unclear"
         rows.append(["32 examples come within 5 points of full data (same steps)", answer, format_interval(few, True)])
-    if size := stored(records, "talora"):
+    if baselines and (size := stored(records, "talora")):
         fewer = "".join(f"; {m} {stored(records, m):,}" for m in baselines if 0 < stored(records, m) < size)
         rows.append(["fewest trainable parameters stored for a target", "no" if fewer else "yes", f"{size:,}{fewer}"])
     for claim, without in PARTS.items():

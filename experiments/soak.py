@@ -97,6 +97,5 @@ if __name__ == "__main__":
     micro.TRAIN_ROWS, micro.TEST_ROWS = 60, 6
     for method in (["talora", "--prompt-length", "3", "--rank", "2"], ["spot", "--prompt-length", "3"]):
         with tempfile.TemporaryDirectory() as folder:
-            backbone = small_world(Path(folder))
-            runs = soak(backbone, Path(folder), kills, random.Random(0), "--method", *method)
+            runs = soak(small_world(Path(folder)), Path(folder), kills, random.Random(0), "--method", *method)
             print(f"{method[0]}: {kills} kills, {runs} runs, all as if never interrupted", flush=True)

@@ -43,11 +43,11 @@ MICRO = {
     "deep-mpt": ((0.04, 0.08, 0.16, 0.02), (*DEEP_TARGET, 0.4)), "adapter": (SMALL, SMALL), "lora": (SMALL, SMALL),
     "bitfit": ((0.003, 0.01, 0.03, 0.1, 0.3), (0.003, 0.01, 0.03, 0.1)), "ft": (FULL, (*FULL, 0.00003)),
 }
-SLOW_FAST_PROMPT = tuple((fast / 4, fast, fast) for fast in (0.01, 0.02, 0.04, 0.08))
 QWEN = {
-    "talora": (SLOW_FAST_PROMPT, (0.01, 0.03, 0.1)), "lora": ((0.0003, 0.001, 0.003), (0.0003, 0.001, 0.003)),
-    "pt": ((), SMALL), "mpt": (SMALL, SMALL), "spot": (SMALL, SMALL),  # the entries of embeddings are of size 0.015
-    "deep-spot-nearest": ((0.01, 0.02, 0.04, 0.08), (0.01, 0.03, 0.1)),
+    "talora": (tuple((fast / 4, fast, fast) for fast in (0.01, 0.02, 0.04, 0.08, 0.16)),
+               (0.01, 0.03, 0.1)),
+    "lora": ((0.0003, 0.001, 0.003), (0.0003, 0.001, 0.003)), "pt": ((), SMALL), "mpt": (SMALL, SMALL),
+    "spot": (SMALL, SMALL), "deep-spot-nearest": ((0.01, 0.02, 0.04, 0.08), (0.01, 0.03, 0.1)),
 }
 
 
@@ -231,8 +231,7 @@ def main(argv: list[str]) -> None:
                                formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=SUITES)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores (default: 2)")
-    parser.add_argument("--only", nargs="+", choices=METHODS | VARIANTS, metavar="NAME",
-                        help="these methods and variants (default: the suite's)")
+    parser.add_argument("--only", nargs="+", choices=METHODS | VARIANTS, metavar="NAME", help="methods and variants")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="N", help="these seeds (default: the suite's)")
     parser.add_argument("--out", type=Path, help="folder for runs and results (default: runs/suite/NAME)")
     at = argv.index("--") if "--" in argv else len(argv)

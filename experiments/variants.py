@@ -40,8 +40,10 @@ class OneSoftmax(TALoRA):
 
 
 def one_softmax_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                          scaling: float, prefix: list, **_) -> tuple[Tensor, None]:
+                          scaling: float, prefix: list | None = None, **_) -> tuple[Tensor, None]:
     """softmax(q [K_theta; K_x]^T / sqrt(h)) [V_theta; V_x]; arguments as gating.attention_of_layer -> (B, T, H, h)."""
+    if prefix is None:
+        return attention_of_layer(module, query, key, value, attention_mask, scaling)
     K, V, _ = prefix[module.layer_idx]
     T, S = query.shape[2], key.shape[2]
     if attention_mask is None:  # transformers' way to say causal
@@ -66,17 +68,19 @@ class GateOnTheStep(TALoRA):
         return [(*own, K0, V0, g0) for own, (K0, V0, _), g0 in zip(super().prefix(task_ids, rows), shared, self.gate0)]
 
 
-def gate_on_the_step_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-                               attention_mask: Tensor | None, scaling: float, prefix: list, **_) -> tuple[Tensor, None]:
+def step_gate_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                        scaling: float, prefix: list | None = None, **_) -> tuple[Tensor, None]:
     """text + tanh(g0) P(theta0) + tanh(g) [P(theta_i) - P(theta0)]; arguments as gating.attention_of_layer."""
     out, _ = attention_of_layer(module, query, key, value, attention_mask, scaling)  # (B, T, H, h)
+    if prefix is None:
+        return out, None
     K, V, g, K0, V0, g0 = prefix[module.layer_idx]
     own, shared = (attend(query, k, v, None, False, scaling).transpose(1, 2) for k, v in ((K, V), (K0, V0)))
     opened, opened0 = (torch.tanh(gate.expand(query.shape[1])).unsqueeze(-1) for gate in (g, g0))  # (H, 1)
     return out + (opened0 * shared + opened * (own - shared)).to(out.dtype), None
 
 
-for name, function in (("one_softmax", one_softmax_attention), ("gate_on_the_step", gate_on_the_step_attention)):
+for name, function in (("one_softmax", one_softmax_attention), ("gate_on_the_step", step_gate_attention)):
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)
 

@@ -7,8 +7,6 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs a network
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -27,20 +25,10 @@ TASKS = ["first", "second", "third"]
 
 
 def resize_world(train_rows, test_rows):
+    """What a run does is the same with few rows of a task, and much quicker."""
     micro.TRAIN_ROWS, micro.TEST_ROWS = train_rows, test_rows
     micro._rows.cache_clear()
     data.load_splits.cache_clear()
-
-
-@contextmanager
-def few_rows(train_rows, test_rows):
-    """A smaller micro-world: what a run does is the same with few rows of a task, and much quicker."""
-    whole = micro.TRAIN_ROWS, micro.TEST_ROWS
-    resize_world(train_rows, test_rows)
-    try:
-        yield
-    finally:
-        resize_world(*whole)
 
 
 def small_run(world, run, *more):
@@ -51,8 +39,10 @@ def small_run(world, run, *more):
 @pytest.fixture(scope="module")
 def small_world(tmp_path_factory):
     """60 train and 6 test rows of a task, and the folder of a random backbone of one layer that reads them."""
-    with few_rows(60, 6):
-        yield soak.small_world(tmp_path_factory.mktemp("world"))
+    whole = micro.TRAIN_ROWS, micro.TEST_ROWS
+    resize_world(60, 6)
+    yield soak.small_world(tmp_path_factory.mktemp("world"))
+    resize_world(*whole)
 
 
 @pytest.fixture

@@ -60,22 +60,12 @@ def test_one_set_of_weights_for_all_sources_or_one_for_each(small_world, tmp_pat
     assert list(tmp_path.glob("deep-spot/multitask/predictions.jsonl"))
 
 
-# -------------------------------------------------------------------------------------------------------------- options
-
 @pytest.mark.parametrize("preset", train.PRESETS)
 def test_every_method_can_be_run_with_the_defaults_of_every_preset(preset, tmp_path):
     options = ["--preset", preset, "--stage", "all", "--run", str(tmp_path)]
     for method in ALL.values():
         compare.check_typed(options, method)
         train.check(train.parse(options, method), method)
-
-
-def test_stages_come_in_order_and_every_learning_rate_is_an_option():
-    for name, method in ALL.items():
-        assert list(method.learns) == [stage for stage in TALORA.learns if stage in method.learns], name
-        assert "target" in method.learns and all(method.learns.values()), name
-        assert all(hasattr(train.Config, f"{rate}_rate") for rates in method.learns.values() for rate in rates.values())
-    assert all("[paper" in method.says for method in VARIANTS.values())
 
 
 def test_defaults_of_a_method_yield_to_what_is_typed_and_an_ablation_does_not():
@@ -100,9 +90,10 @@ def test_defaults_of_a_method_yield_to_what_is_typed_and_an_ablation_does_not():
     (["--variant", "no-base", "--stage", "base"], ["talora no-base", "'base'", "multitask, target"]),
     (["--variant", "rank-1", "--rank", "2"], ["rank-1 sets --rank 1, the command 2; leave it out"]),
     (["--variant", "2-terms", "--regulariser", "off"], ["2-terms sets --regulariser cosine, the command off"]),
-    (["--method", "ft", "--dtype", "bfloat16"], ["ft", "bfloat16", "--dtype float32 --autocast"]),
-    (["--method", "ft", "--reg-weight", "1", "--rank=4"], ["ft does not use --rank, --reg-weight; leave them out"]),
-    (["--variant", "no-base", "--prompt-rate", "1"], ["no-base does not use --prompt-rate; leave it out"]),
+    (["--method", "ft", "--dtype", "bfloat16"], ["ft needs --dtype float32: bfloat16 would round"]),
+    (["--method", "ft", "--reg-weight", "1", "--rank=4"], ["ft does not use --rank, --reg-weight; leave out"]),
+    (["--variant", "no-base", "--prompt-rate", "1"], ["no-base does not use --prompt-rate"]),
+    (["--variant", "reg-off", "--reg-weight", "0.5"], ["reg-off does not use --reg-weight"]),
     (["--method", "mpt", "--no-gate-per-head", "--scale", "2"], ["mpt does not use --scale, --gate-per-head"]),
     (["--variant", "open-gate", "--gate-per-head"], ["open-gate does not use --gate-per-head"]),
     (["--method", "pt", "--evaluate", "nowhere"], ["nowhere"]),
@@ -115,19 +106,9 @@ def test_what_cannot_work_is_one_sentence(command, said, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_options_that_a_method_does_not_use():
-    unused = {name: unused_options(method) for name, method in METHODS.items()}
-    assert unused["talora"] == []
-    assert unused["ft"] == ["prompt_length", "rank", "scale", "gate_per_head", "slow_rate", "fast_rate", "regulariser",
-                            "reg_weight"]
-    assert "prompt_rate" in unused["pt"] and "prompt_rate" not in unused["spot"]
-    assert [name for name in METHODS if "scale" not in unused[name]] == ["talora", "lora"]
-
-
 def test_help_has_a_line_for_every_method(capsys):
     with pytest.raises(SystemExit):
         compare.main(["--help"])
     lines = capsys.readouterr().out.splitlines()
-    for name, method in ALL.items():
-        assert [line.split(maxsplit=1) for line in lines if line.split()[:1] == [name]] == [[name, method.says]]
-    assert len(lines) < 70 and "python train.py --help" in lines[-1]
+    assert all(f"  {name:18} {method.says}" in lines for name, method in ALL.items())
+    assert "(python train.py --help)" in "".join(lines)

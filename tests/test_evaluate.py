@@ -283,10 +283,6 @@ def test_answers_to_mixed_questions_are_those_to_each_alone_and_a_template_is_fi
     assert shares[8] != pytest.approx(shares[7], rel=1e-3), "the fields are read"
     assert [list(found) for found in shares[1:6]] == [["no", "yes"], [], list(answers_of("toy-finre")), ["no", "yes"],
                                                       ["tech", "food"]]
-    ids = tokenizer(f"{TEXT} =>", return_tensors="pt")
-    p = model(ids.input_ids, ids.attention_mask, torch.tensor([0])).logits[0, -1].softmax(-1)
-    for choice, share in shares[0].items():
-        assert share <= p[tokenizer.convert_tokens_to_ids(choice)] + 1e-6, "a whole answer, with its end token"
 
 
 def answers_of(task):
@@ -294,16 +290,13 @@ def answers_of(task):
 
 
 @pytest.mark.parametrize("question, words", [
-    (("toy-bq", TEXT), "no task 'toy-bq'; it has afqmc, toy-amazon"),
-    (("afqmc", TEXT), "reads sentence1, sentence2; missing are sentence2"),
-    (("afqmc", {"sentence2": TEXT}), "missing are sentence1"), (("toy-c3", TEXT), "missing are the choices"),
+    (("afqmc", {"sentence2": TEXT}), "reads sentence1, sentence2; missing are sentence1"),
     (("toy-amazon", "soup " * 500 + "=>"), "the question: the prompt without its passage has 501 tokens"),
 ])
-def test_a_question_that_lacks_something_is_refused(run, question, words):
+def test_a_question_that_lacks_something_or_is_too_long_is_refused(run, question, words):
     stage, = evaluate.open_run(run, task="toy-amazon")
-    with pytest.raises(UserError, match=words) as refused:
+    with pytest.raises(UserError, match=words):
         evaluate.answer(stage.model, stage.tokenizer, [("toy-amazon", TEXT), question])
-    assert "\n" not in str(refused.value)
 
 
 def test_a_copied_adapter_and_a_copied_task_are_asked_as_in_their_run(run, tmp_path, capsys):
@@ -349,6 +342,8 @@ def test_diagnose_shows_the_gates_and_compares_with_the_backbone_as_it_was_befor
     ("--adapter RUN/multitask/best --task toy-amazon", ["--ask TEXT"]),
     ("--adapter RUN/multitask/best --task toy-bq --ask x", ["no task 'toy-bq'", "toy-amazon"]),
     ("--adapter RUN/multitask/best --task afqmc --ask a b c", ["reads 2 texts", "but --ask has 3"]),
+    ("--adapter RUN/multitask/best --task afqmc --ask x", ["reads sentence1, sentence2", "missing are sentence2"]),
+    ("--adapter RUN/multitask/best --task toy-c3 --ask x", ["choices of each row", "--choices A B"]),
     ("--adapter RUN/multitask/best RUN/base --task toy-amazon --ask x", ["RUN/base", "task.json"]),
     ("--adapter nobody/nothing --task toy-amazon --ask x", ["'nobody/nothing' is neither a folder nor an adapter"]),
     ("--ask x --task toy-bq", ["--run"]), ("", ["--run", "--diagnose", "--adapter", "--help"]),

@@ -1,26 +1,21 @@
 """The numbers of the first release: a rewrite may change everything but them.
 
-golden.json holds what commit 30fec9a logged, scored and answered in this run of 16 steps on a CPU (gates then were
-logged as |tanh g|). Another CPU rounds differently, by up to 1e-5; on one machine two runs are equal bit for bit.
+golden.json holds what commit 30fec9a logged and scored in this run of 16 steps on a CPU (gates then were
+logged as |tanh g|). Another CPU rounds differently, by up to 1e-5.
 """
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-import checkpoint
 import evaluate
 import train
-from experiments.soak import read_outcome
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))
 OPTIONS = ("--stage all --sources toy-amazon toy-sanwen toy-cote_mfw --targets toy-finre --shots 8 --base-steps 4 "
            "--multitask-steps 8 --target-steps 4 --eval-every 4 --log-every 1 --save-every 3 --no-pictures").split()
-ROW = 1 / 200  # one test row of a task
 
 
 @pytest.fixture(scope="module")
@@ -46,34 +41,6 @@ def test_the_scores_are_those_of_the_first_release_but_for_a_row(run):
     for task, columns in GOLDEN["scores"].items():
         for column, old in columns.items():
             new = {rows: scores[task][column][rows]["score"] for rows in old}
-            assert new == pytest.approx(old, abs=1.01 * ROW), (task, column)
+            assert new == pytest.approx(old, abs=1.01 / 200), (task, column)  # one of 200 test rows
     assert results[1]["start"] == "toy-sanwen" and [r["trainable"] for r in results] == [10_340, 544]
-
-
-def test_the_answers_are_those_of_the_first_release_but_for_a_row(run):
-    evaluate.main(["--run", str(run)])
-    answers = {}
-    for path in run.glob("**/predictions.jsonl"):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            answers.setdefault(row["task"], []).append(row["prediction"])
-    assert answers.keys() == GOLDEN["answers"].keys()
-    for task, old in GOLDEN["answers"].items():
-        assert sum(one != other for one, other in zip(answers[task], old.split("|"), strict=True)) <= 1, task
-
-
-def test_stopped_in_the_middle_and_resumed_the_run_ends_with_the_same_bytes(run, tmp_path, monkeypatch):
-    step, steps = train.train_step, []
-
-    def stop_at_step_10(*arguments):
-        steps.append(1)
-        if len(steps) == 10:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(*arguments)
-
-    monkeypatch.setattr(train, "train_step", stop_at_step_10)
-    with pytest.raises(SystemExit, match="130"):
-        train.main([*OPTIONS, "--run", str(tmp_path)])
-    assert (tmp_path / "multitask/checkpoint.pt").exists()
-    assert checkpoint.run_program(train.main, [*OPTIONS, "--run", str(tmp_path)]) == 0
-    assert len(steps) == 16 and read_outcome(tmp_path) == read_outcome(run)
+    assert (run / "target/toy-finre-8-shot/best/task.safetensors").stat().st_size < 4096  # 544 numbers of 4 bytes

@@ -79,19 +79,8 @@ def test_the_closed_form_and_its_gradient_equal_the_dense_ones(form):
     torch.testing.assert_close(*results)
     u, v = factors()
     torch.testing.assert_close(orthogonality(u[0], v[0], form), dense_orthogonality(u[:1], v[:1], form))
-
-
-def test_task_cosines_are_those_of_the_matrices():
-    u, v = (factor[0] for factor in factors())
-    A = torch.stack([torch.outer(*pair).flatten() for pair in zip(u, v)])  # (N, r * d)
-    A = A / A.norm(dim=1, keepdim=True)
-    torch.testing.assert_close(task_cosines(u, v), A @ A.T)
-
-
-@pytest.mark.parametrize("form", ["cosine", "frobenius", "printed"])
-def test_no_d_by_d_matrix_is_built(form):
-    u, v = random(2, r), random(2, 300_000, seed=1)  # a dense A_i^T A_j would take 720 GB
-    assert orthogonality(u, v, form).isfinite()
+    wide = random(2, 300_000)  # a dense A_i^T A_j would take 720 GB
+    assert orthogonality(u[0, :2], wide, form).isfinite()
 
 
 def test_the_cosine_is_the_default_off_and_a_single_task_give_zero_and_other_forms_are_refused():
@@ -103,16 +92,13 @@ def test_the_cosine_is_the_default_off_and_a_single_task_give_zero_and_other_for
         orthogonality(u, v, "literal")
 
 
-@pytest.mark.parametrize("zero", ["u of one task", "v of one task", "all"])
 @pytest.mark.parametrize("form", ["cosine", "frobenius", "printed"])
-def test_zero_factors_give_no_nan(form, zero):
-    u, v = factors()
-    if zero != "v of one task":
-        u[:, slice(None) if zero == "all" else 0] = 0
-    if zero != "u of one task":
-        v[:, slice(None) if zero == "all" else 0] = 0
-    value = orthogonality(u.requires_grad_(), v.requires_grad_(), form)
-    assert all(number.isfinite().all() for number in (value, *torch.autograd.grad(value, (u, v))))
+def test_zero_factors_give_no_nan(form):
+    for zero_u, zero_v in ((slice(1), slice(0)), (slice(0), slice(1)), (slice(None), slice(None))):
+        u, v = factors()
+        u[:, zero_u], v[:, zero_v] = 0, 0
+        value = orthogonality(u.requires_grad_(), v.requires_grad_(), form)
+        assert all(number.isfinite().all() for number in (value, *torch.autograd.grad(value, (u, v))))
 
 
 def test_the_cosine_does_not_change_when_factors_are_rescaled():
@@ -121,18 +107,11 @@ def test_the_cosine_does_not_change_when_factors_are_rescaled():
     assert not torch.isclose(orthogonality(u * scales, v / 7, "frobenius"), orthogonality(u, v, "frobenius"))
 
 
-def test_the_printed_form_aligns_the_tasks():
+def test_each_form_alone_does_what_its_name_says():
     start, end = minimise("printed")
-    assert abs(cosines(*start).mean()) < 0.1 and cosines(*end).mean() > 0.5
-
-
-def test_the_cosine_form_makes_the_tasks_orthogonal():
+    assert abs(cosines(*start).mean()) < 0.1 and cosines(*end).mean() > 0.5, "it aligns the tasks"
     start, end = minimise("cosine")
-    assert cosines(*end).abs().mean() < 0.2 * cosines(*start).abs().mean()
-    assert abs(cosines(*end).mean()) < 0.02  # and none of the alignment of the printed form
-    assert end[1].norm() > 0.9 * start[1].norm()  # not by shrinking
-
-
-def test_the_frobenius_form_is_met_by_shrinking():
+    assert cosines(*end).abs().mean() < 0.2 * cosines(*start).abs().mean() and abs(cosines(*end).mean()) < 0.02
+    assert end[1].norm() > 0.9 * start[1].norm(), "orthogonal, and not by shrinking"
     start, end = minimise("frobenius", init=0.5)
-    assert end[0].norm() * end[1].norm() < 0.5 * start[0].norm() * start[1].norm()
+    assert end[0].norm() * end[1].norm() < 0.5 * start[0].norm() * start[1].norm(), "it is met by shrinking"

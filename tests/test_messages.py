@@ -2,8 +2,8 @@
 
 import json
 import math
+import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen2ForCausalLM
 
 import checkpoint
+import data
+import evaluate
 import train
 
 QUICK = "--base-steps", "1", "--multitask-steps", "1", "--no-references", "--no-pictures"  # if it is not refused
@@ -41,13 +43,9 @@ def refused(small_world, tmp_path, capsys):
     ("--max-length 4", ["toy-", "raise --max-length"]),
     ("--sources toy-afqmc toy-nope", ["'toy-nope'", "known are", "toy-afqmc"]),
     ("--sources toy-afqmc,toy-afqmc", ["toy-afqmc", "twice"]),
-    ("--stage all --targets toy-bq", ["toy-bq", "twice among sources and targets"]),
-    ("--base-task toy-finre", ["toy-finre", "among the sources", "toy-afqmc"]),
-    ("--stage target --shots 100000", ["k = 100000", "smaller k"]),
     ("--stage target --shots 8 -3 --targets toy-finre", ["-3"]),
     ("--device banana", ["--device 'banana'", "--device cpu"]),
-    ("--run {tmp}/file", ["file' is a file or in one; name a folder"]),
-    ("--run {tmp}/file/run", ["run' is a file or in one"]),
+    ("--run {tmp}/file/run", ["run' is a file or in one; name a folder"]),
     ("--data-root {tmp}/nowhere", ["nowhere' is not a folder", "train.jsonl"]),
     ("--data-root {tmp} --backbone=", ["--data-root needs --backbone", "Qwen/Qwen2.5-0.5B"]),
     ("--data-root {tmp}", ["no known source", "--sources"]),
@@ -61,38 +59,26 @@ def test_a_mistake_in_an_option_is_refused_in_a_sentence(options, words, refused
 
 OWN = [{"prompt": f"soup {i} =>", "answer": ("yes", "no")[i % 2], "choices": ["yes", "no"]} for i in range(20)]
 SPANS = [{"prompt": row["prompt"], "answer": "yes no yes"} for row in OWN]
-RELATION = {"head": "甲某", "tail": "乙某", "relation": "Family", "text": "甲某和乙某是一家人。"}
 
 
 def lines(rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-@pytest.mark.parametrize("rows, words", [
-    (lines([{**RELATION, "relation": "Enemy"}]), ["train.jsonl:1", "Enemy", "Family"]),
-    (lines([{"head": "甲某", "relation": "Family", "text": "甲某"}]), ["train.jsonl:1", "tail"]),
-    (lines(OWN[:2]) + "{broken\n", ["train.jsonl:3"]),
-    (lines([{**OWN[0], "answer": "perhaps"}]), ["train.jsonl:1", "choices", "perhaps"]),
-    (lines([{**OWN[0], "choices": "yes"}]), ["train.jsonl:1", "choices", "list"]),
-    (lines([{**row, "answer": "yes"} for row in OWN]), ["sanwen", "'yes'", "another answer"]),
-    (lines(SPANS), ["sanwen", "with and without choices"]),
-    ("", ["sanwen", "train", "add rows"]),
-], ids=["unknown label", "no field", "not JSON", "not offered", "no list", "one answer", "mixed", "empty"])
-def test_a_row_that_cannot_be_used_is_named_by_file_and_line(rows, words, refused, tmp_path):
+@pytest.mark.parametrize("train_rows, test_rows, words", [
+    (lines([{"head": "甲某", "tail": "乙某", "relation": "Enemy", "text": "甲某和乙某是一家人。"}]), OWN[16:],
+     ["train.jsonl:1", "Enemy", "Family"]),
+    (lines(OWN[:2]) + "{broken\n", OWN[16:], ["train.jsonl:3"]),
+    (lines([{**row, "answer": "yes"} for row in OWN[:16]]), OWN[16:], ["sanwen", "'yes'", "another answer"]),
+    (lines(SPANS[:16]), OWN[16:], ["sanwen", "with and without choices"]),
+    ("", OWN[16:], ["no usable train row", "add rows"]),
+    (lines(SPANS[:16]), SPANS[16:], ["4 of 4 test answers are longer than --max-new-tokens 2", "raise it"]),
+], ids=["unknown label", "not JSON", "one answer", "mixed", "empty", "never in full"])
+def test_rows_that_cannot_be_used_are_named(train_rows, test_rows, words, refused, tmp_path):
     (tmp_path / "data/sanwen").mkdir(parents=True)
-    (tmp_path / "data/sanwen/train.jsonl").write_text(rows)
-    other = [{**row, "prompt": "cake " + row["prompt"]} for row in OWN[:4]]
-    (tmp_path / "data/sanwen/test.jsonl").write_text(lines(other))
-    refused(words, "--data-root", str(tmp_path / "data"))
-
-
-def test_a_missing_file_and_answers_that_can_never_be_given_in_full_are_refused(refused, tmp_path):
-    options = "--data-root", str(tmp_path / "data"), "--sources", "own", "--max-new-tokens", "2"
-    (tmp_path / "data/own").mkdir(parents=True)
-    (tmp_path / "data/own/train.jsonl").write_text(lines(SPANS[:15]))
-    refused(["own", "test.jsonl"], *options)
-    (tmp_path / "data/own/test.jsonl").write_text(lines(SPANS[15:]))
-    refused(["own", "5 of 5 test answers are longer than --max-new-tokens 2", "raise it"], *options)
+    (tmp_path / "data/sanwen/train.jsonl").write_text(train_rows)
+    (tmp_path / "data/sanwen/test.jsonl").write_text(lines(test_rows))
+    refused(words, "--data-root", str(tmp_path / "data"), "--max-new-tokens", "2")
 
 
 def change_weights(change):
@@ -145,6 +131,12 @@ def test_a_backbone_that_cannot_be_used_is_refused_and_nothing_of_it_runs(harm, 
     assert not (folder / "was-run").exists()
 
 
-def test_the_program_itself_ends_with_exit_code_2_and_no_traceback():
-    out = subprocess.run([sys.executable, train.__file__, "--rank", "99"], capture_output=True, text=True)
-    assert out.returncode == 2 and out.stderr.startswith("error: --rank is 99") and out.stderr.count("\n") == 1
+@pytest.mark.parametrize("program, options, words", [
+    (train, "--rank 99", "--rank is 99"), (evaluate, "--run nowhere", "'nowhere' holds no finished"),
+    (data, "--data-root nowhere", "--data-root nowhere holds no")])
+def test_the_programs_themselves_end_with_exit_code_2(program, options, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [program.__file__, *options.split()])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(program.__file__, run_name="__main__")
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {words}") and error.count("\n") == 1

@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, Phi3Config, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 
-import gating
 from checkpoint import UserError
 from model import FAMILIES, NO_TASK, TALoRA, TALoRAConfig, describe, load_backbone, positions
 
@@ -150,19 +149,6 @@ def test_open_gates_equal_a_slow_reference(family, gate_per_head, tiny_backbone,
     assert (expected[0] - plain).abs().mean() > 0.1 and (expected[0] - expected[4]).abs().mean() > 0.1, "it is heard"
 
 
-def test_a_mask_is_built_only_where_something_is_padded(tiny_backbone, open_adapter, monkeypatch):
-    """Without one the flash kernel can run on a GPU."""
-    attend = Mock(side_effect=gating.attend)
-    monkeypatch.setattr(gating, "attend", attend)
-    model = open_adapter(tiny_backbone())
-    for rows, padded in ((PROMPTS[:1] * 2, False), (PROMPTS, True)):
-        attend.reset_mock()
-        model(*pad(rows), torch.arange(len(rows)))
-        masks = [call.args[3] for call in attend.call_args_list]
-        assert len(masks) == 6 and masks[1::2] == [None] * 3, "every token sees the whole prompt"
-        assert all((mask is not None) == padded for mask in masks[::2])
-
-
 @torch.no_grad()
 def test_the_loss_is_the_mean_over_examples_of_the_mean_over_answer_tokens(tiny_backbone, open_adapter):
     model = open_adapter(tiny_backbone())
@@ -180,13 +166,13 @@ def test_the_loss_is_the_mean_over_examples_of_the_mean_over_answer_tokens(tiny_
 @torch.no_grad()
 def test_correct_says_whether_greedy_decoding_gives_the_answer(tiny_backbone, open_adapter):
     model = open_adapter(tiny_backbone())
-    greedy = model.generate(*pad(PROMPTS), torch.tensor([0, 1, 2]), 4)[:, -4:].tolist()
-    assert model(**batch(answers=greedy)).correct.tolist() == [True, True, True]
+    greedy = model.generate(*pad(PROMPTS), torch.tensor([0, 1, 2]), 4)[:, -4:]
+    for answers in (greedy, greedy[:, :1]):
+        assert model(**batch(answers=answers.tolist())).correct.all()
     for place in range(4):
-        wrong = [list(answer) for answer in greedy]
-        wrong[1][place] = (wrong[1][place] + 1) % 53
-        assert model(**batch(answers=wrong)).correct.tolist() == [True, False, True]
-    assert model(**batch(answers=[g[:1] for g in greedy])).correct.all()
+        wrong = greedy.clone()
+        wrong[1, place] = (wrong[1, place] + 1) % 53
+        assert model(**batch(answers=wrong.tolist())).correct.tolist() == [True, False, True]
 
 
 def test_a_forward_computes_only_what_is_needed(tiny_backbone, open_adapter):
@@ -256,19 +242,6 @@ def test_in_the_first_step_only_the_gates_learn_and_by_the_third_everything_but_
         assert torch.equal(p, start[name]) == name.startswith("backbone."), name
 
 
-def test_gradients_are_those_of_finite_differences(tiny_backbone, open_adapter):
-    model = open_adapter(tiny_backbone())
-    model(**batch()).loss.backward()
-    for name in ("theta0", "B", "gate", "u.1", "v.1"):
-        p, losses = model.get_parameter(name), []
-        with torch.no_grad():
-            for step in (1e-3, -2e-3):
-                p += step * torch.sign(p.grad)
-                losses.append(model(**batch()).loss)
-            p += 1e-3 * torch.sign(p.grad)
-        torch.testing.assert_close((losses[0] - losses[1]) / 2e-3, p.grad.abs().sum(), atol=2e-2, rtol=2e-2)
-
-
 def test_one_task_at_7b_has_1307516_parameters_and_a_further_one_100576():
     shape = Qwen2Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
                         num_key_value_heads=4, vocab_size=152064, tie_word_embeddings=False)
@@ -331,14 +304,6 @@ def test_with_zero_gates_generate_is_that_of_transformers(family, ends, rows, ti
     assert torch.equal(out, filled)
 
 
-def test_generate_ignores_the_settings_of_the_backbone_and_leaves_them(tiny_backbone, open_adapter):
-    model, (ids, mask) = open_adapter(tiny_backbone()), pad(PROMPTS)
-    expected = model.generate(ids, mask, TASK_IDS, 8)
-    own = GenerationConfig(do_sample=True, temperature=9.0, repetition_penalty=5.0, max_length=3, use_cache=False)
-    model.backbone.generation_config = own
-    assert torch.equal(model.generate(ids, mask, TASK_IDS, 8), expected) and model.backbone.generation_config is own
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
 @IN_EVERY_FAMILY
@@ -374,20 +339,6 @@ def test_within_a_sliding_window_all_is_as_without_and_a_longer_text_is_refused(
             call()
 
 
-def test_a_new_task_touches_nothing_else_and_can_start_as_a_copy(tiny_backbone, open_adapter):
-    model, (ids, mask) = open_adapter(tiny_backbone()), pad(PROMPTS[:1] * 3)
-    logits, state = model(ids, mask, TASK_IDS).logits, {n: t.clone() for n, t in model.adapter_state().items()}
-    assert model.add_task("fourth") == 3 and model.tasks == ["first", "second", "third", "fourth"]
-    with pytest.raises(UserError, match="'first' is there already"):
-        model.add_task("first")
-    assert set(model.adapter_state()) - set(state) == {"u.3", "v.3"}
-    new = model(ids, mask, torch.tensor([3] * 3)).logits
-    assert not any(torch.equal(new[0], row) for row in logits)
-    model.copy_task(2, 3)
-    assert torch.equal(model(ids, mask, torch.tensor([3, NO_TASK, 0])).logits, logits)
-    assert all(torch.equal(model.adapter_state()[name], t) for name, t in state.items())
-
-
 @pytest.mark.parametrize("task_ids", [[0, 3, 1], [0, -2, 1], [0], [0, 1, 2, 0], [[0], [1], [2]], []])
 def test_an_unknown_task_id_and_a_wrong_number_of_them_are_refused(task_ids, tiny_backbone, open_adapter):
     model, tasks, rows = open_adapter(tiny_backbone()), torch.tensor(task_ids, dtype=torch.long), pad(PROMPTS)
@@ -410,15 +361,6 @@ def test_rows_without_an_answer_a_choice_or_a_text_and_padding_on_the_right_are_
     ids, mask = pad(PROMPTS)
     with pytest.raises(ValueError, match="token of text"):
         model.score(ids, mask * torch.tensor([[1], [0], [1]]), TASK_IDS, CHOICES)
-
-
-def test_other_families_are_refused_by_name():
-    config = Phi3Config(vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-                        num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # q, k, v in one
-    backbone = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(UserError, match="'phi3'.*qwen2, qwen3, llama, mistral"):
-        TALoRA(backbone, ["a"])
-    assert all(p.requires_grad for p in backbone.parameters()), "and left as it was"
 
 
 def test_load_equals_save_bit_for_bit(tiny_backbone, open_adapter, tmp_path, monkeypatch):
@@ -449,23 +391,14 @@ def test_the_adapter_of_another_backbone_is_refused(other, word, tiny_backbone, 
         TALoRA.load(tmp_path, tiny_backbone(**other))
 
 
-def edit_json(**changes):
-    def damage(folder):
-        about = json.loads((folder / "adapter.json").read_text())
-        (folder / "adapter.json").write_text(json.dumps({**about, **changes}))
-    return damage
-
-
-@pytest.mark.parametrize("damage, words", [
-    (lambda folder: (folder / "adapter.json").unlink(), "adapter.json"),
-    (lambda folder: (folder / "adapter.safetensors").unlink(), "adapter.safetensors"),
-    (lambda folder: (folder / "adapter.safetensors").write_bytes(b"garbage"), "header"),
-    (edit_json(method="lora"), "'lora'"),
-    (edit_json(config={"prompt_length": 5, "rank": 3}), "'B', 'u.0'"),
+@pytest.mark.parametrize("file, old, new, words", [
+    ("adapter.json", '"method": "talora"', '"method": "lora"', "'lora'"),
+    ("adapter.json", '"rank": 2', '"rank": 3', "'B', 'u.0'"), ("adapter.json", "{", "", "adapter.json"),
+    ("adapter.safetensors", "theta0", "theta", "adapter.safetensors"),
 ])
-def test_a_damaged_adapter_is_refused_in_a_sentence(damage, words, tiny_backbone, open_adapter, tmp_path):
+def test_a_damaged_adapter_is_refused_in_a_sentence(file, old, new, words, tiny_backbone, open_adapter, tmp_path):
     open_adapter(tiny_backbone()).save(tmp_path)
-    damage(tmp_path)
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes().replace(old.encode(), new.encode(), 1))
     with pytest.raises(UserError, match=words) as error:
         TALoRA.load(tmp_path, tiny_backbone())
     assert str(tmp_path) in str(error.value)
@@ -502,18 +435,16 @@ def test_sixteen_tasks_on_one_shared_part_answer_a_mixed_batch_as_each_does_alon
     assert all(torch.equal(model.adapter_state()[name], t) for name, t in shared.items())
 
     mixed = torch.arange(16).flip(0)
-    rows, choices = [(PROMPTS * 6)[i] for i in range(16)], [(CHOICES * 6)[i] for i in range(16)]
-    (ids, mask), one = pad(rows), {}
+    rows, choices = (PROMPTS * 6)[:16], (CHOICES * 6)[:16]
+    ids, mask = pad(rows)
     logits, scores = model(ids, mask, mixed).logits, model.score(ids, mask, mixed, choices)
     for b, i in enumerate(mixed.tolist()):
         alone = TALoRA.load(tmp_path / "shared", backbone)
         own = torch.tensor([i if i < 8 else alone.load_task(tmp_path / model.tasks[i])])
-        one[i] = alone(*pad(rows[b:b + 1]), own).logits[0]
-        torch.testing.assert_close(logits[b, mask[b].bool()], one[i], **CLOSE)
+        torch.testing.assert_close(logits[b, mask[b].bool()], alone(*pad(rows[b:b + 1]), own).logits[0], **CLOSE)
         score = alone.score(*pad(rows[b:b + 1]), own, choices[b:b + 1])[0]
         torch.testing.assert_close(scores[b, :len(score)], score, **CLOSE)
-        for other in one.keys() - {i}:
-            assert one[i].shape != one[other].shape or (one[i] - one[other]).abs().max() > 0.05, "each is heard"
+    assert torch.pdist(model(*pad(PROMPTS[:1] * 16), mixed).logits[:, -1]).min() > 0.1, "each is heard"
 
 
 def test_a_task_of_another_shared_part_or_backbone_a_taken_name_and_no_task_are_refused(tiny_backbone, open_adapter,
