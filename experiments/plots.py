@@ -27,19 +27,6 @@ def few_shot_curves(axis, shots: Sequence[int], curves: dict[str, dict[int, Inte
     axis.legend(fontsize="small", title="method (parameters stored for a target)", title_fontsize="small")
 
 
-def sizes_against_scores(axis, points: dict[str, tuple[int, float, float]]) -> None:
-    """Scores (across) in the order of what is stored (down); points[method] = parameters, mean, half interval in %."""
-    in_order = sorted(points, key=lambda method: points[method][0])
-    for y, method in enumerate(in_order):
-        _, mean, half = points[method]
-        colour, marker = (COLOURS[1], "D") if method == "talora" else (COLOURS[0], "o")
-        axis.errorbar(mean, y, xerr=half, fmt=marker, color=colour, capsize=2)
-    axis.set(xlabel="score, mean of the target tasks (%)", ylabel="method, parameters stored for a target task",
-             ylim=(len(points) - 0.5, -0.5), yticks=range(len(points)),
-             yticklabels=[f"{method}  {points[method][0]:,}" for method in in_order])
-    axis.grid(linewidth=0.4)
-
-
 def difference_bars(axis, differences: dict[str, tuple[float, float, str]]) -> None:
     """Paired differences; differences[name] = points, half interval, verdict ("lower": orange, "higher": green)."""
     for y, (mean, half, verdict) in enumerate(differences.values()):

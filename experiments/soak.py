@@ -1,18 +1,18 @@
 r"""Kill a run at random moments, again and again, and check that it ends as if nothing had happened.
 
-    python -m experiments.soak --kills 20
+    python -m experiments.soak              20 kills; another number may follow
 
 A run that saves after every step is started, killed with SIGKILL after a random time (during a step, an evaluation, the
 writing of a file) and started again by the same command, until it is finished. Its adapters, its log and its scores
-must then equal those of a run that was never interrupted, bit for bit but for the times. TA-LoRA and one baseline.
+must then equal those of a run that was never interrupted, bit for bit but for the times.
 """
 
-import argparse
+import io
 import json
 import multiprocessing
-import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from contextlib import redirect_stdout
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from experiments import compare
+import train
 from tasks import micro
 from tasks.pretrain import new_backbone
 
@@ -53,35 +53,30 @@ def read_outcome(run: Path) -> dict:
     return {str(path.relative_to(run)): value for path, value in found.items()}
 
 
-def run_silently(arguments: list[str]) -> None:
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        compare.main(arguments)
-
-
 def start(arguments: list[str]) -> multiprocessing.Process:
-    """Run experiments.compare in a fork, which has imported everything already."""
-    process = multiprocessing.get_context("fork").Process(target=run_silently, args=(arguments,))
-    process.start()
+    """Run train.py in a fork, which has imported everything already and keeps what it prints to itself."""
+    process = multiprocessing.get_context("fork").Process(target=train.main, args=(arguments,))
+    with redirect_stdout(io.StringIO()):
+        process.start()
     return process
 
 
-def soak(backbone: Path, folder: Path, kills: int, rng: random.Random, *more: str) -> int:
+def soak(backbone: Path, folder: Path, kills: int) -> int:
     """Kill runs ``kills`` times in all -> how many runs that took. AssertionError if anything comes out differently."""
-    began, killed, runs, whole = time.perf_counter(), 0, 0, start(command(backbone, folder / "whole", *more))
+    began, killed, runs, whole = time.perf_counter(), 0, 0, start(command(backbone, folder / "whole"))
     whole.join()
-    assert whole.exitcode == 0, "the run does not even finish"
     seconds, expected = time.perf_counter() - began, read_outcome(folder / "whole")
     while killed < kills:
         run, exitcode, runs = folder / f"run{runs}", -signal.SIGKILL, runs + 1
         while exitcode == -signal.SIGKILL:
-            process = start(command(backbone, run, *more))
+            process = start(command(backbone, run))
             if killed < kills:
-                time.sleep(rng.uniform(0, seconds / 2))
+                time.sleep(random.uniform(0, seconds / 2))
                 process.kill()
             process.join()
             exitcode = process.exitcode
             killed += exitcode == -signal.SIGKILL
-        assert exitcode == 0, "a run that was killed cannot be resumed"
+        assert whole.exitcode == exitcode == 0, "a run ends with an error"
         found = read_outcome(run)
         other = [name for name in found | expected if found.get(name) != expected.get(name)]
         assert not other, f"after a kill {', '.join(other)} of {run} differ from those of {folder}/whole"
@@ -89,13 +84,10 @@ def soak(backbone: Path, folder: Path, kills: int, rng: random.Random, *more: st
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20, help="of each method (default: 20)")
-    kills = parser.parse_args().kills
     torch.set_num_threads(1)  # a fork has the thread that forks and no other
     transformers.logging.disable_progress_bar()
     micro.TRAIN_ROWS, micro.TEST_ROWS = 60, 6
-    for method in (["talora", "--prompt-length", "3", "--rank", "2"], ["spot", "--prompt-length", "3"]):
-        with tempfile.TemporaryDirectory() as folder:
-            runs = soak(small_world(Path(folder)), Path(folder), kills, random.Random(0), "--method", *method)
-            print(f"{method[0]}: {kills} kills, {runs} runs, all as if never interrupted", flush=True)
+    kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
+    with tempfile.TemporaryDirectory() as folder:
+        runs = soak(small_world(Path(folder)), Path(folder), kills)
+        print(f"{kills} kills, {runs} runs, all as if never interrupted")

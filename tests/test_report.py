@@ -129,9 +129,9 @@ def test_the_report_is_made_of_whatever_is_finished(tmp_path):
                 *seeds("reg-off", (70, 71), kind="variant", last=AFTER))
     every = {"Methods", "Claims of the paper", "Variants of TA-LoRA"}
     for records, titles, pictures in (
-            (sweep, set(), set()), (sweep + one + lora, {"Methods", "Claims of the paper"}, {"size", "mechanism"}),
-            (sweep + one + lora + two, every, {"size", "mechanism", "variants"}),
-            (RECORDS, every, {"size", "mechanism", "variants", "fewshot"})):
+            (sweep, set(), set()), (sweep + one + lora, {"Methods", "Claims of the paper"}, {"mechanism"}),
+            (sweep + one + lora + two, every, {"mechanism", "variants"}),
+            (RECORDS, every, {"mechanism", "variants", "fewshot"})):
         write(tmp_path, records)
         report.main([str(tmp_path)])
         tables = report.build_tables(records)
