@@ -64,13 +64,8 @@ METHODS = {method.name: method for method in (
 
 def unused_options(method: Method) -> list[str]:
     """The sizes, learning rates and options of the regulariser that other methods use, but not this one."""
-    learns = [pair for stage in method.learns.values() for pair in stage.items()]  # (tensor, its learning rate)
-    used = {*method.model.reads, *(f"{rate}_rate" for _, rate in learns)}
-    if not any(tensor.startswith("gate") for tensor, _ in learns):
-        used.discard("gate_per_head")
-    if method.regularised:
-        off = method.fixes(Config()).get("regulariser") == "off"
-        used |= {"regulariser"} if off else {"regulariser", "reg_weight"}
+    used = {*method.model.reads, *(f"{rate}_rate" for stage in method.learns.values() for rate in stage.values())}
+    used |= {"regulariser", "reg_weight"} if method.regularised else set()
     some = ["regulariser", "reg_weight", *(f.name for f in dataclasses.fields(TALoRAConfig))]
     return [f.name for f in dataclasses.fields(Config)
             if (f.name in some or f.name.endswith("_rate")) and f.name not in used]

@@ -36,11 +36,10 @@ def small_world(folder: Path) -> Path:
 
 def command(backbone: Path, run: Path, *more: str) -> list[str]:
     """Options of train.py: all stages in a few seconds, with a checkpoint after every step."""
-    return ["--stage", "all", "--backbone", str(backbone), "--run", str(run), "--sources", "toy-amazon", "toy-sanwen",
-            "--targets", "toy-finre", "toy-drcd", "--shots", "8", "--base-steps", "4", "--multitask-steps", "12",
-            "--target-steps", "5", "--base-batch", "4", "--multitask-batch", "6", "--target-batch", "3",
-            "--eval-every", "3", "--log-every", "2", "--save-every", "1", "--dev-rows", "4", "--no-references",
-            "--no-pictures", *more]
+    options = ("--stage all --sources toy-amazon toy-sanwen --targets toy-finre toy-drcd --shots 8 --base-steps 4 "
+               "--multitask-steps 12 --target-steps 5 --base-batch 4 --multitask-batch 6 --target-batch 3 "
+               "--eval-every 3 --log-every 2 --save-every 1 --dev-rows 4 --no-references --no-pictures")
+    return [*options.split(), "--backbone", str(backbone), "--run", str(run), *more]
 
 
 def read_outcome(run: Path) -> dict:
@@ -61,26 +60,24 @@ def start(arguments: list[str]) -> multiprocessing.Process:
     return process
 
 
-def soak(backbone: Path, folder: Path, kills: int) -> int:
-    """Kill runs ``kills`` times in all -> how many runs that took. AssertionError if anything comes out differently."""
-    began, killed, runs, whole = time.perf_counter(), 0, 0, start(command(backbone, folder / "whole"))
-    whole.join()
+def soak(backbone: Path, folder: Path, kills: int) -> None:
+    """Kill runs until each is finished, ``kills`` times in all. AssertionError if anything comes out differently."""
+    began, killed = time.perf_counter(), 0
+    start(command(backbone, folder / "whole")).join()
     seconds, expected = time.perf_counter() - began, read_outcome(folder / "whole")
     while killed < kills:
-        run, exitcode, runs = folder / f"run{runs}", -signal.SIGKILL, runs + 1
-        while exitcode == -signal.SIGKILL:
+        run, exitcode = Path(tempfile.mkdtemp(dir=folder)), None
+        while exitcode != 0:
             process = start(command(backbone, run))
-            if killed < kills:
-                time.sleep(random.uniform(0, seconds / 2))
-                process.kill()
+            process.join(random.uniform(0, seconds))  # wait no longer than this
+            process.kill()
             process.join()
             exitcode = process.exitcode
+            assert exitcode in (0, -signal.SIGKILL), "a run that was killed cannot be resumed"
             killed += exitcode == -signal.SIGKILL
-        assert whole.exitcode == exitcode == 0, "a run ends with an error"
         found = read_outcome(run)
         other = [name for name in found | expected if found.get(name) != expected.get(name)]
-        assert not other, f"after a kill {', '.join(other)} of {run} differ from those of {folder}/whole"
-    return runs
+        assert not other, f"after kills {', '.join(other)} differ from those of a run that was never interrupted"
 
 
 if __name__ == "__main__":
@@ -89,5 +86,5 @@ if __name__ == "__main__":
     micro.TRAIN_ROWS, micro.TEST_ROWS = 60, 6
     kills = int(sys.argv[1]) if len(sys.argv) > 1 else 20
     with tempfile.TemporaryDirectory() as folder:
-        runs = soak(small_world(Path(folder)), Path(folder), kills)
-        print(f"{kills} kills, {runs} runs, all as if never interrupted")
+        soak(small_world(Path(folder)), Path(folder), kills)
+    print(f"{kills} kills, and all as if never interrupted")
