@@ -1,7 +1,6 @@
 r"""What TA-LoRA costs, part by part in seconds and memory, and a training step next to the least it could cost.
 
     python -m experiments.bench                                                 the micro-world's shape, in minutes
-    python -m experiments.bench --shape qwen2.5-0.5b --device cpu --dtype bfloat16
     python -m experiments.bench --shape qwen2.5-7b                              the paper's, on a GPU
     python -m experiments.bench --shape qwen2.5-7b --device cpu --tokens 256    without a GPU, the parts alone
 
@@ -27,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -60,7 +58,7 @@ TASKS, LONGEST, ANSWER = 16, 1024, 3  # tokens of a row at most; of an answer, i
 BATCHES, REPEATS = 6, 3  # different micro-batches, timed steps on each
 FLOOR, PEFT_PROMPT = "floor", "peft prompt tuning, 100 tokens"
 IN_FRONT = {FLOOR: 1, PEFT_PROMPT: 100}  # rows in front of the text
-Step = Callable[[Batch], float]  # one optimizer step on a batch -> its loss
+Step = Callable[[list[Batch]], dict]  # one optimizer step, as train.train_step: micro-batches -> {"loss": ..}
 
 
 def make_rows(vocabulary: int, longest: int) -> list[Encoded]:
@@ -95,7 +93,7 @@ class Bench:
         rows = make_rows(shape["vocab_size"], min(LONGEST, tokens))
         parts = Batches({"any": rows}, len(rows), 0, budget=tokens)[0]  # short rows to long ones
         self.rows = [parts[(2 * i + 1) * len(parts) // (2 * BATCHES)] for i in range(BATCHES)]
-        self.batches = [collate(rows, range(len(rows))).to(self.device) for rows in self.rows]
+        self.batches = [collate(rows, [i % TASKS for i in range(len(rows))]).to(self.device) for rows in self.rows]
         self.peak = max(self.measure_peak(n) for n in ((4096, 8192, 16384) if self.gpu else (1024, 2048)))
 
     def measure_peak(self, n: int) -> float:
@@ -120,7 +118,8 @@ class Bench:
         elif os.access("/proc/self/clear_refs", os.W_OK):  # elsewhere the peak is that of all parts so far
             Path("/proc/self/clear_refs").write_text("5")
         seconds, result = self.time(work)
-        peak = torch.cuda.max_memory_allocated() if self.gpu else peak_of_process()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = torch.cuda.max_memory_allocated() if self.gpu else peak
         self.parts.append({"": part, "seconds": seconds, "peak memory, GB": peak / 1e9})
         return result
 
@@ -163,17 +162,18 @@ class Bench:
         return TALoRA(backbone, [f"task {i}" for i in range(tasks)], sizes).train()
 
     def train(self, model: AdaptedLM, learns: dict[str, str], regularise: bool) -> Step:
-        learning = learning_tensors(model, learns, list(range(len(model.tasks))))
-        return partial(step_of_train, model, build_optimizer(model, learning, self.cfg), self.cfg, regularise)
+        learning = learning_tensors(model, learns, list(range(TASKS)))
+        return partial(train_step, model, build_optimizer(model, learning, self.cfg), cfg=self.cfg,
+                       regularise=regularise)
 
     def peft(self, adapter) -> Step:
         model = peft.get_peft_model(self.share_backbone(), adapter).train()
         learning = [p for p in model.parameters() if p.requires_grad]
-        return partial(step_of_peft, model, learning, torch.optim.AdamW(learning, lr=1e-3, betas=(0.9, 0.95)), self.cfg)
+        return partial(peft_step, model, torch.optim.AdamW(learning, lr=1e-3, betas=(0.9, 0.95)), clip=self.cfg.clip)
 
     def contenders(self) -> dict[str, Step]:
         """The floor, TA-LoRA's multitask stage and peft, by name."""
-        floor = InputPrompts(self.share_backbone(), ["any"], TALoRAConfig(IN_FRONT[FLOOR])).train()
+        floor = InputPrompts(self.share_backbone(), list(map(str, range(TASKS))), TALoRAConfig(IN_FRONT[FLOOR])).train()
         steps = {FLOOR: self.train(floor, {"prompt": "target"}, regularise=False)}
         for checkpointing, name in ((False, "TA-LoRA"), (True, "TA-LoRA, checkpointing")):
             model = self.adapter(TASKS, checkpointing)
@@ -190,15 +190,16 @@ class Bench:
         rows, steps, text = [], self.contenders(), sum(int(batch.attention_mask.sum()) for batch in self.batches)
         times = {name: [[] for _ in self.batches] for name in steps}
         for name, step in steps.items():
-            losses = self.measure(name, partial(list, map(step, [*self.batches, self.batches[0]])))  # the warm-up
-            rows.append({"": name, "first loss": losses[0], "peak memory, GB": self.parts.pop()["peak memory, GB"]})
+            found = self.measure(name, partial(list, map(step, zip([*self.batches, self.batches[0]]))))  # the warm-up
+            peak = self.parts.pop()["peak memory, GB"]
+            rows.append({"": name, "first loss": found[0]["loss"], "peak memory, GB": peak})
         start = [row["first loss"] for row in rows if row[""] not in IN_FRONT]
         if not max(start) - min(start) <= (0.02 if self.cfg.dtype == "bfloat16" else 1e-3) * max(start):  # nor NaN
             raise RunFailed(f"the contenders do not compute the same: their losses in the first step are {start}")
         for _ in range(REPEATS):
             for i, batch in enumerate(self.batches):
                 for name, step in steps.items():
-                    times[name][i].append(self.time(partial(step, batch))[0])
+                    times[name][i].append(self.time(partial(step, [batch]))[0])
         for row in rows:
             seconds, front = sum(map(statistics.median, times[row[""]])), IN_FRONT.get(row[""], 0)  # of all batches
             read = sum(batch.input_ids.numel() + front * len(batch.input_ids) for batch in self.batches)
@@ -209,48 +210,31 @@ class Bench:
         return rows
 
 
-def step_of_train(model: AdaptedLM, optimizer: torch.optim.Optimizer, cfg: Config, regularise: bool,
-                  batch: Batch) -> float:
-    """train.py's own step; row i of a batch belongs to task i modulo their number."""
-    batch = replace(batch, task_ids=batch.task_ids % len(model.tasks))
-    return train_step(model, optimizer, [batch], cfg, regularise)["loss"]
-
-
-def step_of_peft(model: nn.Module, learning: list[nn.Parameter], optimizer: torch.optim.Optimizer, cfg: Config,
-                 batch: Batch) -> float:
+def peft_step(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Batch], clip: float) -> dict:
     """peft as its users call it: labels go in, the loss comes out of logits at every position."""
+    batch, = batches
     optimizer.zero_grad(set_to_none=True)
     loss = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(learning, cfg.clip)
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
     optimizer.step()
-    return loss.item()
-
-
-def peak_of_process() -> int:
-    """Bytes of memory at most; on Linux since clear_refs, elsewhere (ru_maxrss) since the start."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(status.read_text().partition("VmHWM:")[2].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"loss": loss.item()}
 
 
 def show(rows: Sequence[dict]) -> str:
-    """Rows as a table of Markdown."""
     return markdown(list(rows[0]), [[format_cell(key, value) for key, value in row.items()] for row in rows])
 
 
 def format_cell(key: str, value) -> str:
-    if isinstance(value, float):
-        return f"{value:.1%}" if "share" in key else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-    return "-" if value is None else value
+    if isinstance(value, str):
+        return value
+    return f"{value:.1%}" if "share" in key else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m experiments.bench", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="toy", help="the backbone's (default: the micro-world's)")
-    parser.add_argument("--layers", type=int, help="layers, instead of the shape's")
     parser.add_argument("--tokens", type=int, help="of a micro-batch at most (default: 4096 on a GPU, 1024 on a CPU)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU and for 7B")
@@ -261,15 +245,14 @@ def main(argv: list[str]) -> None:
     cfg = parse(["--preset", asked.shape, "--device", asked.device])
     cfg.dtype = asked.dtype or ("float32" if device == "cpu" and not large else "bfloat16")
     check(cfg)
-    shape = SHAPES[asked.shape] | ({"num_hidden_layers": asked.layers} if asked.layers else {})
-    tokens = asked.tokens or (1024 if device == "cpu" else 4096)
+    shape, tokens = SHAPES[asked.shape], asked.tokens or (1024 if device == "cpu" else 4096)
     bench = Bench(shape, cfg, tokens)
     report = environment(shlex.join(["python", "-m", "experiments.bench", *argv])) | {
         "peft": peft.__version__ if peft else "not installed: its two rows are left out",
         "cpu": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}", "shape": asked.shape, **shape,
-        "dtype": cfg.dtype, "tokens": tokens, "n": bench.parameters, "peak TFLOP/s": bench.peak / 1e12}
+        "dtype": cfg.dtype, "tokens": tokens, "n": bench.parameters, "peak TFLOP/s": bench.peak / 1e12, "tables": {}}
     print("".join(f"{name:20} {value}\n" for name, value in report.items()), flush=True)
-    path, report["tables"] = asked.out / f"{asked.shape}-{device}-{cfg.dtype}.json", {}
+    path = asked.out / f"{asked.shape}-{device}-{cfg.dtype}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     measures = {"parts": bench.measure_parts, "methods": bench.compare}
     for name in ["parts"] if large else measures:  # a comparison would take hours

@@ -2,16 +2,15 @@ r"""Baselines and ablations by TA-LoRA's own program: train.py with another Meth
 
     python -m experiments.compare --method lora --stage all --shots 8 32        a baseline
     python -m experiments.compare --variant reg-off --stage all --shots 8       an ablation of TA-LoRA
-    python -m experiments.compare --method lora --evaluate runs/toy-lora        what evaluate.py --run does
 
 All other options are those of train.py (python train.py --help). An option that the method does not use is refused.
+`python evaluate.py --run RUN` prints the tables of any method's run again.
 """
 
 import argparse
 import dataclasses
 import sys
 
-import evaluate
 import train
 from checkpoint import Parser, UserError, run_program
 from experiments import baselines
@@ -65,13 +64,8 @@ METHODS = {method.name: method for method in (
 
 def unused_options(method: Method) -> list[str]:
     """The sizes, learning rates and options of the regulariser that other methods use, but not this one."""
-    learns = [pair for stage in method.learns.values() for pair in stage.items()]  # (tensor, its learning rate)
-    used = {*method.model.reads, *(f"{rate}_rate" for _, rate in learns)}
-    if not any(tensor.startswith("gate") for tensor, _ in learns):
-        used.discard("gate_per_head")
-    if method.regularised:
-        off = method.fixes(Config()).get("regulariser") == "off"
-        used |= {"regulariser"} if off else {"regulariser", "reg_weight"}
+    used = {*method.model.reads, *(f"{rate}_rate" for stage in method.learns.values() for rate in stage.values())}
+    used |= {"regulariser", "reg_weight"} if method.regularised else set()
     some = ["regulariser", "reg_weight", *(f.name for f in dataclasses.fields(TALoRAConfig))]
     return [f.name for f in dataclasses.fields(Config)
             if (f.name in some or f.name.endswith("_rate")) and f.name not in used]
@@ -99,12 +93,8 @@ def main(argv: list[str]) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--method", choices=METHODS, metavar="NAME", help="TA-LoRA or a baseline")
     which.add_argument("--variant", choices=VARIANTS, metavar="NAME", help="an ablation of TA-LoRA")
-    parser.add_argument("--evaluate", metavar="RUN", help="do not train, but what evaluate.py --run does")
     options, rest = parser.parse_known_args(argv)
     method = METHODS[options.method] if options.method else VARIANTS[options.variant]
-    if options.evaluate:
-        evaluate.main(["--run", options.evaluate, *rest], method.model)
-        return
     check_typed(rest, method)
     name = ["--method", options.method] if options.method else ["--variant", options.variant]
     train.main(rest, method, " ".join(["python -m experiments.compare", *name]))

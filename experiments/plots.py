@@ -7,7 +7,7 @@ markers and hatches, so that no reader depends on them.
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from evaluate import COLOURS, STYLES, new_figure
@@ -27,19 +27,6 @@ def few_shot_curves(axis, shots: Sequence[int], curves: dict[str, dict[int, Inte
     axis.legend(fontsize="small", title="method (parameters stored for a target)", title_fontsize="small")
 
 
-def sizes_against_scores(axis, points: dict[str, tuple[int, float, float]]) -> None:
-    """Scores (across) in the order of what is stored (down); points[method] = parameters, mean, half interval in %."""
-    in_order = sorted(points, key=lambda method: points[method][0])
-    for y, method in enumerate(in_order):
-        _, mean, half = points[method]
-        colour, marker = (COLOURS[1], "D") if method == "talora" else (COLOURS[0], "o")
-        axis.errorbar(mean, y, xerr=half, fmt=marker, color=colour, capsize=2)
-    axis.set(xlabel="score, mean of the target tasks (%)", ylabel="method, parameters stored for a target task",
-             ylim=(len(points) - 0.5, -0.5), yticks=range(len(points)),
-             yticklabels=[f"{method}  {points[method][0]:,}" for method in in_order])
-    axis.grid(linewidth=0.4)
-
-
 def difference_bars(axis, differences: dict[str, tuple[float, float, str]]) -> None:
     """Paired differences; differences[name] = points, half interval, verdict ("lower": orange, "higher": green)."""
     for y, (mean, half, verdict) in enumerate(differences.values()):
@@ -51,16 +38,14 @@ def difference_bars(axis, differences: dict[str, tuple[float, float, str]]) -> N
     axis.grid(linewidth=0.4)
 
 
-# ------------------------------------------------------------------------------------------------------------ files
-
-def draw_panels(path: Path, draw: Callable, panels: dict[str, Sequence], size: tuple[float, float], **options) -> None:
-    """One panel for each title, drawn by draw(axis, *panels[title]); names that all panels share stand at the left."""
-    with new_figure(path, len(panels), size, squeeze=False, **options) as (_, axes):
-        for axis, (title, what) in zip(axes[0], panels.items()):
-            draw(axis, *what)
-            axis.set_title(title)
-        if len({tuple(label.get_text() for label in axis.get_yticklabels()) for axis in axes[0]}) == 1:
-            for axis in axes[0]:
+def draw_differences(path: Path, panels: dict[str, dict]) -> None:
+    """A panel of bars for each setting; names that all of them share stand at the left."""
+    rows = max(map(len, panels.values()))
+    with new_figure(path, len(panels), (11, 1.2 + 0.3 * rows), squeeze=False) as (_, axes):
+        for axis, (where, differences) in zip(axes[0], panels.items()):
+            difference_bars(axis, differences)
+            axis.set_title(where)
+            if all(list(other) == list(differences) for other in panels.values()):
                 axis.label_outer()
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from checkpoint import Parser, UserError, run_program
-from evaluate import markdown
+from evaluate import markdown, new_figure
 from experiments import plots
 from experiments.compare import METHODS, VARIANTS
 
@@ -130,12 +130,6 @@ def differences(records: Sequence[dict], setting: Setting) -> dict[str, tuple[fl
     return {name: (*d[:2], verdict(d)) for name, d in found.items() if d}
 
 
-def sizes(records: Sequence[dict], k: int) -> dict[str, tuple[int, float, float]]:
-    """Of every method: parameters stored for a target task, mean score with k examples, half its interval."""
-    scores = {method: by_seed(records, method, target(k)) for method in methods_in(records)}
-    return {m: (stored(records, m), *interval(values.values())) for m, values in scores.items() if values}
-
-
 def few_shot(records: Sequence[dict]) -> dict[str, dict[int, tuple[float, float]]]:
     """Of the methods that were run at every k: "name (parameters)" -> k -> mean score, half its interval."""
     found = {m: {k: by_seed(records, m, target(k)) for k in shots_in(records)} for m in methods_in(records)}
@@ -237,18 +231,15 @@ def write_report(folder: Path) -> None:
 
 
 def draw_pictures(folder: Path, records: Sequence[dict]) -> None:
-    """Those that show something: curves of two points, two methods to compare, differences, tasks to be alike."""
+    """Those that show something: curves of two points, differences, tasks to be alike."""
     shots, curves, variants = shots_in(records), few_shot(records), methods_in(records, "variant")
-    found = {f"{k} examples of a target task": [sizes(records, k)] for k in shots if k in (8, 32)}
-    bars = {where: [differences(records, s)] for where, s in settings_in(records, "variant").items()}
+    bars = {where: differences(records, s) for where, s in settings_in(records, "variant").items()}
     if len(shots) > 1 and curves:
-        plots.draw_panels(folder / "fewshot.png", plots.few_shot_curves,
-                          {"A new task from few examples": (shots, curves)}, (7, 4.2))
-    if any(len(methods) > 1 for [methods] in found.values()):
-        plots.draw_panels(folder / "size.png", plots.sizes_against_scores, found, (5.5 * len(found), 4.2), sharex=True)
-    if any(names for [names] in bars.values()):
-        plots.draw_panels(folder / "variants.png", plots.difference_bars, bars, (11, 1.2 + 0.3 * len(variants)),
-                          sharey=True)
+        with new_figure(folder / "fewshot.png", size=(7, 4.2)) as (_, axis):
+            plots.few_shot_curves(axis, shots, curves)
+            axis.set_title("A new task from few examples")
+    if any(bars.values()):
+        plots.draw_differences(folder / "variants.png", bars)
     logged = {name: [r["last"] for r in rows] for name in ("talora", *variants)
               if (rows := select(records, name, "multitask"))}
     if "cosines" in logged.get("talora", [{}])[0]:  # not for a single source

@@ -108,8 +108,8 @@ def plan_sources(suite: Suite, records: Sequence[dict], out: Path) -> Iterator[R
     for method in suite.methods:
         options = ("--method", method, "--stage", "multitask", "--no-references", *suite.options, *suite.sweep)
         for i, rates in enumerate(suite.grids.get(method, ((), ()))[0]):
-            names = ("slow_rate", "fast_rate", "prompt_rate") if isinstance(rates, tuple) else ("prompt_rate",)
-            rates = dict(zip(names, rates if isinstance(rates, tuple) else (rates,)))
+            several = isinstance(rates, tuple)
+            rates = dict(zip(("slow_rate", "fast_rate", "prompt_rate"), rates)) if several else {"prompt_rate": rates}
             yield Run("sweep-source", f"sweep {method} {i}", method, SWEEP_SEED, options, rates)
 
 

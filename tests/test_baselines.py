@@ -19,6 +19,8 @@ from model import FAMILIES, NO_TASK, GatedPrompts, TALoRAConfig, positions
 ALL = METHODS | VARIANTS
 CLASSES = {ALL[name].model: name for name in reversed(ALL)}  # class -> its first method: pt, not spot
 EVERY = pytest.mark.parametrize("name", CLASSES.values())
+IN_EVERY_FAMILY = pytest.mark.parametrize("family, name", [  # bitfit: only Qwen2 has biases
+    (family, name) for family in FAMILIES for name in CLASSES.values() if name != "bitfit" or family == "qwen2"])
 IN_FRONT, IN_EVERY_LAYER, CHANGED = ([name for model, name in CLASSES.items() if issubclass(model, kind)] for kind in
                                      (baselines.PromptInFront, GatedPrompts, baselines.ChangedBackbone))
 DEEP = ("deep-pt", "deep-mpt", "own-b", "2-terms", "4-terms", "side-by-side", "talora", "open-gate", "one-softmax",
@@ -62,8 +64,7 @@ def log_p(model, prompt, answer, task):
     return model.backbone.lm_head(states).log_softmax(-1)[len(prompt) - 1:]
 
 
-@pytest.mark.parametrize("family, name", [(family, name) for family in FAMILIES for name in CLASSES.values()
-                                          if name != "bitfit" or family == "qwen2"])  # the only one with biases
+@IN_EVERY_FAMILY
 def test_scores_are_sums_of_log_probabilities_and_losses_their_means(family, name, tiny_backbone, opened):
     """Of a padded batch of several tasks, against one unpadded row at a time."""
     model = opened(name, tiny_backbone(family))
@@ -80,9 +81,9 @@ def test_scores_are_sums_of_log_probabilities_and_losses_their_means(family, nam
         torch.testing.assert_close(out.loss, expected.mean(), **CLOSE)
 
 
-@EVERY
-def test_generate_is_greedy_decoding_step_by_step(name, opened):
-    model = opened(name)
+@IN_EVERY_FAMILY
+def test_generate_is_greedy_decoding_step_by_step(family, name, tiny_backbone, opened):
+    model = opened(name, tiny_backbone(family))
     for rows, left in ((3, 2), (1, 0)):  # without padding, transformers makes no mask
         out = model.generate(*pad(PROMPTS[:rows], left), TASK_IDS[:rows], 6)[:, -6:].tolist()
         for row, prompt, task in zip(out, PROMPTS, TASK_IDS.tolist()):
@@ -127,10 +128,8 @@ def test_what_would_be_silently_wrong_is_refused(tiny_backbone, opened):
             opened("bitfit", tiny_backbone(family))
     model = opened("pt", tiny_backbone("mistral", sliding_window=12))
     model.score(*pad([PROMPTS[0]]), TASK_IDS[:1], [[[4, 1]]])
-    for call in (lambda: model.score(*pad([PROMPTS[0]]), TASK_IDS[:1], [[[4, 1, 2]]]),  # 5 + 8 tokens
-                 lambda: model(*pad(PROMPTS), TASK_IDS)):
-        with pytest.raises(ValueError, match="take 13 tokens.*sliding window of the backbone is 12"):
-            call()
+    with pytest.raises(ValueError, match="take 13 tokens.*sliding window of the backbone is 12"):
+        model.score(*pad([PROMPTS[0]]), TASK_IDS[:1], [[[4, 1, 2]]])  # 5 + 8 tokens
 
 
 @EVERY

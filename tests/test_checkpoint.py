@@ -61,19 +61,6 @@ def saved_step(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)["progress"]["step"]
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path):
-    path = tmp_path / "file.json"
-    checkpoint.write_json(path, {"a": "新"})
-    with pytest.raises(ZeroDivisionError), checkpoint.write_whole(path) as file:
-        file.write(b"half")
-        file.flush()
-        assert checkpoint.read_json(path) == {"a": "新"}, "the old file stands until the new one is complete"
-        raise ZeroDivisionError
-    assert checkpoint.read_json(path) == {"a": "新"} and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(UserError, match="nothing.json' cannot be read"):
-        checkpoint.read_json(tmp_path / "nothing.json")
-
-
 def test_a_full_disk_leaves_the_old_checkpoint_and_one_sentence(small_world, whole, tmp_path, before_call, monkeypatch,
                                                                 capsys):
     def full():

@@ -63,18 +63,9 @@ def test_open_gates_equal_the_reference(is_causal, scale):
 
 
 @pytest.mark.parametrize("queries", [T, 2, 1])  # fewer queries than keys: a cache
-@pytest.mark.parametrize("heads", [1, H])
 @pytest.mark.parametrize("kind", ["boolean", "additive"])
-def test_open_gates_equal_the_reference_under_a_mask(kind, heads, queries):
-    allowed = padded(queries).expand(B, heads, queries, S)
+def test_open_gates_equal_the_reference_under_a_mask(kind, queries):
+    allowed = padded(queries)
     mask = allowed if kind == "boolean" else torch.zeros(allowed.shape).double().masked_fill(~allowed, -1e30)
     out = gated_prefix_attention(*tensors(queries), GATE, attention_mask=mask)
     torch.testing.assert_close(out, slow_attention(*tensors(queries), GATE, allowed))
-
-
-def test_the_gate_goes_through_tanh_and_keeps_its_sign():
-    zero, one, minus, many = (gated_prefix_attention(*tensors(), torch.tensor(g).double()) for g in (0, 1, -3, 60))
-    prompt = many - zero  # tanh(60) = 1
-    torch.testing.assert_close(one - zero, math.tanh(1) * prompt)
-    torch.testing.assert_close(minus - zero, -math.tanh(3) * prompt)
-    assert prompt.abs().mean() > 0.1

@@ -1,9 +1,9 @@
-"""Eq. (1) and (4): the closed forms equal the dense ones, and the regularisers do what their names say."""
+"""Eq. (1) and (4): the closed forms equal the dense ones, for every form of the regulariser."""
 
 import pytest
 import torch
 
-from lowrank import FORMS, orthogonality, task_cosines, task_prompt
+from lowrank import FORMS, orthogonality, task_prompt
 
 L, N, P, r, d = 3, 4, 6, 2, 7
 
@@ -32,23 +32,6 @@ def dense_orthogonality(u, v, form):
     return torch.stack(terms).mean()
 
 
-def minimise(form, init=0.1, steps=400):
-    """Adam on the regulariser alone, from small factors of 8 tasks; -> (u, v) at the start, (u, v) at the end."""
-    u = (init * random(8, 4, seed=1, dtype=torch.float32)).requires_grad_()
-    v = (init * random(8, 64, seed=2, dtype=torch.float32)).requires_grad_()
-    start = u.detach().clone(), v.detach().clone()
-    optimizer = torch.optim.Adam([u, v], lr=1e-2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        orthogonality(u, v, form).backward()
-        optimizer.step()
-    return start, (u.detach(), v.detach())
-
-
-def cosines(u, v):
-    return task_cosines(u, v)[..., ~torch.eye(u.shape[-2], dtype=torch.bool)]
-
-
 def test_a_task_prompt_is_theta0_plus_the_scaled_product_in_every_layer_and_task():
     theta0, B, (u, v), s = random(L, P, d), random(L, P, r, seed=1), factors(), 0.7
     theta = task_prompt(theta0[:, None], B[:, None], u, v, s)
@@ -59,14 +42,7 @@ def test_a_task_prompt_is_theta0_plus_the_scaled_product_in_every_layer_and_task
             torch.testing.assert_close(theta[layer, task], expected)
             alone = task_prompt(theta0[layer], B[layer], u[layer, task], v[layer, task], s)
             torch.testing.assert_close(alone, expected)
-
-
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_the_step_of_a_task_has_rank_one_and_those_of_all_tasks_the_rank_of_b(rank):
-    theta0, B, u, v = random(P, d), random(P, rank, seed=1), random(8, rank, seed=2), random(8, d, seed=3)
-    steps = task_prompt(theta0, B, u, v, 1.0) - theta0  # (8, P, d)
-    assert (torch.linalg.matrix_rank(steps, rtol=1e-9) == 1).all()
-    assert torch.linalg.matrix_rank(steps.transpose(0, 1).flatten(1), rtol=1e-9) == rank  # (P, 8 * d)
+            assert torch.linalg.matrix_rank(expected - theta0[layer], rtol=1e-9) == 1, "a step of rank one"
 
 
 @pytest.mark.parametrize("form", ["cosine", "frobenius", "printed"])
@@ -99,19 +75,3 @@ def test_zero_factors_give_no_nan(form):
         u[:, zero_u], v[:, zero_v] = 0, 0
         value = orthogonality(u.requires_grad_(), v.requires_grad_(), form)
         assert all(number.isfinite().all() for number in (value, *torch.autograd.grad(value, (u, v))))
-
-
-def test_the_cosine_does_not_change_when_factors_are_rescaled():
-    (u, v), scales = factors(), torch.tensor([[0.01], [-3.0], [100.0], [0.5]], dtype=torch.float64)
-    torch.testing.assert_close(orthogonality(u * scales, v / 7), orthogonality(u, v))
-    assert not torch.isclose(orthogonality(u * scales, v / 7, "frobenius"), orthogonality(u, v, "frobenius"))
-
-
-def test_each_form_alone_does_what_its_name_says():
-    start, end = minimise("printed")
-    assert abs(cosines(*start).mean()) < 0.1 and cosines(*end).mean() > 0.5, "it aligns the tasks"
-    start, end = minimise("cosine")
-    assert cosines(*end).abs().mean() < 0.2 * cosines(*start).abs().mean() and abs(cosines(*end).mean()) < 0.02
-    assert end[1].norm() > 0.9 * start[1].norm(), "orthogonal, and not by shrinking"
-    start, end = minimise("frobenius", init=0.5)
-    assert end[0].norm() * end[1].norm() < 0.5 * start[0].norm() * start[1].norm(), "it is met by shrinking"

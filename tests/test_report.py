@@ -129,9 +129,9 @@ def test_the_report_is_made_of_whatever_is_finished(tmp_path):
                 *seeds("reg-off", (70, 71), kind="variant", last=AFTER))
     every = {"Methods", "Claims of the paper", "Variants of TA-LoRA"}
     for records, titles, pictures in (
-            (sweep, set(), set()), (sweep + one + lora, {"Methods", "Claims of the paper"}, {"size", "mechanism"}),
-            (sweep + one + lora + two, every, {"size", "mechanism", "variants"}),
-            (RECORDS, every, {"size", "mechanism", "variants", "fewshot"})):
+            (sweep, set(), set()), (sweep + one + lora, {"Methods", "Claims of the paper"}, {"mechanism"}),
+            (sweep + one + lora + two, every, {"mechanism", "variants"}),
+            (RECORDS, every, {"mechanism", "variants", "fewshot"})):
         write(tmp_path, records)
         report.main([str(tmp_path)])
         tables = report.build_tables(records)
@@ -150,9 +150,9 @@ def test_the_pictures_show_the_numbers_and_name_the_rows_once(tmp_path, monkeypa
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     bars = {"a": (-2.0, 1.0, "lower"), "b": (0.5, 2.0, "no effect seen")}
     for other in (bars, {"c": bars["a"]}):
-        plots.draw_panels(tmp_path / "x.png", plots.difference_bars, {"here": (bars,), "there": (other,)}, (6, 2))
-    plots.draw_mechanism(tmp_path / "x.png", {"talora": [AFTER, {**AFTER, "gates": [0.3, 0.4]}], "bare": [
-        {key: AFTER[key] for key in AFTER if key != "gates"}]})
+        plots.draw_differences(tmp_path / "x.png", {"here": bars, "there": other})
+    bare = {key: AFTER[key] for key in AFTER if key != "gates"}
+    plots.draw_mechanism(tmp_path / "x.png", {"talora": [AFTER, {**AFTER, "gates": [0.3, 0.4]}], "bare": [bare]})
     panels = [[axis.yaxis.get_tick_params()["labelleft"] for axis in figure.axes] for figure in figures[:2]]
     assert panels == [[True, False], [True, True]], "other rows need their own names"
     lower, unseen = figures[0].axes[0].patches
