@@ -58,7 +58,7 @@ def log_p(model, prompt, answer, task):
     ids = torch.tensor([prompt + answer])
     ones, text = torch.ones_like(ids), torch.arange(ids.shape[1]).expand(1, -1) < len(prompt)
     given = model.inputs(ids, ones, positions(ones), torch.tensor([task]), text)
-    states = model.read(given, use_cache=False)[0, model.in_front:]  # (T, d)
+    states = model.read(given, use_cache=False)[0, -ids.shape[1]:]  # (T, d)
     return model.backbone.lm_head(states).log_softmax(-1)[len(prompt) - 1:]
 
 
@@ -90,21 +90,6 @@ def test_generate_is_greedy_decoding_step_by_step(name, opened):
         assert model(**batch(PROMPTS[:rows], out, TASK_IDS[:rows].tolist())).correct.all()
 
 
-@EVERY
-def test_checkpointing_changes_neither_loss_nor_gradients(name, tiny_backbone, opened):
-    results = []
-    for checkpointing in (False, True):
-        backbone = tiny_backbone()
-        if checkpointing:  # before wrapping, as train.py does: a copy of the backbone must have it, too
-            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model = opened(name, backbone).train()
-        loss = model(**batch(tasks=TASK_IDS.tolist())).loss
-        loss.backward()
-        results.append({"loss": loss.detach()} | {n: g for n, g in gradients(model).items() if g is not None})
-    assert model.backbone.model.layers[0].gradient_checkpointing and len(results[0]) > 1
-    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("name", [name for name in CLASSES.values() if name not in ("bitfit", "ft")])  # see compare.py
 def test_own_tensors_stay_fp32_over_a_bf16_backbone(name, tiny_backbone, opened):
     models = opened(name, tiny_backbone().to(torch.bfloat16)), opened(name)
@@ -128,7 +113,7 @@ def test_load_equals_save_and_other_methods_refuse_the_file(name, tiny_backbone,
     assert torch.equal(loaded(ids, mask, TASK_IDS).logits, model(ids, mask, TASK_IDS).logits)
     for other in set(CLASSES) - {ALL[name].model}:
         with pytest.raises(ValueError, match=f"method '{model.method}', not '{other.method}'"):
-            other.load(tmp_path, tiny_backbone)
+            other.load(tmp_path, model.backbone)
 
 
 def test_what_would_be_silently_wrong_is_refused(tiny_backbone, opened):
@@ -160,8 +145,6 @@ def test_what_is_computed_before_training(name, tiny_backbone):
         assert (logits - plain).abs().max() > 0.1
     else:
         assert torch.equal(logits, plain)
-    if name == "open-gate":
-        assert (model.gate.tanh() == 1).all()
     if name in ("mpt", "deep-mpt"):  # every task starts at P*
         assert all((factor == 1).all() for factor in (*model.u, *model.v))
     if name in ("pt", "mpt", "attempt"):  # words of the vocabulary, far better than noise
@@ -202,11 +185,13 @@ def test_in_every_stage_what_should_learn_does_by_the_third_step_and_nothing_els
 @pytest.mark.parametrize("name", CHANGED)
 def test_a_changed_backbone_shares_what_it_does_not_change(name, tied, tiny_backbone, opened):
     backbone = tiny_backbone(tie_word_embeddings=tied)
+    backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     given = {t.data_ptr() for t in backbone.parameters()}
     model = opened(name, backbone)
     for own, p in model.named_parameters():
         assert (p.data_ptr() in given) == (own not in model.adapter_state()), own
     assert (model.backbone.lm_head.weight is model.backbone.get_input_embeddings().weight) == tied
+    assert model.backbone.model.layers[0].gradient_checkpointing, "a setting of the original, as train.py makes it"
 
 
 def slow_prompt(model, name, task, n):
@@ -278,18 +263,22 @@ def test_prompts_at_the_input_equal_a_slow_reference(name, opened):
         torch.testing.assert_close(logits[b][mask[b].bool()], slow, **CLOSE)
 
 
+@pytest.mark.parametrize("name, linears", [("adapter", ("self_attn.o_proj", "mlp.down_proj")),
+                                           ("lora", ("self_attn.q_proj", "self_attn.v_proj"))])
 @torch.no_grad()
-def test_the_adapter_equals_hooks_on_the_plain_backbone(tiny_backbone, opened):
-    model, plain = opened("adapter", rank=3), tiny_backbone()
+def test_changes_equal_hooks_on_the_plain_backbone(name, linears, tiny_backbone, opened):
+    model, plain = opened(name, rank=3, scale=0.5), tiny_backbone()
 
     def change(own, module, args, y):
+        if name == "lora":
+            return y + 0.5 * args[0] @ own.A.T @ own.B.T
         z = y @ own.down.weight.T + own.down.bias
         z = 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))  # gelu
         return y + z @ own.up.weight.T + own.up.bias
 
     for layer, own in zip(plain.model.layers, model.backbone.model.layers):
-        layer.self_attn.o_proj.register_forward_hook(partial(change, own.self_attn.o_proj))
-        layer.mlp.down_proj.register_forward_hook(partial(change, own.mlp.down_proj))
+        for linear in linears:
+            layer.get_submodule(linear).register_forward_hook(partial(change, own.get_submodule(linear)))
     ids, mask = pad(PROMPTS, side="right")
     expected = plain(ids, attention_mask=mask).logits
     torch.testing.assert_close(model(ids, mask, TASK_IDS).logits[mask.bool()], expected[mask.bool()], **CLOSE)
@@ -303,15 +292,3 @@ def test_regulariser_and_cosines_of_sums_of_terms(tiny_backbone, opened):
     pairs = [cosines[n, i, j] ** 2 for n in range(3) for i in range(3) for j in range(3) if i != j]
     torch.testing.assert_close(model.orthogonality("cosine"), sum(pairs) / len(pairs))
     assert ALL["2-terms"].model(tiny_backbone(), ["only"], TALoRAConfig(5, 2)).orthogonality("cosine") == 0  # no pair
-
-
-@torch.no_grad()
-def test_lora_equals_a_plain_backbone_with_the_changed_weights(tiny_backbone, opened):
-    model, plain = opened("lora", scale=0.5), tiny_backbone()
-    for layer, own in zip(plain.model.layers, model.backbone.model.layers):
-        for name in ("q_proj", "v_proj"):
-            change = getattr(own.self_attn, name)
-            getattr(layer.self_attn, name).weight += 0.5 * change.B @ change.A
-    ids, mask = pad(PROMPTS, side="right")
-    expected = plain(ids, attention_mask=mask).logits
-    torch.testing.assert_close(model(ids, mask, TASK_IDS).logits[mask.bool()], expected[mask.bool()], **CLOSE)

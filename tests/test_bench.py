@@ -35,7 +35,6 @@ def test_all_measurements_run_and_their_ratios_are_sane(small, tmp_path, capsys)
     first = [row["first loss"] for row in methods if row[""] not in bench.IN_FRONT]
     assert max(first) == pytest.approx(min(first), rel=1e-4), "all of them start as the frozen backbone"
     assert methods[3]["share of padding and prompt"] > 0.3 > methods[0]["share of padding and prompt"]
-    assert methods[0]["x the first row"] == 1
 
 
 def test_the_7b_shape_on_a_cpu_is_measured_part_by_part(tmp_path, capsys, monkeypatch):
@@ -48,12 +47,11 @@ def test_the_7b_shape_on_a_cpu_is_measured_part_by_part(tmp_path, capsys, monkey
     assert f"{size:,} trainable parameters for one task" in out
 
 
-def test_weights_are_filled_in_place_and_tied_where_the_shape_says_so():
+def test_random_weights_have_the_real_frequencies_and_are_tied_where_the_shape_says_so():
     for tied in (False, True):
         shape = bench.SHAPES["toy"] | {"tie_word_embeddings": tied}
         backbone = bench.build_backbone(shape, "bfloat16", torch.device("cpu"))
         assert (backbone.lm_head.weight is backbone.model.embed_tokens.weight) == tied
-        assert all(p.isfinite().all() and p.any() and p.dtype == torch.bfloat16 for p in backbone.parameters())
         real = type(backbone)(backbone.config).model.rotary_emb.inv_freq
         assert torch.equal(backbone.model.rotary_emb.inv_freq, real), "no weight, so not filled at random"
 
@@ -75,6 +73,6 @@ def test_what_computes_something_else_is_refused(small, monkeypatch):
             small.compare()
     adapter = small.adapter(1, False)
     adapter.gate.data.fill_(1.0)
-    monkeypatch.setattr(small, "adapter", lambda *_: adapter)
+    monkeypatch.setattr(small, "adapter", lambda *_, **__: adapter)
     with pytest.raises(RunFailed, match="with its gates at zero"):
         small.measure_parts()

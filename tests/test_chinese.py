@@ -74,7 +74,7 @@ def test_the_table_is_consistent_and_source_and_target_tasks_are_apart():
 
 
 def test_answers_are_joined_as_the_language_of_the_template_does_it():
-    for template, joined in (("{text} 可选：{options}", "甲 可选：a、b"), ("{text} One of: {options}", "甲 One of: a, b")):
+    for template, joined in (("{text} 选{options}", "甲 选a、b"), ("{text} One of: {options}", "甲 One of: a, b")):
         task = chinese.Task("new", "source", "closed", "accuracy", template, ("a", "b"))
         prompt, fields = chinese.fill_template(task, {"text": "甲"})
         assert prompt == joined and chinese.fill_template(task, {n: prompt[a:b] for n, a, b in fields})[0] == prompt

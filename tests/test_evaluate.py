@@ -234,7 +234,14 @@ def run(tmp_path_factory):
         (folder / stage / "results.json").write_text(json.dumps(results))
         (folder / stage / "stage.json").write_text(json.dumps(vars(CFG) | {"backbone": "", "dtype": "float32"}))
         write_metrics(folder / stage, {"step": 1, "dev_accuracy": 0.5, "dev_loss": 1.5})
+        (folder / stage / "predictions.jsonl").write_text(json.dumps({"task": tasks[-1], "prompt": "it's =>"}) + "\n")
     return folder
+
+
+def open_stage(run, task):
+    """The one stage of a task: its folder, model, tokenizer and frozen backbone."""
+    (folder, adapter), = evaluate.stages_of(run, task).items()
+    return folder, *evaluate.open_adapter(adapter)
 
 
 def test_a_report_has_a_table_for_the_sources_and_for_every_number_of_examples_and_prints_what_was_asked_for(run):
@@ -244,22 +251,9 @@ def test_a_report_has_a_table_for_the_sources_and_for_every_number_of_examples_a
     assert len(tables) == 2 and "| toy-finre     | accuracy |   25.0 |" in tables[1] and "(100% could be)" in tables[1]
     assert (run / "multitask/table.md").read_text() in tables[0]
     assert (run / "target/table-8-shot.md").read_text() in tables[1] and (run / "target/targets.png").exists()
-    assert f"--run {run} --task toy-finre --ask" in said[-1]
+    assert f"""--run {run} --task toy-finre --ask 'it'"'"'s =>'""" in said[-1]
     evaluate.report(run, said.append, [target])
     assert len([text for text in said if "saved as" in text]) == 3
-
-
-def test_a_run_answers_its_test_rows_again(run, capsys, monkeypatch):
-    rows = {task: data.load_task(task, "test")[:12] for task in (*TASKS, "toy-finre")}
-    monkeypatch.setattr(data, "load_task", lambda task, split, root: rows[task])
-    evaluate.main(["--run", str(run)])
-    out = capsys.readouterr().out
-    found = [json.loads(line) for line in (run / "multitask" / "predictions.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in found] == [example.prompt for task in TASKS for example in rows[task]]
-    amazon = [row for row in found if row["task"] == "toy-amazon"]
-    assert all(row["right"] == (row["prediction"] == row["answer"]) for row in amazon)
-    assert f"| toy-amazon    | accuracy | {100 * sum(row['right'] for row in amazon) / 12:6.1f} |" in out
-    assert len((run / "target" / "toy-finre-8-shot" / "predictions.jsonl").read_text().splitlines()) == 12
 
 
 TEXT = "ann found the soup very awful at the oslo cafe"
@@ -267,8 +261,7 @@ PAIR = {"sentence1": f" {TEXT} ", "sentence2": " the soup was nice "}
 
 
 def test_answers_to_mixed_questions_are_those_to_each_alone_and_a_template_is_filled(run):
-    stage, = evaluate.open_run(run, task="toy-finre")
-    model, tokenizer = stage.model, stage.tokenizer
+    _, model, tokenizer, _ = open_stage(run, "toy-finre")
     whole = chinese.TASKS["afqmc"].template.format(**PAIR, options="no、yes")
     questions = [("toy-amazon", TEXT), ("afqmc", PAIR), ("toy-cote_mfw", TEXT), ("toy-finre", TEXT), ("own", TEXT),
                  ("toy-c3", {"text": TEXT, "choices": ["tech", "food"]}), ("toy-amazon", f"{TEXT} =>"),
@@ -294,19 +287,20 @@ def answers_of(task):
     (("toy-amazon", "soup " * 500 + "=>"), "the question: the prompt without its passage has 501 tokens"),
 ])
 def test_a_question_that_lacks_something_or_is_too_long_is_refused(run, question, words):
-    stage, = evaluate.open_run(run, task="toy-amazon")
+    _, model, tokenizer, _ = open_stage(run, "toy-amazon")
     with pytest.raises(UserError, match=words):
-        evaluate.answer(stage.model, stage.tokenizer, [("toy-amazon", TEXT), question])
+        evaluate.answer(model, tokenizer, [("toy-amazon", TEXT), question])
 
 
 def test_a_copied_adapter_and_a_copied_task_are_asked_as_in_their_run(run, tmp_path, capsys):
-    (stage,), question = evaluate.open_run(run, task="toy-finre"), ["--task", "toy-finre", "--ask", f"zzz {TEXT}"]
+    question = ["--task", "toy-finre", "--ask", f"zzz {TEXT}"]
+    target, model, tokenizer, _ = open_stage(run, "toy-finre")
     copies = [str(shutil.copytree(folder / "best", tmp_path / name)) for name, folder in (
-        ("shared", run / "multitask"), ("task", stage.folder))]
+        ("shared", run / "multitask"), ("task", target))]
     evaluate.main(["--adapter", *copies, *question])
     copied = capsys.readouterr().out
     evaluate.main(["--run", str(run), *question])
-    assert capsys.readouterr().out == f"{stage.folder} answers: {copied}"
+    assert capsys.readouterr().out == f"{target} answers: {copied}\n"
     answer, *lines, note = copied.splitlines()
     shares = {line.split(maxsplit=1)[1]: float(line.split("%")[0]) for line in lines}
     assert list(shares) == [*answers_of("toy-finre"), "another answer"]
@@ -315,24 +309,26 @@ def test_a_copied_adapter_and_a_copied_task_are_asked_as_in_their_run(run, tmp_p
     for task, options, fields in (("toy-cote_mfw", [TEXT], TEXT), ("afqmc", [*PAIR.values()], PAIR), (
             "toy-c3", [TEXT, "--choices", "tech", "food"], {"text": TEXT, "choices": ["tech", "food"]})):
         evaluate.main(["--adapter", copies[0], "--task", task, "--ask", *options])
-        (answer, shares), = evaluate.answer(stage.model, stage.tokenizer, [(task, fields)])
+        (answer, shares), = evaluate.answer(model, tokenizer, [(task, fields)])
         first, *lines = capsys.readouterr().out.splitlines()
         assert first == answer and [line.split("%  ")[1] for line in lines][:-1] == [*shares]
 
 
-def test_diagnose_shows_the_gates_and_compares_with_the_backbone_as_it_was_before_the_adapter(run):
-    stage, = evaluate.open_run(run, task="toy-amazon")
-    rows = {t: [data.encode(e, stage.tokenizer, 64, False) for e in data.load_task(t, "dev")[:16]] for t in TASKS}
-    first, *lines = evaluate.diagnose(stage).splitlines()
-    own = evaluate.dev_score(stage.model, rows, stage.task_ids)[1]
+def test_diagnose_shows_the_gates_and_compares_with_the_backbone_as_it_was_before_the_adapter(run, monkeypatch):
+    folder, model, tokenizer, backbone = open_stage(run, "toy-amazon")
+    ids = {task: model.tasks.index(task) for task in TASKS}
+    rows = {t: [data.encode(e, tokenizer, 64, False) for e in data.load_task(t, "dev")[:16]] for t in TASKS}
+    first, *lines = evaluate.diagnose(folder, [folder / "best"], TALoRA).splitlines()
     assert sum(f" {math.tanh(-0.3):+.3f} " in line for line in lines) == 4, "gates keep their sign"
     assert [line.split()[0] for line in lines[-3:]] == [*TASKS], "cosines"
-    torch.nn.init.zeros_(stage.model.gate)
-    plain = evaluate.dev_score(stage.model, rows, stage.task_ids)[1]
+    own = evaluate.dev_score(model, rows, ids)[1]
+    torch.nn.init.zeros_(model.gate)
+    plain = evaluate.dev_score(model, rows, ids)[1]
     assert f"(loss {own:.3f}), without the adapter" in first and first.endswith(f"(loss {plain:.3f})")
-    stage.model.backbone = copy.deepcopy(stage.backbone)  # as of a method that changes modules inside the backbone
-    torch.nn.init.zeros_(stage.model.backbone.lm_head.weight)
-    assert evaluate.diagnose(stage).splitlines()[0].endswith(f"(loss {plain:.3f})")
+    model.backbone = copy.deepcopy(backbone)  # as of a method that changes modules inside the backbone
+    torch.nn.init.zeros_(model.backbone.lm_head.weight)
+    monkeypatch.setattr(evaluate, "open_adapter", lambda *_, **__: (model, tokenizer, backbone))
+    assert evaluate.diagnose(folder, [], TALoRA).splitlines()[0].endswith(f"(loss {plain:.3f})")
 
 
 @pytest.mark.parametrize("arguments, words", [

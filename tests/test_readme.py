@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import data
 import train
 from experiments import report
 from experiments.compare import METHODS
@@ -19,7 +20,7 @@ COMMANDS = re.findall(r"(?:^    |&& |`)((?:python|torchrun) [^`\n]+)", README, r
 
 
 def test_it_is_short_and_starts_with_what_to_type():
-    assert len(README.encode()) <= 14_336 and README.splitlines().index("## Qwen2.5-7B on one GPU") < 110
+    assert len(README.encode()) <= 14_336 and README.splitlines().index("## Qwen2.5-7B on one GPU") < 140
     assert "    pip install -r requirements.txt && python train.py --stage multitask" in README.splitlines()[:10]
 
 
@@ -27,6 +28,7 @@ def test_it_is_short_and_starts_with_what_to_type():
 def test_every_link_leads_somewhere(folder):
     text = (ROOT / folder / "README.md").read_text(encoding="utf-8")
     for path, _, section in (link.partition("#") for link in re.findall(r"\]\((?!http)([^)]+)\)", text)):
+        path = path or "README.md"
         assert (ROOT / folder / path).exists(), path
         if section:
             titles = re.findall(r"^#+ (.*)$", (ROOT / folder / path).read_text(encoding="utf-8"), re.MULTILINE)
@@ -54,7 +56,7 @@ def test_every_command_can_be_parsed():
         words = shlex.split(command)
         if "-m" in words:
             assert (ROOT / f"{words[2].replace('.', '/')}.py").exists(), command
-        if "train.py" in words and "--help" not in words:
+        if "train.py" in words and not {"--help", "..."} & {*words}:
             train.parse(words[words.index("train.py") + 1:])
         if "experiments.compare" in words:
             train.parse(words[words.index("--method") + 2:], METHODS[words[words.index("--method") + 1]])
@@ -69,10 +71,18 @@ def test_every_option_in_the_text_exists():
 
 
 def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
-    TALoRA(load_backbone()[0], ["toy-amazon"], TALoRAConfig(8, 4)).save(tmp_path / "runs/toy/multitask/best")
+    model = TALoRA(load_backbone()[0], ["toy-amazon"], TALoRAConfig(8, 4))
+    own = data.Example("mymood", "bob found the tea nice =>", "happy", ("sad", "happy"))
+    specs = {"toy-amazon": data.spec_of("toy-amazon", data.load_task("toy-amazon", "train")),
+             "mymood": data.spec_of("mymood", [own])}
+    model.about = dict(chat_template="off", max_length=128, max_new_tokens=8, tasks=specs)
+    model.save(tmp_path / "runs/toy/multitask/best")
+    model.add_task("mymood")
+    model.save_task("mymood", tmp_path / "runs/toy/target/mymood-32-shot/best")
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], {})
-    assert capsys.readouterr().out.strip() in load_backbone()[1].get_vocab()
+    stars, mood = capsys.readouterr().out.strip().splitlines()
+    assert "'five':" in stars and mood.startswith(("sad {'sad':", "happy {'sad':"))
 
 
 def test_the_results_are_those_of_the_results_file():
