@@ -54,7 +54,6 @@ class Example:
     fields: tuple[tuple[str, int, int], ...] = ()  # name, start and end in `prompt` of what filled the template
     row: str = ""  # file and line, for messages
     operations: tuple[str, ...] = ()  # what `perturb` did
-    own: bool = False  # a prompt of your own in a folder that is called like an entry of the table
 
 
 def to_example(name: str, row: dict, where: str = "") -> Example:
@@ -74,13 +73,12 @@ def to_example(name: str, row: dict, where: str = "") -> Example:
     if passage not in prompt:
         raise UserError(f"{where}: the passage {passage[:40]!r} does not occur in the prompt as it stands")
     fields = row.get("fields", ())
-    own = name in TASKS and not fields
     if passage:
         fields = (("text", prompt.index(passage), prompt.index(passage) + len(passage)),)
         protected = protected if choices else (answer, *references, *protected)
     references = tuple(dict.fromkeys((answer, *references))) if references else ()
     return Example(name, prompt, answer, choices, references, protected, group or chinese.group_of(prompt),
-                   hard_prompt, fields, where, own=own)
+                   hard_prompt, fields, where)
 
 
 def _text(value: object) -> str:
@@ -91,7 +89,7 @@ def _text(value: object) -> str:
 def task_of(name: str, examples: Sequence[Example] = ()) -> Task:
     """The entry of the table; of other rows what they show: a span task without choices, a closed one with the same
     choices in every row, in any order, otherwise a choice task."""
-    if name in TASKS and not (examples and examples[0].own):
+    if name in TASKS:
         return TASKS[name]
     choices = examples[0].choices if examples else ()
     form = {"template": "{text} =>", "passage": ""} if name in micro.TASKS else {}  # nothing of its text may be cut
@@ -170,9 +168,8 @@ def load_splits(name: str, root: str | None = None) -> Splits:
         if not rows:
             raise UserError(f"task {name!r} has no usable {split} row in {source} (left out: {_counts(dropped[split])})"
                             "; add rows or leave the task out")
-    if len({(bool(example.choices), example.own) for example in train + test}) > 1:
-        raise UserError(f"task {name!r} has rows with and without choices, or with and without prompts of their own, "
-                        f"in {source}; make two tasks of them")
+    if len({bool(example.choices) for example in train + test}) > 1:
+        raise UserError(f"task {name!r} has rows with and without choices in {source}; make two tasks of them")
     train, dev = _cut_dev(name, list(kept.values()))
     if task.metric == "micro_f1":  # training has a row for each relation of two names; dev and test ask once for all
         train, dev, test = map(_merge_labels, (train, dev, test))
@@ -265,7 +262,7 @@ class Encoded:
     answer_ids: tuple[int, ...]
     choice_ids: tuple[tuple[int, ...], ...]
     task: str
-    lost: str = ""  # by shortening: "answer" or "name" where one is cut away, otherwise "text"
+    lost: bool = False  # shortening cut away the answer, or a name of a relation
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
@@ -357,7 +354,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
                         "word one of them differently, or use another backbone")
     if not example.choices and (not keep_answer or longest > 0.9 * max_length):  # a question may be asked however long
         longest = min(longest, max_length // 2)  # its answer is, and such a row is not learned from
-    room, lost = max_length - longest - len(frame.before) - len(frame.after), ""
+    room, lost = max_length - longest - len(frame.before) - len(frame.after), False
     prompt = tokens_of(tokenizer, frame.spaces[0] + example.prompt)
     if len(prompt) > room:
         prompt, lost = _shorten(example, tokenizer, room, keep_answer, frame.spaces[0])
@@ -366,9 +363,9 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 
 
 def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, keep_answer: bool,
-             lead: str) -> tuple[list[int], str]:
+             lead: str) -> tuple[list[int], bool]:
     """Tokens of the prompt, behind `lead`, with the longest window of its passage that fits into `room` tokens; and
-    what that loses, see Encoded."""
+    whether that loses what is to stay: all names of a relation, one of the answers of a span."""
     task = task_of(example.task, [example])
     start, end = next((place for name, *place in example.fields if name == task.passage), (0, 0))
     passage = example.prompt[start:end]
@@ -393,9 +390,7 @@ def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, ke
         low, high = (middle, high) if len(tokens(middle)) <= room else (low, middle)
     texts = example.protected if example.choices else example.references or (example.answer,)
     stays = [text in window(low) for text in texts if text in passage]
-    if example.choices:
-        return tokens(low), "text" if all(stays) else "name"
-    return tokens(low), "text" if any(stays) or not stays else "answer"
+    return tokens(low), bool(stays) and not (all(stays) if example.choices else any(stays))
 
 
 def rows_hash(rows: Iterable[Encoded]) -> str:
@@ -429,11 +424,8 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dic
         raise UserError(f"all {len(splits.train)} train rows of {name} have the answer '{splits.train[0].answer}': "
                         "there is nothing to tell apart; add rows with another answer, or leave the task out")
     shots = cfg.shots if name in cfg.targets else (0,)
-    for k in shots:
-        drawn = sum(k_shot(splits.train, k, cfg.seed), [])
-        if any(len(row) > cfg.max_length for row in encode_all(drawn, tokenizer, cfg.max_length, True, chat)):
-            raise UserError(f"{name}: --shots {k} draws a row whose answer is too long for --max-length "
-                            f"{cfg.max_length}; raise it")
+    for k in shots:  # are there enough rows?
+        k_shot(splits.train, k, cfg.seed)
     tests = test_rows(name, cfg)
     examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": tests.pop("plain"), **tests}
     rows = {split: encode_all(some, tokenizer, cfg.max_length, split == "train", chat)
@@ -446,6 +438,7 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dic
                  "this language"] = words - known
     if 0 in shots and len(splits.dev) < FEW_DEV_ROWS:
         warnings["development rows alone choose the best checkpoint; add train rows"] = len(splits.dev)
+    lost = "rows lose a name" if splits.train[0].choices else "answers are cut away"
     too_long = f"test answers are longer than --max-new-tokens {cfg.max_new_tokens} and never given in full; raise it"
     for split in ("train", "dev", "test"):
         for example, row in zip(examples[split], rows[split]):
@@ -454,9 +447,7 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dic
                 f"{split} rows are left out for answers that are too long; raise --max-length":
                     split != "test" and len(row) > cfg.max_length,
                 f"{split} answers hold tokens that the backbone does not know": unknown in row.answer_ids[:-1],
-                f"{split} rows lose a name where their text is shortened; raise --max-length": row.lost == "name",
-                f"{split} answers are cut away where their passage is shortened; raise --max-length":
-                    row.lost == "answer",
+                f"{split} {lost} where their text is shortened; raise --max-length": row.lost,
                 too_long: right and min(map(len, tokens_of(tokenizer, [*right]))) > cfg.max_new_tokens,
             }.items() if applies)
     if warnings[too_long] == len(rows["test"]):
@@ -552,25 +543,21 @@ class Batches:
 
 # The page about the data ---------------------------------------------------------------------------------------------
 def page(name: str, root: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None, cfg=None) -> str:
-    """What to look at first: counts, rows left out, lengths, balance of answers, a rewritten test row; with a tokenizer
-    (and cfg, as `encode_task` reads it) lengths in tokens, rows that are shortened and what that loses."""
-    splits, warnings, cut = load_splits(name, root), {}, []
+    """What to look at first: a row, counts, balance of answers, lengths, rows left out; with a tokenizer (and cfg, as
+    `encode_task` reads it) lengths in tokens and its warnings."""
+    splits, warnings = load_splits(name, root), {}
     unit, lengths = "characters", [len(row.prompt + row.answer) for row in splits.train]
     if tokenizer:
-        rows, warnings = encode_task(name, tokenizer, cfg)
+        warnings = encode_task(name, tokenizer, cfg)[1]
         unit, lengths = "tokens", [len(row) for row in encode_all(splits.train, tokenizer, sys.maxsize)]
-        lost = [row.lost for split in ("train", "dev", "test") for row in rows[split] if row.lost]
-        cut = [f"--max-length {cfg.max_length} shortens {len(lost)} rows, {len(lost) - lost.count('text')} of them "
-               "without their answer or a name"]
-    rewritten = [new for example in splits.test if (new := perturb(example, seed=0)).operations]
+    rewritten = sum(bool(perturb(example, seed=0).operations) for example in splits.test)
     return "\n  ".join([
         describe_task(name, root),
         f"{len(splits.train)} train, {len(splits.dev)} dev (cut from train), {len(splits.test)} test rows from "
-        f"{splits.report['source']}", f"answers: {_counts(Counter(row.answer for row in splits.train))}",
+        f"{splits.report['source']}; {rewritten} of the test rows can be rewritten",
+        f"answers: {_counts(Counter(row.answer for row in splits.train))}",
         f"{unit} of a train row: {sorted(lengths)[len(lengths) // 2]} (median), {max(lengths)} (longest)",
-        *cut, *list_notes(name, root, warnings),
-        f"rewritten: {_counts(Counter(new.operations[0] for new in rewritten))} of {len(splits.test)} test rows",
-        *(f"{row.prompt} -> {row.answer}".replace("\n", "\n  ") for row in rewritten[:1])])
+        *list_notes(name, root, warnings)])
 
 
 def main(argv: list[str]) -> None:

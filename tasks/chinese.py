@@ -11,9 +11,7 @@ of the paper: FinRE, the twin of SanWen, as the eighth target, and the Chinese p
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import random
@@ -174,7 +172,6 @@ TARGETS = tuple(task.name for task in TABLE if task.role == "target")
 
 # From a published row to a prompt ------------------------------------------------------------------------------------
 ALIASES = {"text": ("text", "sentence"), "label": ("label", "score", "relation")}  # the same field at different sources
-LISTS = ("choices", "references", "protected", "choice", "answers")  # fields that hold a list
 LETTERS = ["".join(letters) for n in (1, 2) for letters in product(string.ascii_uppercase, repeat=n)]  # A .. Z AA .. ZZ
 
 
@@ -182,11 +179,14 @@ class Unusable(Exception):
     """A row that cannot be used; the message is the reason under which it is counted."""
 
 def to_prompt(task: Task, row: dict | None, where: str) -> dict:
-    """A published row in the form of the micro-world's rows, with the `fields` of `fill`; a row that has a prompt stays
-    as it is. Raises UserError (a field is missing, a label is unknown), Unusable."""
+    """A published row in the form of the micro-world's rows, with the `fields` of `fill`; a task without a template has
+    whole prompts, which stay as they are. Raises UserError (a field is missing, a label is unknown), Unusable."""
     if row is None:
         raise Unusable("wrong number of columns")
-    whole = "prompt" in row or not task.template
+    whole = not task.template
+    if "prompt" in row and not whole:
+        raise UserError(f"{where}: a row with its own prompt, but {task.name!r} is a known data set; give the folder "
+                        "another name")
     if whole and not {"prompt", "answer"} <= row.keys():
         raise UserError(f'{where}: a row needs "prompt" and "answer", as in {{"prompt": "...", "answer": "..."}}; this '
                         f"one has {', '.join(row) or 'nothing'}")
@@ -319,10 +319,10 @@ def _read(task: Task, rows: Rows) -> tuple[list[tuple[str, dict]], Counter]:
 
 
 def local_rows(task: Task, root: str, split: str) -> Rows:
-    """Rows of root/<task>/<split>.jsonl, .csv, .tsv, or .txt as published, the first that is there; otherwise of the
-    .json files of CLUE, CMRC and C3, whose development set is the test set where the test set has no answers."""
+    """Rows of root/<task>/<split>.jsonl, or .txt as published, or the .json files of CLUE, CMRC and C3, whose
+    development set is the test set where the test set has no answers."""
     folder, columns = Path(root) / task.name, next((source.columns for source in task.sources if source.columns), ())
-    paths = [path for kind in ("jsonl", "csv", "tsv", "txt") if (path := folder / f"{split}.{kind}").is_file()][:1]
+    paths = [path for kind in ("jsonl", "txt") if (path := folder / f"{split}.{kind}").is_file()][:1]
     stems = ["train"] if split == "train" else ["test", "dev"]
     if task.sources and task.sources[0].test == "validation":
         stems.reverse()
@@ -331,14 +331,13 @@ def local_rows(task: Task, root: str, split: str) -> Rows:
             folder.glob(f"{stem}.50k.json"))  # OCNLI's largest train set
     if not paths:
         raise UserError(f"{folder / split}.jsonl is missing: --data-root should hold {task.name}/train.jsonl and "
-                        "test.jsonl, one JSON object a line (or .csv, .tsv, or the .json files of CLUE)")
+                        "test.jsonl, one JSON object a line")
     for path in paths:
         try:
             text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
-        yield from (parse_table(text, str(path)) if path.suffix in (".csv", ".tsv") else
-                    parse_rows(text, columns if path.suffix == ".txt" else (), str(path)))
+        yield from parse_rows(text, columns if path.suffix == ".txt" else (), str(path))
 
 
 def published_rows(source: Source, split: str) -> Rows:
@@ -369,31 +368,6 @@ def _download(url: str) -> Path:
 
 def number_rows(rows: Iterable[dict], where: str) -> Rows:
     return ((f"{where}:{number}", row) for number, row in enumerate(rows, 1))
-
-
-def parse_table(text: str, where: str) -> Rows:
-    """Rows of a CSV or TSV file whose first line names the fields. A cell of LISTS is a JSON list, or its parts with |
-    between them. In a TSV, quotation marks count only where they enclose a whole cell, as the csv module writes it."""
-    tabs = where.endswith(".tsv")
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True,
-                           quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
-    try:
-        table.fieldnames = [name.strip(' "') for name in table.fieldnames or ()]
-        if len(table.fieldnames) > len(set(table.fieldnames)):
-            raise ValueError(f"the first line names a column twice: {', '.join(table.fieldnames)}")
-        for row in table:
-            if None in row or None in row.values():
-                raise ValueError(f"not the {len(table.fieldnames)} columns that the first line names")
-            for name, cell in row.items():
-                if tabs and re.fullmatch('"([^"]|"")*"', cell):
-                    row[name] = cell = cell[1:-1].replace('""', '"')
-                if name in LISTS:
-                    cell = cell.strip()
-                    row[name] = decode(cell) if cell[:1] == "[" else [part.strip() for part in cell.split("|") if cell]
-            if any(row.values()):  # not a blank line of a spreadsheet
-                yield f"{where}:{table.line_num}", row
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{where}:{table.reader.line_num}: not readable as a table ({error})") from None
 
 
 def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Rows:

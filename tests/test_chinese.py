@@ -124,37 +124,6 @@ def test_files_may_hold_a_byte_order_mark_quotes_blank_lines_line_separators_and
     assert ["\u2028雄伟<N>" in e.prompt for e in splits.train + splits.dev] == [True] * 4
 
 
-TABLES = {  # the same two rows
-    "csv": '\ufeffprompt,answer,choices,group\r\n"甲, ""乙""\n丙",好,坏|好,0\r\n'
-           '\r\n,,,\r\n丁,坏,"[""坏"", ""好""]",\r\n',
-    "tsv": '\ufeffprompt\tanswer\tchoices\tgroup\n"甲\t好\t坏 | 好\t0\n\n"丁"\t坏\t"[""坏"", ""好""]"\t\n'}
-
-
-@pytest.mark.parametrize("kind", TABLES)
-def test_tables_hold_rows_as_json_lines_do(tmp_path, kind):
-    write_rows(tmp_path, "mine", TABLES[kind], [], suffix=kind)
-    first, second = chinese.local_rows(data.task_of("mine"), str(tmp_path), "train")
-    prompt = '甲, "乙"\n丙' if kind == "csv" else '"甲'  # a lone quotation mark between tabs is part of the text
-    assert first[1] == {"prompt": prompt, "answer": "好", "choices": ["坏", "好"], "group": "0"}
-    assert second == (f"{tmp_path}/mine/train.{kind}:{6 if kind == 'csv' else 4}",
-                      {"prompt": "丁", "answer": "坏", "choices": ["坏", "好"], "group": ""})
-    write_rows(tmp_path, "mine", [{"prompt": "先"}], [])
-    assert len(list(chinese.local_rows(data.task_of("mine"), str(tmp_path), "train"))) == 1  # train.jsonl wins
-
-
-@pytest.mark.parametrize("text, message", [
-    ("prompt,answer\n甲,好\n乙\n", "train.csv:3: .*not the 2 columns that the first line names"),
-    ('prompt,answer\n甲,"好\n', "train.csv:2: not readable as a table"),
-    ('prompt,answer\n"甲"乙,好\n', "train.csv:2: not readable as a table"),
-    ("prompt,answer,choices\n甲,好,[坏\n", "train.csv:2: not readable as a table"),
-    ("prompt,answer,choices\n甲,好,坏|差\n", "train.csv:2: choices"),
-    ("甲,好\n乙,坏\n", 'train.csv:2: a row needs "prompt" and "answer", .*has 甲, 好')])
-def test_a_mistake_in_a_table_is_named_by_file_and_line(tmp_path, text, message):
-    write_rows(tmp_path, "mine", text, text, suffix="csv")
-    with pytest.raises(UserError, match=message):
-        data.load_splits("mine", str(tmp_path))
-
-
 def test_files_are_read_under_the_names_that_clue_cmrc_and_c3_give_them(tmp_path):
     nested = {"cmrc2018": [{"context_text": "他生于1年。", "qas": [{"query_text": "何年？", "answers": ["1年"]}]}],
               "drcd": {"data": [{"paragraphs": [{"context": "他生於1年。", "qas": [

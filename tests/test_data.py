@@ -112,17 +112,11 @@ def test_zero_is_a_group_no_group_is_not_one_and_a_number_is_one_text(tmp_path):
     assert len({e.group for e in splits.train + splits.dev}) == 6  # 1, 2 and four texts without a group
 
 
-def test_own_rows_stay_own_rows_in_a_folder_with_the_name_of_a_known_set(tmp_path):
-    write_rows(tmp_path, "finre", own_rows(20), own_rows(24)[20:])
-    splits = data.load_splits("finre", str(tmp_path))
-    task = data.task_of("finre", splits.test)
-    assert (task.kind, task.metric, task.template, task.answers) == ("closed", "accuracy", "", ("坏", "好"))
-    assert data.perturb(splits.test[0], 0) is splits.test[0] and data.task_of("finre").metric == "micro_f1"
-    write_rows(tmp_path, "cmrc2018", own_rows(9), [published("cmrc2018")])
-    write_rows(tmp_path, "toy-bq", own_rows(9), own_rows(9))
-    for name, message in (("cmrc2018", "with and without prompts of their own"), ("toy-bq", "micro-world.*name")):
-        with pytest.raises(UserError, match=message):
-            data.load_splits(name, str(tmp_path))
+@pytest.mark.parametrize("name, message", [
+    ("finre", "train.jsonl:1: a row with its own prompt.*another name"), ("toy-bq", "micro-world.*another name")])
+def test_own_rows_are_refused_in_a_folder_with_the_name_of_a_known_set(tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        data.load_splits(name, str(write_rows(tmp_path, name, own_rows(9), own_rows(9))))
 
 
 def test_missing_folders_files_names_and_splits_are_named(tmp_path):
@@ -253,10 +247,9 @@ def test_a_span_that_is_too_long_is_not_learned_from_but_its_question_is_still_a
 def test_an_own_row_is_shortened_around_its_answer_or_around_what_it_protects():
     passage = "soup " * 100 + "oslo " + "bob " * 50
     for change in ({}, {"answer": "ann", "protected": ["oslo"], "choices": ["ann", "bob"]}):
-        for name in ("mine", "cmrc2018"):
-            row = {"prompt": passage + "where =>", "answer": "oslo", "passage": passage, **change}
-            ids = data.encode(data.to_example(name, row), micro.tokenizer(), 40).prompt_ids
-            assert "oslo" in micro.tokenizer().decode(ids) and len(ids) == 38
+        row = {"prompt": passage + "where =>", "answer": "oslo", "passage": passage, **change}
+        ids = data.encode(data.to_example("mine", row), micro.tokenizer(), 40).prompt_ids
+        assert "oslo" in micro.tokenizer().decode(ids) and len(ids) == 38
 
 
 def test_rows_that_cannot_be_answered_are_counted_by_reason_on_the_page(tmp_path, capsys):
@@ -269,10 +262,10 @@ def test_rows_that_cannot_be_answered_are_counted_by_reason_on_the_page(tmp_path
     options = ["--data-root", str(tmp_path), "--backbone", str(micro.FOLDER), "--max-length", "50"]
     data.main([*options, "--task", "mine", "same", "toy-bq"])
     out = capsys.readouterr().out
-    for part in ("3 test answers are cut away where their passage is shortened; raise --max-length",
+    for part in ("3 test answers are cut away where their text is shortened; raise --max-length",
                  "\n  2 development rows alone choose the best checkpoint; add train rows",
                  "1 test answers hold tokens that the backbone does not know",
-                 "tokens of a train row: 67 (median), 67 (longest)", "shortens 23 rows, 5 of them without their answer",
+                 "tokens of a train row: 67 (median), 67 (longest)",
                  "same: refused: ", "the choices '坏' and '好' are the same tokens", "toy-bq: one of one, two | "):
         assert part in out
     assert "train answers are cut" not in out and "words of the train rows" not in out
@@ -361,36 +354,30 @@ def test_a_token_budget_keeps_the_budget_the_mixture_and_little_padding():
     assert padding(steps) < 0.12 and padding([[flat(plain[step])] for step in range(50)]) > 0.4
 
 
-def test_the_page_shows_counts_and_a_rewritten_row(tmp_path, capsys):
+def test_the_page_shows_counts_and_a_row(tmp_path, capsys):
     rows = [{"s": f"长城{i}雄伟，游人也多，值得去", "ot": "长城"} for i in range(30)] + [{"s": "长城", "ot": "故宫"}]
     write_rows(tmp_path, "cote_bd", rows, [{"s": f"长城{i}雄伟，人少，值得去", "ot": "长城"} for i in range(4)])
     write_rows(tmp_path, "mine", own_rows(20), own_rows(24)[20:])
     data.main(["--data-root", str(tmp_path)])
     out = capsys.readouterr().out
     for part in ("cote_bd: a text | ", "27 train, 3 dev (cut from train), 4 test rows", "mine: one of 坏, 好 | 好吗",
-                 "of train: 1 answer not in the text", "4 clause_order of 4 test rows", "对象： -> 长城",
+                 "of train: 1 answer not in the text", "4 of the test rows can be rewritten", "对象： -> 长城",
                  "characters of a train row: 6 (median), 6 (longest)"):
         assert part in out
     with pytest.raises(UserError, match="none holds no <task>/train.jsonl"):
         data.main(["--data-root", str(tmp_path / "none")])
 
 
-def test_rows_that_lose_a_name_are_counted_and_a_draw_that_does_not_fit_is_refused(tmp_path):
+def test_rows_that_lose_a_name_and_answers_that_are_too_long_are_counted(tmp_path):
     far = [{"head": "甲", "tail": "乙", "relation": ("合作", "unknown")[i % 2], "text": f"{i}甲" + "很" * 400 + "乙"}
            for i in range(40)]
     long = [{"prompt": f"{i}问：", "answer": "长" * (400 if i % 2 else 1)} for i in range(40)]
     for task, rows in (("finre", far), ("own", long)):
         write_rows(tmp_path, task, rows[:30], rows[30:])
-    cfg = SimpleNamespace(**vars(CFG), data_root=str(tmp_path), shots=(8,), max_length=390, max_new_tokens=900)
+    cfg = SimpleNamespace(**vars(CFG), data_root=str(tmp_path), max_length=390, max_new_tokens=399)
     _, warnings = data.encode_task("finre", TOKENIZER, cfg)
     assert warnings["test rows lose a name where their text is shortened; raise --max-length"] == 10
     assert warnings["development rows alone choose the best checkpoint; add train rows"] == 3
-    cfg.targets = ("own",)
-    with pytest.raises(UserError, match="--shots 8 draws a row whose answer is too long for --max-length 390"):
-        data.encode_task("own", TOKENIZER, cfg)
-    cfg.targets = ()
     _, warnings = data.encode_task("own", TOKENIZER, cfg)
     assert warnings["train rows are left out for answers that are too long; raise --max-length"] > 5
-    cfg.max_new_tokens = 399
-    assert data.encode_task("own", TOKENIZER, cfg)[1]["test answers are longer than --max-new-tokens 399 and never "
-                                                      "given in full; raise it"] == 5
+    assert warnings["test answers are longer than --max-new-tokens 399 and never given in full; raise it"] == 5
