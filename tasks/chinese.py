@@ -36,7 +36,6 @@ SPLITS = ("train", "test")  # as published; data.py cuts the development set
 class Source:
     """Where rows are published: a data set on the hub (`path` is its id, `train` and `test` are its splits) or files
     (`path` is "", `train` and `test` are addresses). `columns` name the fields of tab-separated lines."""
-
     path: str
     train: str | tuple[str, ...] = "train"
     test: str | tuple[str, ...] = "test"
@@ -179,8 +178,8 @@ class Unusable(Exception):
     """A row that cannot be used; the message is the reason under which it is counted."""
 
 def to_prompt(task: Task, row: dict | None, where: str) -> dict:
-    """A published row in the form of the micro-world's rows, with the `fields` of `fill`; a task without a template has
-    whole prompts, which stay as they are. Raises UserError (a field is missing, a label is unknown), Unusable."""
+    """A published row in the form of the micro-world's rows, with the `fields` of `fill_template`; whole prompts, of a
+    task without a template, stay as they are. Raises UserError (a field is missing, a label is unknown), Unusable."""
     if row is None:
         raise Unusable("wrong number of columns")
     whole = not task.template
@@ -212,15 +211,11 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
 
 
 def fill_template(task: Task, values: dict[str, str]) -> tuple[str, tuple[tuple[str, int, int], ...]]:
-    """`fill` for the task's template; {options} are its answers, joined as the template's language does it."""
+    """The task's template with its fields filled in, and where in the prompt each stands: (name, start, end). {options}
+    are its answers, joined as the template's language does it."""
     comma = "、" if re.search("[\u4e00-\u9fff]", task.template) else ", "
-    return fill(task.template, {"options": comma.join(task.answers)} | values)
-
-
-def fill(template: str, values: dict[str, str]) -> tuple[str, tuple[tuple[str, int, int], ...]]:
-    """The template with its fields filled in, and where in the prompt each stands: (name, start, end)."""
-    prompt, fields = "", []
-    for literal, name, _, _ in string.Formatter().parse(template):
+    values, prompt, fields = {"options": comma.join(task.answers)} | values, "", []
+    for literal, name, _, _ in string.Formatter().parse(task.template):
         prompt += literal
         if name:
             fields.append((name, len(prompt), len(prompt) + len(values[name])))
@@ -322,13 +317,13 @@ def local_rows(task: Task, root: str, split: str) -> Rows:
     """Rows of root/<task>/<split>.jsonl, or .txt as published, or the .json files of CLUE, CMRC and C3, whose
     development set is the test set where the test set has no answers."""
     folder, columns = Path(root) / task.name, next((source.columns for source in task.sources if source.columns), ())
-    paths = [path for kind in ("jsonl", "txt") if (path := folder / f"{split}.{kind}").is_file()][:1]
     stems = ["train"] if split == "train" else ["test", "dev"]
     if task.sources and task.sources[0].test == "validation":
         stems.reverse()
+    names = [f"{split}.jsonl", f"{split}.txt"]
     for stem in stems:
-        paths = paths or sorted(folder.glob(f"{stem}.json")) or sorted(folder.glob(f"*[-_]{stem}*.json")) or sorted(
-            folder.glob(f"{stem}.50k.json"))  # OCNLI's largest train set
+        names += f"{stem}.json", f"*[-_]{stem}*.json", f"{stem}.50k.json"  # the last is OCNLI's largest train set
+    paths = next(filter(None, (sorted(folder.glob(name)) for name in names)), ())
     if not paths:
         raise UserError(f"{folder / split}.jsonl is missing: --data-root should hold {task.name}/train.jsonl and "
                         "test.jsonl, one JSON object a line")

@@ -127,7 +127,6 @@ def test_missing_folders_files_names_and_splits_are_named(tmp_path):
     for root, name, split, message in (
         (tmp_path / "none", "sanwen", "train", "'sanwen' cannot be loaded, tried .*HF_HUB_OFFLINE.*--data-root"),
         (tmp_path / "empty", "sanwen", "train", "empty/sanwen/train.jsonl is missing.*--data-root"),
-        (tmp_path, "sanwen", "valid", "'valid'.*dev"),
         (tmp_path, "../sanwen", "train", "'../sanwen' cannot be a task"),
         (None, "nothing", "train", "'nothing': --data-root DIR.*nothing/train.jsonl.*afqmc.*toy-afqmc"),
         (tmp_path, "nothing", "train", f"--data-root {tmp_path} should hold nothing/train.jsonl and test.jsonl"),
@@ -138,15 +137,11 @@ def test_missing_folders_files_names_and_splits_are_named(tmp_path):
             data.load_task(name, split, root)
 
 
-def test_one_run_reads_tasks_of_its_folder_and_of_the_micro_world(tmp_path):
-    root = write_rows(tmp_path, "mine", own_rows(20), own_rows(24)[20:])
-    assert data.load_task("mine", "test", root)[0].row == f"{root}/mine/test.jsonl:1"
-    assert data.load_task("toy-bq", "test", root) == data.load_task("toy-bq", "test")
-
-
 def test_a_task_is_described_on_a_line_and_asked_without_its_rows(tmp_path):
     long = [row | {"prompt": f"第一行\n{i}" + "很长" * 99 + "判断："} for i, row in enumerate(own_rows(24))]
     root = write_rows(tmp_path, "mine", long[:20], long[20:])
+    assert data.load_task("mine", "test", root)[0].row.startswith(f"{root}/mine/test.jsonl:")
+    assert data.load_task("toy-bq", "test", root) == data.load_task("toy-bq", "test")  # one run may mix them
     line, train = data.describe_task("mine", root), data.load_task("mine", "train", root)
     assert line.startswith("mine: one of 坏, 好 | 第一行 ") and " … 很" in line and len(line) < 100
     assert line.split("判断： -> ")[1] in ("坏", "好")
@@ -193,12 +188,6 @@ def test_k_shot_keeps_groups_apart_and_says_when_k_is_too_large():
     for rows, k in ((spans, 51), (spans, -1), (made_up({"a": 1, "b": 1}, per_group=2), 1)):
         with pytest.raises(UserError, match=f"k = {k} "):
             data.k_shot(rows, k, seed=0)
-
-
-def test_perturb_of_the_micro_world_changes_every_row_and_its_hard_prompt():
-    for row in data.load_task("toy-amazon", "test")[:50]:
-        new = data.perturb(row, 0)
-        assert (new.answer, new.operations) == (row.answer, ("template",)) and new.hard_prompt != row.hard_prompt
 
 
 def test_prompt_and_answer_are_tokenised_apart_end_with_eos_and_choices_can_be_told_apart():
