@@ -4,9 +4,7 @@ A new data set is one entry of the table. The second half of the file reads what
 
     a row as published -> to_prompt -> {"prompt": ..., "answer": ..., "choices": [...], "group": ...}
 
-which is the form of the micro-world's rows, and of rows of your own, which need no entry. Two entries are our reading
-of the paper: FinRE, the twin of SanWen, as the eighth target, and the Chinese part of the multilingual Amazon reviews
-(equally many rows of each star) as Amazon.
+which is the form of the micro-world's rows, and of rows of your own, which need no entry.
 """
 
 from __future__ import annotations
@@ -230,9 +228,9 @@ def group_of(*texts: str) -> str:
 
 
 def _field(row: dict, name: str, where: str) -> object:
-    for alias in (names := ALIASES.get(name, (name,))):
-        if alias in row:
-            return row[alias]
+    names = ALIASES.get(name, (name,))
+    if found := [row[alias] for alias in names if alias in row]:
+        return found[0]
     raise UserError(f"{where}: no field {' or '.join(map(repr, names))} in the row (it has {', '.join(row) or 'none'})")
 
 
@@ -288,18 +286,13 @@ def read_task(task: Task, root: str | None, notes: list[str]) -> tuple[str, dict
     the first source that can be read; what failed before it is added to `notes`. Raises UserError."""
     if root:
         return str(Path(root) / task.name), {split: _read(task, local_rows(task, root, split)) for split in SPLITS}
-    failures = []
     for source in task.sources:
         try:
-            read = {split: _read(task, published_rows(source, split)) for split in SPLITS}
+            return str(source), {split: _read(task, published_rows(source, split)) for split in SPLITS}
         except Exception as error:  # `datasets` raises a different type for every way in which a download can fail
-            reason = str(error).strip().split("\n")[0][:150]
-            failures.append(f"{source} ({reason or type(error).__name__})")
-        else:
-            if failures:
-                notes.append(f"{'; '.join(failures)} failed, using {source}")
-            return str(source), read
-    raise UserError(f"task {task.name!r} cannot be loaded, tried {'; '.join(failures)}: connect to the network once "
+            reason = str(error).strip().split("\n")[0][:150] or type(error).__name__
+            notes.append(f"{source} failed ({reason})")
+    raise UserError(f"task {task.name!r} cannot be loaded, tried {'; '.join(notes)}: connect to the network once "
                     f"(files are kept), or put {task.name}/train.jsonl and test.jsonl into the folder --data-root")
 
 
