@@ -54,7 +54,6 @@ class Example:
     fields: tuple[tuple[str, int, int], ...] = ()  # name, start and end in `prompt` of what filled the template
     row: str = ""  # file and line, for messages
     operations: tuple[str, ...] = ()  # what `perturb` did
-    own: bool = False  # a prompt of your own in a folder that is called like an entry of the table
 
 
 def to_example(name: str, row: dict, where: str = "") -> Example:
@@ -62,11 +61,9 @@ def to_example(name: str, row: dict, where: str = "") -> Example:
     of the prompt that may be shortened) are optional. Raises UserError by file and line."""
     texts, lists = ("prompt", "answer", "group", "hard_prompt", "passage"), ("choices", "references", "protected")
     for key in texts + lists:
-        value = row.get(key) or ()
-        parts = value if key in lists else [value or ""]
+        form, parts = ("a list of texts", row.get(key) or ()) if key in lists else ("a text", [row.get(key) or ""])
         if not isinstance(parts, list | tuple) or any(isinstance(part, list | dict | None) for part in parts):
-            form = "a list of texts" if key in lists else "a text"
-            raise UserError(f"{where}: {key} is {value!r}, but should be {form}")
+            raise UserError(f"{where}: {key} is {row[key]!r}, but should be {form}")
     prompt, answer, group, hard_prompt, passage = (_text(row.get(key)) for key in texts)
     choices, references, protected = (tuple(map(_text, row.get(key) or ())) for key in lists)
     if choices and (answer not in choices or len(set(choices)) < max(2, len(choices))):
@@ -74,13 +71,12 @@ def to_example(name: str, row: dict, where: str = "") -> Example:
     if passage not in prompt:
         raise UserError(f"{where}: the passage {passage[:40]!r} does not occur in the prompt as it stands")
     fields = row.get("fields", ())
-    own = name in TASKS and not fields
     if passage:
         fields = (("text", prompt.index(passage), prompt.index(passage) + len(passage)),)
         protected = protected if choices else (answer, *references, *protected)
     references = tuple(dict.fromkeys((answer, *references))) if references else ()
     return Example(name, prompt, answer, choices, references, protected, group or chinese.group_of(prompt),
-                   hard_prompt, fields, where, own=own)
+                   hard_prompt, fields, where)
 
 
 def _text(value: object) -> str:
@@ -91,15 +87,14 @@ def _text(value: object) -> str:
 def task_of(name: str, examples: Sequence[Example] = ()) -> Task:
     """The entry of the table; of other rows what they show: a span task without choices, a closed one with the same
     choices in every row, in any order, otherwise a choice task."""
-    if name in TASKS and not (examples and examples[0].own):
+    if name in TASKS:
         return TASKS[name]
     choices = examples[0].choices if examples else ()
     form = {"template": "{text} =>", "passage": ""} if name in micro.TASKS else {}  # nothing of its text may be cut
     if not choices:
         return Task(name, "own", "span", "char_f1", **form)
-    if any(set(example.choices) != set(choices) for example in examples):
-        return Task(name, "own", "choice", "accuracy", **form)
-    return Task(name, "own", "closed", "accuracy", answers=choices, **form)
+    closed = all(set(example.choices) == set(choices) for example in examples)
+    return Task(name, "own", "closed" if closed else "choice", "accuracy", answers=choices if closed else (), **form)
 
 
 def spec_of(name: str, examples: Sequence[Example]) -> dict:
@@ -114,8 +109,8 @@ def describe_task(name: str, root: str | Path | None = None) -> str:
     train = load_task(name, "train", root)
     task, example = task_of(name, train), min(train, key=lambda example: len(example.prompt))
     asked = {"closed": f"one of {', '.join(task.answers)}", "choice": "one of the row's choices", "span": "a text"}
-    texts = (" ".join(text.split()) for text in (asked[task.kind], example.prompt))
-    asked, prompt = (text if len(text) <= 60 else f"{text[:40]} … {text[-17:]}" for text in texts)
+    asked, prompt = (text if len(text) <= 60 else f"{text[:40]} … {text[-17:]}"
+                     for text in (asked[task.kind], " ".join(example.prompt.split())))
     return f"{name}: {asked} | {prompt} -> {example.answer}"
 
 
@@ -128,10 +123,8 @@ class Splits:
 
 
 def load_task(name: str, split: str, root: str | Path | None = None) -> list[Example]:
-    """One split (train | dev | test) in a fixed random order: any first n rows are a fair sample. The rows are those of
-    root/<name> if there is such a folder, otherwise the micro-world's or, downloaded, the Chinese set's. UserError."""
-    if split not in ("train", "dev", "test"):
-        raise UserError(f"no split {split!r}; there are train, dev and test")
+    """One split (train | dev | test) in a fixed random order: any first n rows are a fair sample. Rows come from
+    root/<name> if there is such a folder, otherwise from the micro-world or, downloaded, the Chinese set. UserError."""
     return getattr(load_splits(name, str(root) if root else None), split)
 
 
@@ -139,12 +132,12 @@ def load_task(name: str, split: str, root: str | Path | None = None) -> list[Exa
 def load_splits(name: str, root: str | None = None) -> Splits:
     """All splits of a task and a report of what was left out; errors as in `load_task`."""
     if not name or name.startswith(".") or set(name) & set("/\\"):
-        raise UserError(f"{name!r} cannot be a task: its name should be that of a folder, without / or a dot in front")
+        raise UserError(f"{name!r} cannot be a task; name a folder, without / or a dot in front")
     folder, notes = Path(root or "DIR") / name, []
     there = bool(root) and folder.exists()
-    if name in micro.TASKS and there:
-        raise UserError(f"{name!r} is a task of the micro-world; give the folder {folder} another name")
     if name in micro.TASKS:
+        if there:
+            raise UserError(f"{name!r} is a task of the micro-world; give the folder {folder} another name")
         source = "the micro-world"
         read = {split: (number_rows(micro.rows(name, split), f"{name} {split}"), Counter()) for split in SPLITS}
     elif there or name in TASKS:
@@ -170,9 +163,8 @@ def load_splits(name: str, root: str | None = None) -> Splits:
         if not rows:
             raise UserError(f"task {name!r} has no usable {split} row in {source} (left out: {_counts(dropped[split])})"
                             "; add rows or leave the task out")
-    if len({(bool(example.choices), example.own) for example in train + test}) > 1:
-        raise UserError(f"task {name!r} has rows with and without choices, or with and without prompts of their own, "
-                        f"in {source}; make two tasks of them")
+    if len({bool(example.choices) for example in train + test}) > 1:
+        raise UserError(f"task {name!r} has rows with and without choices in {source}; make two tasks of them")
     train, dev = _cut_dev(name, list(kept.values()))
     if task.metric == "micro_f1":  # training has a row for each relation of two names; dev and test ask once for all
         train, dev, test = map(_merge_labels, (train, dev, test))
@@ -184,11 +176,11 @@ def load_splits(name: str, root: str | None = None) -> Splits:
 
 def _merge_labels(examples: list[Example]) -> list[Example]:
     """A prompt that occurs with several answers accepts all of them, its own first."""
-    answers = defaultdict(dict)  # prompt -> its answers, in their order
+    answers = defaultdict(list)  # prompt -> its answers
     for example in examples:
-        answers[example.prompt][example.answer] = None
-    return [replace(e, references=tuple({e.answer: None} | answers[e.prompt])) if len(answers[e.prompt]) > 1 else e
-            for e in examples]
+        answers[example.prompt].append(example.answer)
+    return [replace(e, references=tuple(dict.fromkeys([e.answer, *answers[e.prompt]])))
+            if len(set(answers[e.prompt])) > 1 else e for e in examples]
 
 
 def _cut_dev(name: str, examples: list[Example]) -> tuple[list[Example], list[Example]]:
@@ -207,12 +199,9 @@ def _cut_dev(name: str, examples: list[Example]) -> tuple[list[Example], list[Ex
 
 # Few examples and rewritten ones -------------------------------------------------------------------------------------
 def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example], list[Example]]:
-    """(train, dev): k rows each, no group in both, balanced over the answers of a closed set as far as the rows allow.
-    The same seed gives the same rows whatever the order of `examples`, and a smaller k a part of the rows of a larger
-    one. Raises UserError if there are not 2 k such rows."""
-    if k < 0:
-        raise UserError(f"k = {k} examples are not possible; use 0 or more")
-    name = examples[0].task if examples else ""
+    """(train, dev): k rows each, no group in both, balanced over the answers of a closed set as far as the rows allow,
+    whatever their order; a smaller k takes a part of a larger one's. Raises UserError if there are too few rows."""
+    name = examples[0].task
     closed, rng = task_of(name, examples).kind == "closed", random.Random(f"{seed} {name}")
     order = sorted(examples, key=lambda example: (example.prompt, example.answer, example.group))
     rng.shuffle(order)
@@ -228,20 +217,19 @@ def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example
             pools[answer].remove(example)
             sides[side].append(example)
             side_of[example.group] = side
-    if min(map(len, sides)) < k:
+    if min(map(len, sides)) < k or k < 0:
         raise UserError(f"k = {k} needs {k} train and {k} dev rows on different texts, but the {len(examples)} rows of "
-                        f"task {name!r} give {len(sides[0])} and {len(sides[1])}; use a smaller k")
+                        f"{name!r} give {len(sides[0])} and {len(sides[1])}; use 0 or more, but not so many")
     return sides
 
 
 def perturb(example: Example, seed: int) -> Example:
-    """The example with its input rewritten and its answer kept, a function of prompt and seed. `operations` says how;
-    the example itself if nothing could be done safely."""
+    """The example with its input rewritten and its answer kept; itself if nothing could be done safely."""
     if example.task in micro.TASKS:
         prompt, hard = (text and micro.perturb(text, seed) for text in (example.prompt, example.hard_prompt))
         return replace(example, prompt=prompt, hard_prompt=hard,
                        operations=("template",) if prompt != example.prompt else ())
-    task = task_of(example.task, [example])  # a prompt of the user's own has no operations
+    task = task_of(example.task, [example])  # a whole prompt has no operations
     values = {name: example.prompt[start:end] for name, start, end in example.fields}
     values, operation = rewrite.rewrite(values, task, example.protected, random.Random(f"{seed} {example.prompt}"))
     if not operation:
@@ -251,10 +239,10 @@ def perturb(example: Example, seed: int) -> Example:
 
 
 def test_rows(name: str, cfg) -> dict[str, list[Example]]:
-    """The test rows of a task, "plain" and, where any can be, "rewritten" in ways that training never shows."""
-    rows = {"plain": load_task(name, "test", cfg.data_root)[: cfg.test_rows or None]}
-    rewritten = [perturb(example, cfg.seed) for example in rows["plain"]]
-    return rows | ({"rewritten": rewritten} if any(example.operations for example in rewritten) else {})
+    """The test rows of a task, "plain" and, where any can be, "rewritten"."""
+    plain = load_task(name, "test", cfg.data_root)[: cfg.test_rows or None]
+    rewritten = [perturb(example, cfg.seed) for example in plain]
+    return {"plain": plain} | ({"rewritten": rewritten} if rewritten != plain else {})
 
 
 # Examples -> tokens --------------------------------------------------------------------------------------------------
@@ -265,7 +253,7 @@ class Encoded:
     answer_ids: tuple[int, ...]
     choice_ids: tuple[tuple[int, ...], ...]
     task: str
-    lost: str = ""  # by shortening: "answer" or "name" where one is cut away, otherwise "text"
+    lost: bool = False  # shortening cut away the answer, or a name of a relation
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)
@@ -340,10 +328,9 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, answers: tuple[str, ...], con
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, keep_answer: bool = True,
            chat: bool = False) -> Encoded:
     """Tokens of an example in its frame. If prompt and longest answer have more than max_length tokens, a window of the
-    passage stays: around the two names of a relation, around the answer of a span task (at the beginning with
-    keep_answer=False, for a test must not know it). Nothing else is ever cut. Raises UserError if even that is too
-    long, if the answer has no token, or if two choices have the same ones. A row without choices whose answer is too
-    long comes out longer than max_length, see `fitting`."""
+    passage stays: around the two names of a relation or the answer of a span task (with keep_answer=False, for a test,
+    its beginning). Nothing else is cut. Raises UserError if even that is too long, if the answer has no token, or if
+    two choices have the same ones. A row whose own answer is too long exceeds max_length, see `fitting`."""
     frame, where = frame_of(tokenizer, chat), example.row or example.task
     context = frame.context or re.search(r"[^\n]*\n*$", example.prompt[-64:])[0]  # no token reaches further back
     texts = example.choices or (example.answer,)
@@ -352,13 +339,13 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
     if len(answer) < 2:
         raise UserError(f"{where}: the answer {example.answer!r} has no token in this tokenizer; use another of them")
     if len(set(answers)) < len(answers):
-        twins = [text for text, ids in zip(texts, answers) if answers.count(ids) > 1]
-        raise UserError(f"{where}: the choices {twins[0]!r} and {twins[1]!r} are the same tokens to this backbone; "
-                        "word one of them differently, or use another backbone")
+        first, second, *_ = (text for text, ids in zip(texts, answers) if answers.count(ids) > 1)
+        raise UserError(f"{where}: the choices {first!r} and {second!r} are the same tokens to this backbone; "
+                        "word one of them differently")
     if not example.choices and (not keep_answer or longest > 0.9 * max_length):  # a question may be asked however long
         longest = min(longest, max_length // 2)  # its answer is, and such a row is not learned from
-    room, lost = max_length - longest - len(frame.before) - len(frame.after), ""
-    prompt = tokens_of(tokenizer, frame.spaces[0] + example.prompt)
+    room = max_length - longest - len(frame.before) - len(frame.after)
+    prompt, lost = tokens_of(tokenizer, frame.spaces[0] + example.prompt), False
     if len(prompt) > room:
         prompt, lost = _shorten(example, tokenizer, room, keep_answer, frame.spaces[0])
     return Encoded(array("i", [*frame.before, *prompt, *frame.after]), answer, answers[: len(example.choices)],
@@ -366,9 +353,9 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int
 
 
 def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, keep_answer: bool,
-             lead: str) -> tuple[list[int], str]:
+             lead: str) -> tuple[list[int], bool]:
     """Tokens of the prompt, behind `lead`, with the longest window of its passage that fits into `room` tokens; and
-    what that loses, see Encoded."""
+    whether that loses what is to stay: all names of a relation, one of the answers of a span."""
     task = task_of(example.task, [example])
     start, end = next((place for name, *place in example.fields if name == task.passage), (0, 0))
     passage = example.prompt[start:end]
@@ -377,25 +364,22 @@ def _shorten(example: Example, tokenizer: PreTrainedTokenizerBase, room: int, ke
         places = places[:1] if keep_answer else []
     first, last = min(places, default=(0, 0))[0], max((stop for _, stop in places), default=0)
 
-    def window(size: int) -> str:
+    def cut(size: int) -> tuple[str, list[int]]:
         begin = max(0, min((first + last - size) // 2, len(passage) - size))
-        return passage[begin : begin + size]
-
-    def tokens(size: int) -> list[int]:
-        return tokens_of(tokenizer, lead + example.prompt[:start] + window(size) + example.prompt[end:])
+        window = passage[begin : begin + size]
+        return window, tokens_of(tokenizer, lead + example.prompt[:start] + window + example.prompt[end:])
 
     low, high = last - first if task.kind == "span" else 0, len(passage)
-    if not low and len(tokens(0)) > room:
-        raise UserError(f"{example.row or example.task}: the prompt without its passage has {len(tokens(0))} tokens, "
-                        f"but the answer leaves room for {room}; raise --max-length or drop the row")
+    if not low and (least := len(cut(0)[1])) > room:
+        raise UserError(f"{example.row or example.task}: the prompt without its passage has {least} tokens, but the "
+                        f"answer leaves room for {room}; raise --max-length or drop the row")
     while low < high - 1:  # high does not fit; low does, unless it is an answer that is too long
         middle = (low + high) // 2
-        low, high = (middle, high) if len(tokens(middle)) <= room else (low, middle)
+        low, high = (middle, high) if len(cut(middle)[1]) <= room else (low, middle)
+    window, ids = cut(low)
     texts = example.protected if example.choices else example.references or (example.answer,)
-    stays = [text in window(low) for text in texts if text in passage]
-    if example.choices:
-        return tokens(low), "text" if all(stays) else "name"
-    return tokens(low), "text" if any(stays) or not stays else "answer"
+    stays = [text in window for text in texts if text in passage]
+    return ids, bool(stays) and not (all(stays) if example.choices else any(stays))
 
 
 def rows_hash(rows: Iterable[Encoded]) -> str:
@@ -421,51 +405,44 @@ def fitting(rows: list[Encoded], max_length: int) -> list[Encoded]:
 
 
 def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dict[str, list[Encoded]], Counter]:
-    """All rows of a task before training, {train | dev | test | rewritten: rows}, and warnings, {reason: number}.
-    Raises UserError for a row that does not fit, too few rows for the shots, or a task that cannot be learned or
-    answered. cfg: data_root seed targets shots dev_rows test_rows max_length max_new_tokens chat_template."""
-    splits, chat, unknown = load_splits(name, cfg.data_root), cfg.chat_template == "on", tokenizer.unk_token_id
+    """All rows of a task, {train | dev | test | rewritten: rows}, and warnings, {reason: number}. Raises UserError if a
+    row does not fit, there are too few for the shots, or nothing can be learned or answered. cfg: see train.Config."""
+    splits, unknown = load_splits(name, cfg.data_root), tokenizer.unk_token_id
     if splits.train[0].choices and len({row.answer for row in splits.train}) == 1:
         raise UserError(f"all {len(splits.train)} train rows of {name} have the answer '{splits.train[0].answer}': "
                         "there is nothing to tell apart; add rows with another answer, or leave the task out")
     shots = cfg.shots if name in cfg.targets else (0,)
-    for k in shots:
-        drawn = sum(k_shot(splits.train, k, cfg.seed), [])
-        if any(len(row) > cfg.max_length for row in encode_all(drawn, tokenizer, cfg.max_length, True, chat)):
-            raise UserError(f"{name}: --shots {k} draws a row whose answer is too long for --max-length "
-                            f"{cfg.max_length}; raise it")
+    for k in shots:  # are there enough rows?
+        k_shot(splits.train, k, cfg.seed)
     tests = test_rows(name, cfg)
     examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": tests.pop("plain"), **tests}
-    rows = {split: encode_all(some, tokenizer, cfg.max_length, split == "train", chat)
+    rows = {split: encode_all(some, tokenizer, cfg.max_length, split == "train", cfg.chat_template == "on")
             for split, some in examples.items()}
-    words, known = (sum(count) for count in zip(*(
-        (len(row.prompt_ids), len(row.prompt_ids) - row.prompt_ids.count(unknown)) for row in rows["train"])))
-    warnings = Counter()
-    if known < words / 2:
-        warnings[f"of {words} words of the train rows are unknown to the backbone's tokenizer; give a --backbone of "
-                 "this language"] = words - known
+    warnings, words = Counter(), [token for row in rows["train"] for token in row.prompt_ids]
+    if words.count(unknown) > len(words) / 2:
+        warnings[f"of {len(words)} words of the train rows are unknown to the backbone's tokenizer; give a --backbone "
+                 "of this language"] = words.count(unknown)
     if 0 in shots and len(splits.dev) < FEW_DEV_ROWS:
         warnings["development rows alone choose the best checkpoint; add train rows"] = len(splits.dev)
-    too_long = f"test answers are longer than --max-new-tokens {cfg.max_new_tokens} and never given in full; raise it"
     for split in ("train", "dev", "test"):
-        for example, row in zip(examples[split], rows[split]):
-            right = [] if split != "test" or example.choices else example.references or [example.answer]
-            warnings.update(reason for reason, applies in {
-                f"{split} rows are left out for answers that are too long; raise --max-length":
-                    split != "test" and len(row) > cfg.max_length,
-                f"{split} answers hold tokens that the backbone does not know": unknown in row.answer_ids[:-1],
-                f"{split} rows lose a name where their text is shortened; raise --max-length": row.lost == "name",
-                f"{split} answers are cut away where their passage is shortened; raise --max-length":
-                    row.lost == "answer",
-                too_long: right and min(map(len, tokens_of(tokenizer, [*right]))) > cfg.max_new_tokens,
-            }.items() if applies)
-    if warnings[too_long] == len(rows["test"]):
-        raise UserError(f"{name}: {len(rows['test'])} of {len(rows['test'])} {too_long}")
-    return rows | {split: fitting(rows[split], cfg.max_length) for split in ("train", "dev")}, warnings
+        lost = "rows lose a name" if splits.train[0].choices else "answers are cut away"
+        warnings[f"{split} {lost} where their text is shortened; raise --max-length"] = sum(r.lost for r in rows[split])
+        warnings[f"{split} answers hold tokens that the backbone does not know"] = sum(
+            unknown in row.answer_ids[:-1] for row in rows[split])
+        if split != "test":
+            warnings[f"{split} rows are left out for answers that are too long; raise --max-length"] = sum(
+                len(row) > cfg.max_length for row in rows[split])
+    long = sum(min(map(len, tokens_of(tokenizer, [*(row.references or [row.answer])]))) > cfg.max_new_tokens
+               for row in examples["test"] if not row.choices)
+    too_long = f"test answers are longer than --max-new-tokens {cfg.max_new_tokens} and never given in full; raise it"
+    if long == len(rows["test"]):
+        raise UserError(f"{name}: {long} of {long} {too_long}")
+    warnings[too_long] = long
+    return rows | {split: fitting(rows[split], cfg.max_length) for split in ("train", "dev")}, +warnings
 
 
 def list_notes(name: str, root: str | None, warnings: dict[str, int]) -> list[str]:
-    """What to know about a task: rows left out, how it was read, the warnings of `encode_task`."""
+    """Rows left out, how the task was read, the warnings of `encode_task`."""
     report = load_splits(name, root).report
     left_out = [f"left out of {split}: {_counts(dropped)}" for split, dropped in report["dropped"].items() if dropped]
     return left_out + report["notes"] + [f"{count} {reason}" for reason, count in warnings.items()]
@@ -475,10 +452,10 @@ def draw_shots(name: str, k: int, tokenizer: PreTrainedTokenizerBase, cfg) -> tu
         dict[str, list[Encoded]], list[Example], dict[str, list[str]]]:
     """k examples of a target and k more for choosing a checkpoint: {train | dev: rows}, the development examples, and
     where both were drawn from (file and line)."""
-    few, held = k_shot(load_task(name, "train", cfg.data_root), k, cfg.seed)
+    drawn = dict(zip(("train", "dev"), k_shot(load_task(name, "train", cfg.data_root), k, cfg.seed)))
     rows = {split: fitting(encode_all(some, tokenizer, cfg.max_length, split == "train", cfg.chat_template == "on"),
-                           cfg.max_length) for split, some in (("train", few), ("dev", held))}
-    return rows, held, {split: [row.row for row in some] for split, some in (("train", few), ("dev", held))}
+                           cfg.max_length) for split, some in drawn.items()}
+    return rows, drawn["dev"], {split: [row.row for row in some] for split, some in drawn.items()}
 
 
 def _counts(counts: Counter) -> str:
@@ -501,9 +478,9 @@ class Batch:
 
 def collate(encoded: Sequence[Encoded], task_ids: Sequence[int]) -> Batch:
     """A training batch; task_ids: one per row. Padding is known by its place, so that any token may fill it."""
-    texts = [[*row.prompt_ids, *row.answer_ids] for row in encoded]
     labels = [[-100] * len(row.prompt_ids) + [*row.answer_ids] for row in encoded]
-    return Batch(*_pad(texts), _pad(labels, -100)[0], torch.tensor(list(task_ids)))
+    return Batch(*_pad([[*row.prompt_ids, *row.answer_ids] for row in encoded]), _pad(labels, -100)[0],
+                 torch.tensor(list(task_ids)))
 
 
 def collate_prompts(encoded: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -528,7 +505,7 @@ class Batches:
 
     def __init__(self, rows_by_task: dict[str, Sequence[Encoded]], batch_size: int, seed: int, budget: int = 0):
         self.rows, self.batch_size, self.seed, self.budget = rows_by_task, batch_size, seed, budget
-        self.order = lru_cache(2 * len(rows_by_task))(self._order)  # remembers this epoch's and the last one's
+        self.order = lru_cache(2 * len(rows_by_task))(self._order)  # this epoch's and the last one's
 
     def __getitem__(self, step: int) -> list[list[Encoded]]:
         names, drawn, parts = list(self.rows), [], [[]]
@@ -552,25 +529,20 @@ class Batches:
 
 # The page about the data ---------------------------------------------------------------------------------------------
 def page(name: str, root: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None, cfg=None) -> str:
-    """What to look at first: counts, rows left out, lengths, balance of answers, a rewritten test row; with a tokenizer
-    (and cfg, as `encode_task` reads it) lengths in tokens, rows that are shortened and what that loses."""
-    splits, warnings, cut = load_splits(name, root), {}, []
-    unit, lengths = "characters", [len(row.prompt + row.answer) for row in splits.train]
+    """A row, counts, answers, lengths, rows left out; with a tokenizer (and cfg) the warnings of `encode_task`, too."""
+    splits, warnings = load_splits(name, root), encode_task(name, tokenizer, cfg)[1] if tokenizer else {}
+    lengths = sorted(len(row.prompt + row.answer) for row in splits.train)
     if tokenizer:
-        rows, warnings = encode_task(name, tokenizer, cfg)
-        unit, lengths = "tokens", [len(row) for row in encode_all(splits.train, tokenizer, sys.maxsize)]
-        lost = [row.lost for split in ("train", "dev", "test") for row in rows[split] if row.lost]
-        cut = [f"--max-length {cfg.max_length} shortens {len(lost)} rows, {len(lost) - lost.count('text')} of them "
-               "without their answer or a name"]
-    rewritten = [new for example in splits.test if (new := perturb(example, seed=0)).operations]
+        lengths = sorted(map(len, encode_all(splits.train, tokenizer, sys.maxsize)))
+    rewritten = sum(bool(perturb(example, seed=0).operations) for example in splits.test)
     return "\n  ".join([
         describe_task(name, root),
         f"{len(splits.train)} train, {len(splits.dev)} dev (cut from train), {len(splits.test)} test rows from "
-        f"{splits.report['source']}", f"answers: {_counts(Counter(row.answer for row in splits.train))}",
-        f"{unit} of a train row: {sorted(lengths)[len(lengths) // 2]} (median), {max(lengths)} (longest)",
-        *cut, *list_notes(name, root, warnings),
-        f"rewritten: {_counts(Counter(new.operations[0] for new in rewritten))} of {len(splits.test)} test rows",
-        *(f"{row.prompt} -> {row.answer}".replace("\n", "\n  ") for row in rewritten[:1])])
+        f"{splits.report['source']}; {rewritten} of the test rows can be rewritten",
+        f"answers: {_counts(Counter(row.answer for row in splits.train))}",
+        f"{'tokens' if tokenizer else 'characters'} of a train row: {lengths[len(lengths) // 2]} (median), "
+        f"{lengths[-1]} (longest)",
+        *list_notes(name, root, warnings)])
 
 
 def main(argv: list[str]) -> None:
@@ -581,17 +553,13 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--max-length", type=int, default=128, help="as in train.py (default: 128)")
     parser.set_defaults(seed=0, dev_rows=None, test_rows=0, targets=(), max_new_tokens=sys.maxsize, chat_template="off")
     cfg = parser.parse_args(argv)
-    names = micro.TASKS
-    if cfg.data_root:
-        names = sorted({path.parent.name for path in Path(cfg.data_root).glob("*/*train*.*")})
+    names = sorted({p.parent.name for p in Path(cfg.data_root).glob("*/*train*.*")}) if cfg.data_root else micro.TASKS
     if not names:
         raise UserError(f"--data-root {cfg.data_root} holds no <task>/train.jsonl")
-    tokenizer = None
-    if cfg.backbone:
-        try:
-            tokenizer = load_tokenizer(cfg.backbone)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--backbone {cfg.backbone} has no tokenizer that can be read ({error})") from None
+    try:
+        tokenizer = load_tokenizer(cfg.backbone) if cfg.backbone else None
+    except (OSError, ValueError) as error:
+        raise UserError(f"--backbone {cfg.backbone} has no tokenizer that can be read ({error})") from None
     for name in cfg.task or names:
         try:
             print(page(name, cfg.data_root, tokenizer, cfg), end="\n\n")

@@ -4,16 +4,12 @@ A new data set is one entry of the table. The second half of the file reads what
 
     a row as published -> to_prompt -> {"prompt": ..., "answer": ..., "choices": [...], "group": ...}
 
-which is the form of the micro-world's rows, and of rows of your own, which need no entry. Two entries are our reading
-of the paper: FinRE, the twin of SanWen, as the eighth target, and the Chinese part of the multilingual Amazon reviews
-(equally many rows of each star) as Amazon.
+which is the form of the micro-world's rows, and of rows of your own, which need no entry.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import random
@@ -38,7 +34,6 @@ SPLITS = ("train", "test")  # as published; data.py cuts the development set
 class Source:
     """Where rows are published: a data set on the hub (`path` is its id, `train` and `test` are its splits) or files
     (`path` is "", `train` and `test` are addresses). `columns` name the fields of tab-separated lines."""
-
     path: str
     train: str | tuple[str, ...] = "train"
     test: str | tuple[str, ...] = "test"
@@ -174,7 +169,6 @@ TARGETS = tuple(task.name for task in TABLE if task.role == "target")
 
 # From a published row to a prompt ------------------------------------------------------------------------------------
 ALIASES = {"text": ("text", "sentence"), "label": ("label", "score", "relation")}  # the same field at different sources
-LISTS = ("choices", "references", "protected", "choice", "answers")  # fields that hold a list
 LETTERS = ["".join(letters) for n in (1, 2) for letters in product(string.ascii_uppercase, repeat=n)]  # A .. Z AA .. ZZ
 
 
@@ -182,11 +176,14 @@ class Unusable(Exception):
     """A row that cannot be used; the message is the reason under which it is counted."""
 
 def to_prompt(task: Task, row: dict | None, where: str) -> dict:
-    """A published row in the form of the micro-world's rows, with the `fields` of `fill`; a row that has a prompt stays
-    as it is. Raises UserError (a field is missing, a label is unknown), Unusable."""
+    """A published row in the form of the micro-world's rows, with the `fields` of `fill_template`; whole prompts, of a
+    task without a template, stay as they are. Raises UserError (a field is missing, a label is unknown), Unusable."""
     if row is None:
         raise Unusable("wrong number of columns")
-    whole = "prompt" in row or not task.template
+    whole = not task.template
+    if "prompt" in row and not whole:
+        raise UserError(f"{where}: a row with its own prompt, but {task.name!r} is a known data set; give the folder "
+                        "another name")
     if whole and not {"prompt", "answer"} <= row.keys():
         raise UserError(f'{where}: a row needs "prompt" and "answer", as in {{"prompt": "...", "answer": "..."}}; this '
                         f"one has {', '.join(row) or 'nothing'}")
@@ -212,15 +209,11 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
 
 
 def fill_template(task: Task, values: dict[str, str]) -> tuple[str, tuple[tuple[str, int, int], ...]]:
-    """`fill` for the task's template; {options} are its answers, joined as the template's language does it."""
+    """The task's template with its fields filled in, and where in the prompt each stands: (name, start, end). {options}
+    are its answers, joined as the template's language does it."""
     comma = "、" if re.search("[\u4e00-\u9fff]", task.template) else ", "
-    return fill(task.template, {"options": comma.join(task.answers)} | values)
-
-
-def fill(template: str, values: dict[str, str]) -> tuple[str, tuple[tuple[str, int, int], ...]]:
-    """The template with its fields filled in, and where in the prompt each stands: (name, start, end)."""
-    prompt, fields = "", []
-    for literal, name, _, _ in string.Formatter().parse(template):
+    values, prompt, fields = {"options": comma.join(task.answers)} | values, "", []
+    for literal, name, _, _ in string.Formatter().parse(task.template):
         prompt += literal
         if name:
             fields.append((name, len(prompt), len(prompt) + len(values[name])))
@@ -235,9 +228,9 @@ def group_of(*texts: str) -> str:
 
 
 def _field(row: dict, name: str, where: str) -> object:
-    for alias in (names := ALIASES.get(name, (name,))):
-        if alias in row:
-            return row[alias]
+    names = ALIASES.get(name, (name,))
+    if found := [row[alias] for alias in names if alias in row]:
+        return found[0]
     raise UserError(f"{where}: no field {' or '.join(map(repr, names))} in the row (it has {', '.join(row) or 'none'})")
 
 
@@ -293,18 +286,13 @@ def read_task(task: Task, root: str | None, notes: list[str]) -> tuple[str, dict
     the first source that can be read; what failed before it is added to `notes`. Raises UserError."""
     if root:
         return str(Path(root) / task.name), {split: _read(task, local_rows(task, root, split)) for split in SPLITS}
-    failures = []
     for source in task.sources:
         try:
-            read = {split: _read(task, published_rows(source, split)) for split in SPLITS}
+            return str(source), {split: _read(task, published_rows(source, split)) for split in SPLITS}
         except Exception as error:  # `datasets` raises a different type for every way in which a download can fail
-            reason = str(error).strip().split("\n")[0][:150]
-            failures.append(f"{source} ({reason or type(error).__name__})")
-        else:
-            if failures:
-                notes.append(f"{'; '.join(failures)} failed, using {source}")
-            return str(source), read
-    raise UserError(f"task {task.name!r} cannot be loaded, tried {'; '.join(failures)}: connect to the network once "
+            reason = str(error).strip().split("\n")[0][:150] or type(error).__name__
+            notes.append(f"{source} failed ({reason})")
+    raise UserError(f"task {task.name!r} cannot be loaded, tried {'; '.join(notes)}: connect to the network once "
                     f"(files are kept), or put {task.name}/train.jsonl and test.jsonl into the folder --data-root")
 
 
@@ -319,26 +307,25 @@ def _read(task: Task, rows: Rows) -> tuple[list[tuple[str, dict]], Counter]:
 
 
 def local_rows(task: Task, root: str, split: str) -> Rows:
-    """Rows of root/<task>/<split>.jsonl, .csv, .tsv, or .txt as published, the first that is there; otherwise of the
-    .json files of CLUE, CMRC and C3, whose development set is the test set where the test set has no answers."""
+    """Rows of root/<task>/<split>.jsonl, or .txt as published, or the .json files of CLUE, CMRC and C3, whose
+    development set is the test set where the test set has no answers."""
     folder, columns = Path(root) / task.name, next((source.columns for source in task.sources if source.columns), ())
-    paths = [path for kind in ("jsonl", "csv", "tsv", "txt") if (path := folder / f"{split}.{kind}").is_file()][:1]
     stems = ["train"] if split == "train" else ["test", "dev"]
     if task.sources and task.sources[0].test == "validation":
         stems.reverse()
+    names = [f"{split}.jsonl", f"{split}.txt"]
     for stem in stems:
-        paths = paths or sorted(folder.glob(f"{stem}.json")) or sorted(folder.glob(f"*[-_]{stem}*.json")) or sorted(
-            folder.glob(f"{stem}.50k.json"))  # OCNLI's largest train set
+        names += f"{stem}.json", f"*[-_]{stem}*.json", f"{stem}.50k.json"  # the last is OCNLI's largest train set
+    paths = next(filter(None, (sorted(folder.glob(name)) for name in names)), ())
     if not paths:
         raise UserError(f"{folder / split}.jsonl is missing: --data-root should hold {task.name}/train.jsonl and "
-                        "test.jsonl, one JSON object a line (or .csv, .tsv, or the .json files of CLUE)")
+                        "test.jsonl, one JSON object a line")
     for path in paths:
         try:
             text = path.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
-        yield from (parse_table(text, str(path)) if path.suffix in (".csv", ".tsv") else
-                    parse_rows(text, columns if path.suffix == ".txt" else (), str(path)))
+        yield from parse_rows(text, columns if path.suffix == ".txt" else (), str(path))
 
 
 def published_rows(source: Source, split: str) -> Rows:
@@ -369,31 +356,6 @@ def _download(url: str) -> Path:
 
 def number_rows(rows: Iterable[dict], where: str) -> Rows:
     return ((f"{where}:{number}", row) for number, row in enumerate(rows, 1))
-
-
-def parse_table(text: str, where: str) -> Rows:
-    """Rows of a CSV or TSV file whose first line names the fields. A cell of LISTS is a JSON list, or its parts with |
-    between them. In a TSV, quotation marks count only where they enclose a whole cell, as the csv module writes it."""
-    tabs = where.endswith(".tsv")
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",", strict=True,
-                           quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
-    try:
-        table.fieldnames = [name.strip(' "') for name in table.fieldnames or ()]
-        if len(table.fieldnames) > len(set(table.fieldnames)):
-            raise ValueError(f"the first line names a column twice: {', '.join(table.fieldnames)}")
-        for row in table:
-            if None in row or None in row.values():
-                raise ValueError(f"not the {len(table.fieldnames)} columns that the first line names")
-            for name, cell in row.items():
-                if tabs and re.fullmatch('"([^"]|"")*"', cell):
-                    row[name] = cell = cell[1:-1].replace('""', '"')
-                if name in LISTS:
-                    cell = cell.strip()
-                    row[name] = decode(cell) if cell[:1] == "[" else [part.strip() for part in cell.split("|") if cell]
-            if any(row.values()):  # not a blank line of a spreadsheet
-                yield f"{where}:{table.line_num}", row
-    except (ValueError, csv.Error) as error:
-        raise UserError(f"{where}:{table.reader.line_num}: not readable as a table ({error})") from None
 
 
 def parse_rows(text: str, columns: Sequence[str] = (), where: str = "") -> Rows:

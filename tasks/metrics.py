@@ -6,9 +6,6 @@ r"""How answers are scored. With p the tokens of a prediction and r those of a r
     micro F1      as in the script of SanWen and FinRE (thunlp/Chinese_NRE): "no relation" is left out of both
                   P = right / predicted relations,  R = right / questions with a relation,  F1 = 2 P R / (P + R)
     macro F1      the mean over all answers, "no relation" as well, of the F1 of each
-
-DRCD is shown with the character F1 of CMRC, as in CLUE; its own script takes for m the characters in common, in any
-order.
 """
 
 import re
@@ -49,8 +46,7 @@ def accuracy(predictions: Sequence[str], golds: Sequence[tuple[str, ...]]) -> fl
 
 def micro_f1(predictions: Sequence[str], golds: Sequence[tuple[str, ...]],
              left_out: Sequence[str] = ("无关",)) -> float:
-    """The F1 of all answers but those left out. A row with several right answers is one to be found, also where "no
-    relation" is among them; 0 if nothing is right."""
+    """The F1 of all answers but those left out. A row is to be found if one of its right answers is a relation."""
     right = sum(p in gold and p not in left_out for p, gold in zip(predictions, golds, strict=True))
     predicted = sum(p not in left_out for p in predictions)
     true = sum(not set(gold) <= set(left_out) for gold in golds)

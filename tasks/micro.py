@@ -11,10 +11,6 @@ capability is meant and which words to use. `hard_prompt` of a row puts the inst
 text gives its instruction away: of two options either one may be asked for, and a question may stand there for its
 answer, for its counterpart or for nothing.
 
-One prompt cannot solve all tasks: they read the same kind of text, and their label words overlap with different
-meanings, as the numeric labels of real data sets do. `one` is one star for toy-amazon, food for toy-thucnews, a
-paraphrase for toy-afqmc and not a paraphrase for toy-bq.
-
 Some topics never meet some places, some adjectives some aspects, some relations some places, some names some cities,
 neither in pretraining nor in the train rows of a task; every test row holds at least one such pair (`held_out`). One
 sentence template and the distractor clauses occur in pretraining but in no row of a task: `perturb` uses them.

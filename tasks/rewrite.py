@@ -51,7 +51,7 @@ def rewrite(values: dict[str, str], task, protected: tuple[str, ...], rng: rando
     field = "question" if "question" in values else task.passage
     names = [name for name in task.rewrite if name != "frame"]
     rng.shuffle(names)
-    for name in names + [name for name in task.rewrite if name == "frame"]:
+    for name in names + ["frame"] * ("frame" in task.rewrite):
         if name == "swap":
             first, second = task.group
             new = values | {first: values[second], second: values[first]}
@@ -112,9 +112,8 @@ def time_order(text: str, together: tuple[str, ...], rng: random.Random) -> str:
 
 def adverbial_last(text: str, together: tuple[str, ...], rng: random.Random) -> str:
     found = ADVERBIAL.match(text)
-    if not found or not _balanced(found[1]) or not _balanced(found[2]) or LEANING.match(found[2]):
-        return text
-    if re.match("[，,]", text[found.end() :]):
+    if not found or not _balanced(found[1]) or not _balanced(found[2]) or LEANING.match(found[2]) or re.match(
+            "[，,]", text[found.end() :]):
         return text
     return f"{found[2]}，{found[1]}{found[3]}{text[found.end():]}"
 

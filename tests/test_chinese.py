@@ -73,13 +73,11 @@ def test_the_table_is_consistent_and_source_and_target_tasks_are_apart():
         assert set(task.group) <= set(task.fields) and task.positive in ("", *task.answers)
 
 
-def test_answers_are_joined_as_the_language_of_the_template_does_it():
+def test_an_entry_of_ones_own_reads_fields_and_labels_and_joins_answers_in_its_language():
     for template, joined in (("{text} 选{options}", "甲 选a、b"), ("{text} One of: {options}", "甲 One of: a, b")):
         task = chinese.Task("new", "source", "closed", "accuracy", template, ("a", "b"))
-        prompt, fields = chinese.fill_template(task, {"text": "甲"})
-        assert prompt == joined and chinese.fill_template(task, {n: prompt[a:b] for n, a, b in fields})[0] == prompt
         row = chinese.to_prompt(task, {"text": "甲", "label": "b"}, "")
-        assert (row["prompt"], row["fields"], row["answer"]) == (prompt, fields, "b")
+        assert (row["prompt"], row["answer"]) == (joined, "b")
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -122,37 +120,6 @@ def test_files_may_hold_a_byte_order_mark_quotes_blank_lines_line_separators_and
     write_rows(tmp_path, "cote_bd", "\ufeff" + "\r\n\r\n".join(lines) + "\r\n", [published("cote_bd", 9)])
     splits = data.load_splits("cote_bd", str(tmp_path))
     assert ["\u2028雄伟<N>" in e.prompt for e in splits.train + splits.dev] == [True] * 4
-
-
-TABLES = {  # the same two rows
-    "csv": '\ufeffprompt,answer,choices,group\r\n"甲, ""乙""\n丙",好,坏|好,0\r\n'
-           '\r\n,,,\r\n丁,坏,"[""坏"", ""好""]",\r\n',
-    "tsv": '\ufeffprompt\tanswer\tchoices\tgroup\n"甲\t好\t坏 | 好\t0\n\n"丁"\t坏\t"[""坏"", ""好""]"\t\n'}
-
-
-@pytest.mark.parametrize("kind", TABLES)
-def test_tables_hold_rows_as_json_lines_do(tmp_path, kind):
-    write_rows(tmp_path, "mine", TABLES[kind], [], suffix=kind)
-    first, second = chinese.local_rows(data.task_of("mine"), str(tmp_path), "train")
-    prompt = '甲, "乙"\n丙' if kind == "csv" else '"甲'  # a lone quotation mark between tabs is part of the text
-    assert first[1] == {"prompt": prompt, "answer": "好", "choices": ["坏", "好"], "group": "0"}
-    assert second == (f"{tmp_path}/mine/train.{kind}:{6 if kind == 'csv' else 4}",
-                      {"prompt": "丁", "answer": "坏", "choices": ["坏", "好"], "group": ""})
-    write_rows(tmp_path, "mine", [{"prompt": "先"}], [])
-    assert len(list(chinese.local_rows(data.task_of("mine"), str(tmp_path), "train"))) == 1  # train.jsonl wins
-
-
-@pytest.mark.parametrize("text, message", [
-    ("prompt,answer\n甲,好\n乙\n", "train.csv:3: .*not the 2 columns that the first line names"),
-    ('prompt,answer\n甲,"好\n', "train.csv:2: not readable as a table"),
-    ('prompt,answer\n"甲"乙,好\n', "train.csv:2: not readable as a table"),
-    ("prompt,answer,choices\n甲,好,[坏\n", "train.csv:2: not readable as a table"),
-    ("prompt,answer,choices\n甲,好,坏|差\n", "train.csv:2: choices"),
-    ("甲,好\n乙,坏\n", 'train.csv:2: a row needs "prompt" and "answer", .*has 甲, 好')])
-def test_a_mistake_in_a_table_is_named_by_file_and_line(tmp_path, text, message):
-    write_rows(tmp_path, "mine", text, text, suffix="csv")
-    with pytest.raises(UserError, match=message):
-        data.load_splits("mine", str(tmp_path))
 
 
 def test_files_are_read_under_the_names_that_clue_cmrc_and_c3_give_them(tmp_path):
@@ -278,13 +245,7 @@ def test_a_source_that_is_away_or_has_other_columns_or_labels_falls_back_and_say
         hub.rows |= {("C-MTEB/LCQMC", "train"): [first], ("C-MTEB/LCQMC", "test"): [first]}
     report = data.load_splits("lcqmc").report
     assert report["source"] == "mteb/LCQMC at main"
-    assert "C-MTEB/LCQMC" in report["notes"][0] and "using mteb/LCQMC" in report["notes"][0]
-
-
-def test_nothing_reachable_is_one_sentence_with_task_tries_and_remedy(hub):
-    parts = "task 'afqmc'.*clue/clue:afqmc.*Couldn't reach.*C-MTEB/AFQMC.*network.*--data-root"  # . is no line break
-    with pytest.raises(UserError, match=parts):
-        data.load_task("afqmc", "train")
+    assert report["notes"][0].startswith("C-MTEB/LCQMC at 17f9b09 failed (")
 
 
 def test_files_are_downloaded_once_from_the_commit_or_its_mirror(hub, monkeypatch, tmp_path):
@@ -329,7 +290,7 @@ def test_each_operation_changes_one_field_and_keeps_the_answer(name, change, ope
     for rewritten in {data.perturb(example, seed) for seed in range(8)}:
         assert rewritten.operations == (operation,) and rewritten.prompt == example.prompt.replace(old, new)
         texts = {field: rewritten.prompt[start:end] for field, start, end in rewritten.fields}
-        assert chinese.fill(TASKS[name].template, texts) == (rewritten.prompt, rewritten.fields)
+        assert chinese.fill_template(TASKS[name], texts) == (rewritten.prompt, rewritten.fields)
         assert replace(rewritten, prompt=example.prompt, fields=example.fields, operations=()) == example
 
 

@@ -112,17 +112,11 @@ def test_zero_is_a_group_no_group_is_not_one_and_a_number_is_one_text(tmp_path):
     assert len({e.group for e in splits.train + splits.dev}) == 6  # 1, 2 and four texts without a group
 
 
-def test_own_rows_stay_own_rows_in_a_folder_with_the_name_of_a_known_set(tmp_path):
-    write_rows(tmp_path, "finre", own_rows(20), own_rows(24)[20:])
-    splits = data.load_splits("finre", str(tmp_path))
-    task = data.task_of("finre", splits.test)
-    assert (task.kind, task.metric, task.template, task.answers) == ("closed", "accuracy", "", ("坏", "好"))
-    assert data.perturb(splits.test[0], 0) is splits.test[0] and data.task_of("finre").metric == "micro_f1"
-    write_rows(tmp_path, "cmrc2018", own_rows(9), [published("cmrc2018")])
-    write_rows(tmp_path, "toy-bq", own_rows(9), own_rows(9))
-    for name, message in (("cmrc2018", "with and without prompts of their own"), ("toy-bq", "micro-world.*name")):
-        with pytest.raises(UserError, match=message):
-            data.load_splits(name, str(tmp_path))
+@pytest.mark.parametrize("name, message", [
+    ("finre", "train.jsonl:1: a row with its own prompt.*another name"), ("toy-bq", "micro-world.*another name")])
+def test_own_rows_are_refused_in_a_folder_with_the_name_of_a_known_set(tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        data.load_splits(name, str(write_rows(tmp_path, name, own_rows(9), own_rows(9))))
 
 
 def test_missing_folders_files_names_and_splits_are_named(tmp_path):
@@ -133,7 +127,6 @@ def test_missing_folders_files_names_and_splits_are_named(tmp_path):
     for root, name, split, message in (
         (tmp_path / "none", "sanwen", "train", "'sanwen' cannot be loaded, tried .*HF_HUB_OFFLINE.*--data-root"),
         (tmp_path / "empty", "sanwen", "train", "empty/sanwen/train.jsonl is missing.*--data-root"),
-        (tmp_path, "sanwen", "valid", "'valid'.*dev"),
         (tmp_path, "../sanwen", "train", "'../sanwen' cannot be a task"),
         (None, "nothing", "train", "'nothing': --data-root DIR.*nothing/train.jsonl.*afqmc.*toy-afqmc"),
         (tmp_path, "nothing", "train", f"--data-root {tmp_path} should hold nothing/train.jsonl and test.jsonl"),
@@ -144,15 +137,11 @@ def test_missing_folders_files_names_and_splits_are_named(tmp_path):
             data.load_task(name, split, root)
 
 
-def test_one_run_reads_tasks_of_its_folder_and_of_the_micro_world(tmp_path):
-    root = write_rows(tmp_path, "mine", own_rows(20), own_rows(24)[20:])
-    assert data.load_task("mine", "test", root)[0].row == f"{root}/mine/test.jsonl:1"
-    assert data.load_task("toy-bq", "test", root) == data.load_task("toy-bq", "test")
-
-
 def test_a_task_is_described_on_a_line_and_asked_without_its_rows(tmp_path):
     long = [row | {"prompt": f"第一行\n{i}" + "很长" * 99 + "判断："} for i, row in enumerate(own_rows(24))]
     root = write_rows(tmp_path, "mine", long[:20], long[20:])
+    assert data.load_task("mine", "test", root)[0].row.startswith(f"{root}/mine/test.jsonl:")
+    assert data.load_task("toy-bq", "test", root) == data.load_task("toy-bq", "test")  # one run may mix them
     line, train = data.describe_task("mine", root), data.load_task("mine", "train", root)
     assert line.startswith("mine: one of 坏, 好 | 第一行 ") and " … 很" in line and len(line) < 100
     assert line.split("判断： -> ")[1] in ("坏", "好")
@@ -201,12 +190,6 @@ def test_k_shot_keeps_groups_apart_and_says_when_k_is_too_large():
             data.k_shot(rows, k, seed=0)
 
 
-def test_perturb_of_the_micro_world_changes_every_row_and_its_hard_prompt():
-    for row in data.load_task("toy-amazon", "test")[:50]:
-        new = data.perturb(row, 0)
-        assert (new.answer, new.operations) == (row.answer, ("template",)) and new.hard_prompt != row.hard_prompt
-
-
 def test_prompt_and_answer_are_tokenised_apart_end_with_eos_and_choices_can_be_told_apart():
     row = data.encode(Example("made-up", "问：", "答案", ("答案", "别的")), TOKENIZER, 100)
     assert text_of(row.prompt_ids) == "问：" and text_of(row.answer_ids) == "答案\0"  # not merged across the boundary
@@ -253,10 +236,9 @@ def test_a_span_that_is_too_long_is_not_learned_from_but_its_question_is_still_a
 def test_an_own_row_is_shortened_around_its_answer_or_around_what_it_protects():
     passage = "soup " * 100 + "oslo " + "bob " * 50
     for change in ({}, {"answer": "ann", "protected": ["oslo"], "choices": ["ann", "bob"]}):
-        for name in ("mine", "cmrc2018"):
-            row = {"prompt": passage + "where =>", "answer": "oslo", "passage": passage, **change}
-            ids = data.encode(data.to_example(name, row), micro.tokenizer(), 40).prompt_ids
-            assert "oslo" in micro.tokenizer().decode(ids) and len(ids) == 38
+        row = {"prompt": passage + "where =>", "answer": "oslo", "passage": passage, **change}
+        ids = data.encode(data.to_example("mine", row), micro.tokenizer(), 40).prompt_ids
+        assert "oslo" in micro.tokenizer().decode(ids) and len(ids) == 38
 
 
 def test_rows_that_cannot_be_answered_are_counted_by_reason_on_the_page(tmp_path, capsys):
@@ -269,10 +251,10 @@ def test_rows_that_cannot_be_answered_are_counted_by_reason_on_the_page(tmp_path
     options = ["--data-root", str(tmp_path), "--backbone", str(micro.FOLDER), "--max-length", "50"]
     data.main([*options, "--task", "mine", "same", "toy-bq"])
     out = capsys.readouterr().out
-    for part in ("3 test answers are cut away where their passage is shortened; raise --max-length",
+    for part in ("3 test answers are cut away where their text is shortened; raise --max-length",
                  "\n  2 development rows alone choose the best checkpoint; add train rows",
                  "1 test answers hold tokens that the backbone does not know",
-                 "tokens of a train row: 67 (median), 67 (longest)", "shortens 23 rows, 5 of them without their answer",
+                 "tokens of a train row: 67 (median), 67 (longest)",
                  "same: refused: ", "the choices '坏' and '好' are the same tokens", "toy-bq: one of one, two | "):
         assert part in out
     assert "train answers are cut" not in out and "words of the train rows" not in out
@@ -342,13 +324,6 @@ def test_steps_hold_equally_many_rows_of_each_task_and_every_row_comes_once_an_e
         assert order[:96] != order[96:]
 
 
-@pytest.mark.parametrize("budget", [0, 64])
-def test_a_step_depends_on_nothing_but_its_number(budget):
-    first, second = (Batches(THREE_TASKS, 8, 5, budget) for _ in range(2))
-    assert [first[step] for step in range(100)][40:] == [second[step] for step in range(40, 100)]
-    assert first[3] == second[3] != Batches(THREE_TASKS, 8, 6, budget)[3]
-
-
 def test_a_token_budget_keeps_the_budget_the_mixture_and_little_padding():
     rng = random.Random(0)
     rows = {name: numbered(name, 300, lambda i, low=low, high=high: rng.randint(low, high))
@@ -357,40 +332,36 @@ def test_a_token_budget_keeps_the_budget_the_mixture_and_little_padding():
     steps = [batches[step] for step in range(192)]
     assert all(len(batch) * max(map(len, batch)) <= 4096 for step in steps for batch in step)
     assert {tuple(sorted(Counter(row.task for row in flat(step)).values())) for step in steps} == {(10, 11, 11)}
-    plain = Batches(rows, 32, seed=0)
+    again, plain = Batches(rows, 32, seed=0, budget=4096), Batches(rows, 32, seed=0)
+    assert steps[40:60] == [again[step] for step in range(40, 60)]  # a step depends on nothing but its number
+    assert plain[3] != Batches(rows, 32, seed=6)[3]
     assert padding(steps) < 0.12 and padding([[flat(plain[step])] for step in range(50)]) > 0.4
 
 
-def test_the_page_shows_counts_and_a_rewritten_row(tmp_path, capsys):
+def test_the_page_shows_counts_and_a_row(tmp_path, capsys):
     rows = [{"s": f"长城{i}雄伟，游人也多，值得去", "ot": "长城"} for i in range(30)] + [{"s": "长城", "ot": "故宫"}]
     write_rows(tmp_path, "cote_bd", rows, [{"s": f"长城{i}雄伟，人少，值得去", "ot": "长城"} for i in range(4)])
     write_rows(tmp_path, "mine", own_rows(20), own_rows(24)[20:])
     data.main(["--data-root", str(tmp_path)])
     out = capsys.readouterr().out
     for part in ("cote_bd: a text | ", "27 train, 3 dev (cut from train), 4 test rows", "mine: one of 坏, 好 | 好吗",
-                 "of train: 1 answer not in the text", "4 clause_order of 4 test rows", "对象： -> 长城",
+                 "of train: 1 answer not in the text", "4 of the test rows can be rewritten", "对象： -> 长城",
                  "characters of a train row: 6 (median), 6 (longest)"):
         assert part in out
     with pytest.raises(UserError, match="none holds no <task>/train.jsonl"):
         data.main(["--data-root", str(tmp_path / "none")])
 
 
-def test_rows_that_lose_a_name_are_counted_and_a_draw_that_does_not_fit_is_refused(tmp_path):
+def test_rows_that_lose_a_name_and_answers_that_are_too_long_are_counted(tmp_path):
     far = [{"head": "甲", "tail": "乙", "relation": ("合作", "unknown")[i % 2], "text": f"{i}甲" + "很" * 400 + "乙"}
            for i in range(40)]
     long = [{"prompt": f"{i}问：", "answer": "长" * (400 if i % 2 else 1)} for i in range(40)]
     for task, rows in (("finre", far), ("own", long)):
         write_rows(tmp_path, task, rows[:30], rows[30:])
-    cfg = SimpleNamespace(**vars(CFG), data_root=str(tmp_path), shots=(8,), max_length=390, max_new_tokens=900)
+    cfg = SimpleNamespace(**vars(CFG), data_root=str(tmp_path), max_length=390, max_new_tokens=399)
     _, warnings = data.encode_task("finre", TOKENIZER, cfg)
     assert warnings["test rows lose a name where their text is shortened; raise --max-length"] == 10
     assert warnings["development rows alone choose the best checkpoint; add train rows"] == 3
-    cfg.targets = ("own",)
-    with pytest.raises(UserError, match="--shots 8 draws a row whose answer is too long for --max-length 390"):
-        data.encode_task("own", TOKENIZER, cfg)
-    cfg.targets = ()
     _, warnings = data.encode_task("own", TOKENIZER, cfg)
     assert warnings["train rows are left out for answers that are too long; raise --max-length"] > 5
-    cfg.max_new_tokens = 399
-    assert data.encode_task("own", TOKENIZER, cfg)[1]["test answers are longer than --max-new-tokens 399 and never "
-                                                      "given in full; raise it"] == 5
+    assert warnings["test answers are longer than --max-new-tokens 399 and never given in full; raise it"] == 5

@@ -60,19 +60,17 @@ def lines(rows):
 
 
 @pytest.mark.parametrize("train_rows, test_rows, words", [
-    (lines([{"head": "甲某", "tail": "乙某", "relation": "Enemy", "text": "甲某和乙某是一家人。"}]), OWN[16:],
-     ["train.jsonl:1", "Enemy", "Family"]),
     (lines(OWN[:2]) + "{broken\n", OWN[16:], ["train.jsonl:3"]),
-    (lines([{**row, "answer": "yes"} for row in OWN[:16]]), OWN[16:], ["sanwen", "'yes'", "another answer"]),
-    (lines(SPANS[:16]), OWN[16:], ["sanwen", "with and without choices"]),
+    (lines([{**row, "answer": "yes"} for row in OWN[:16]]), OWN[16:], ["mine", "'yes'", "another answer"]),
+    (lines(SPANS[:16]), OWN[16:], ["mine", "with and without choices"]),
     ("", OWN[16:], ["no usable train row", "add rows"]),
     (lines(SPANS[:16]), SPANS[16:], ["4 of 4 test answers are longer than --max-new-tokens 2", "raise it"]),
-], ids=["unknown label", "not JSON", "one answer", "mixed", "empty", "never in full"])
+], ids=["not JSON", "one answer", "mixed", "empty", "never in full"])
 def test_rows_that_cannot_be_used_are_named(train_rows, test_rows, words, refused, tmp_path):
-    (tmp_path / "data/sanwen").mkdir(parents=True)
-    (tmp_path / "data/sanwen/train.jsonl").write_text(train_rows)
-    (tmp_path / "data/sanwen/test.jsonl").write_text(lines(test_rows))
-    refused(words, "--data-root", str(tmp_path / "data"), "--max-new-tokens", "2")
+    (tmp_path / "data/mine").mkdir(parents=True)
+    (tmp_path / "data/mine/train.jsonl").write_text(train_rows)
+    (tmp_path / "data/mine/test.jsonl").write_text(lines(test_rows))
+    refused(words, "--data-root", str(tmp_path / "data"), "--sources", "mine", "--max-new-tokens", "2")
 
 
 def change_weights(change):

@@ -143,14 +143,6 @@ def test_a_line_break_at_the_end_of_a_prompt_hides_no_space():
     assert row.answer_ids[:-1] == tuple(tokens_of(tokenizer, "Sentiment:\ngood")[len(row.prompt_ids) - 1:])
 
 
-def test_weights_that_are_stored_as_integers_are_refused(folder):
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = (100 * weights["lm_head.weight"]).to(torch.int8)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="stored as F32, I8; give plain ones"):
-        load_backbone(folder)
-
-
 def test_a_chat_template_that_cannot_be_used_is_refused():
     for template, words in (("{{ raise_exception('roles') }}", "roles"), (None, "is not set")):
         with pytest.raises(UserError, match=f"{words}.*--chat-template off"):
@@ -209,6 +201,14 @@ def test_a_folder_loads_that_declares_another_tokenizer_flash_attention_or_yarn(
     assert tokenizer(text).input_ids == Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
     assert tokenizer.decode(tokens_of(tokenizer, text)) == text
     assert evaluate.predict(AdaptedLM(backbone), tokenizer, EXAMPLES[:1], NO_TASK, CFG)
+
+
+def test_weights_that_are_stored_as_integers_are_refused(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = (100 * weights["lm_head.weight"]).to(torch.int8)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="stored as F32, I8; give plain ones"):
+        load_backbone(folder)
 
 
 @pytest.mark.parametrize("config, words", [
