@@ -356,18 +356,18 @@ def answer(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase,
     """Answers to (task, fields), and the probability of every choice; tasks may be mixed. fields: the text of a task
     whose template has one field, a dictionary of the template's fields (and "choices", where each row has its own), or
     a whole prompt. The adapter itself says what its tasks are (adapter.json). Raises UserError for what is missing."""
-    cfg = SimpleNamespace(**{"eval_tokens": 8192} | model.about)
+    usual = {"eval_tokens": 8192, "chat_template": "off", "max_length": 1024, "max_new_tokens": 64}
     examples = [make_question(*find_task(model, name), fields) for name, fields in questions]
     # An adapter with the same weights for all tasks does not list them.
     ids = [model.tasks.index(name) if name in model.tasks else 0 for name, _ in questions]
-    return respond(model.eval(), tokenizer, examples, ids, cfg)
+    return respond(model.eval(), tokenizer, examples, ids, SimpleNamespace(**usual | model.about))
 
 
 def find_task(model: AdaptedLM, name: str) -> tuple[Task, list[str]]:
     """A task as adapter.json describes it, and the fields that a question to it has to give."""
     specs = model.about.get("tasks", {})
     if name not in specs:
-        raise UserError(f"the adapter has no task '{name}'; it has {', '.join(specs)}")
+        raise UserError(f"the adapter has no task '{name}'; it has {', '.join(specs) or 'none that it describes'}")
     task = Task(name, "target", **specs[name] | {"answers": tuple(specs[name]["answers"])})
     return task, [field for field in task.fields if field not in ("options", "choices")]
 
