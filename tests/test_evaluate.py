@@ -215,17 +215,18 @@ def test_names_are_drawn_in_a_font_that_has_their_characters_and_numbered_where_
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run on the shipped backbone, its adapters made by hand: the gates are open, nothing is zero."""
+    """A finished run on the shipped backbone, its adapters made by hand: the gates are open, the tasks differ."""
     folder = tmp_path_factory.mktemp("runs") / "toy"
     torch.manual_seed(0)
     model = TALoRA(load_backbone()[0], TASKS, TALoRAConfig(3, 2))
     torch.nn.init.constant_(model.gate, -0.3)
-    specs = {task: data.spec_of(task, data.load_task(task, "train")) for task in (*TASKS, "toy-finre")}
+    specs = {task: data.spec_of(task, data.load_task(task, "train")) for task in TASKS}
     afqmc = data.spec_of("afqmc", []) | {"answers": ["no", "yes"]}  # two fields, in Chinese; own has no template at all
     model.about = dict(chat_template="off", max_length=64, max_new_tokens=5, tasks={"afqmc": afqmc, **specs})
     model.about["tasks"]["own"] = data.spec_of("own", [Example("own", "p", "no", ("no", "yes"))])
     model.save(folder / "multitask/best")
-    model.add_task("toy-finre")
+    torch.nn.init.normal_(model.v[model.add_task("toy-finre")])
+    model.about["tasks"]["toy-finre"] = data.spec_of("toy-finre", data.load_task("toy-finre", "train"))
     model.save_task("toy-finre", folder / "target/toy-finre-8-shot/best")
     for stage, tasks, shots in (("multitask", TASKS, {}), ("target/toy-finre-8-shot", ["toy-finre"], {"shots": 8})):
         column = {"talora": {"plain": {"score": 0.5}, "rewritten": {"score": 0.25}}}
@@ -274,8 +275,11 @@ def test_answers_to_mixed_questions_are_those_to_each_alone_and_a_template_is_fi
     shares = [shares for _, shares in answers]
     assert shares[6] == pytest.approx(shares[0], rel=1e-3) and shares[7] == pytest.approx(shares[1], rel=1e-3)
     assert shares[8] != pytest.approx(shares[7], rel=1e-3), "the fields are read"
-    assert [list(found) for found in shares[1:6]] == [["no", "yes"], [], list(answers_of("toy-finre")), ["no", "yes"],
-                                                      ["tech", "food"]]
+    finre = answers_of("toy-finre")
+    assert [list(found) for found in shares[1:6]] == [["no", "yes"], [], [*finre], ["no", "yes"], ["tech", "food"]]
+    row = data.encode(Example("toy-finre", f"{TEXT} =>", finre[0], finre), tokenizer, 64)
+    own = model.score(*data.collate_prompts([row]), torch.tensor([3]), [row.choice_ids])[0]
+    assert [*shares[3].values()] == pytest.approx(own.exp().tolist(), rel=1e-3), "by the weights of its own task"
 
 
 def answers_of(task):
