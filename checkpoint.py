@@ -198,8 +198,7 @@ def read_adapter(folder: Path, kind: str, method: str, backbone: dict) -> tuple[
     try:
         saved = json.loads((folder / f"{kind}.json").read_text(encoding="utf-8"))
         if saved["method"] != method:
-            raise ValueError(f"it is of method '{saved['method']}', not '{method}'; python -m experiments.compare "
-                             "opens runs of other methods")
+            raise ValueError(f"it is of method '{saved['method']}', not '{method}'")
         named = saved["backbone"]
         wrong = [f"{key} = {named[key]} (this one has {value})"
                  for key, value in backbone.items() if named.get(key, value) != value]
@@ -306,8 +305,10 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 
 def pick_device(device: str) -> str:
+    """A device by its name; of several processes on GPUs each has one of its own."""
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return found if device == "auto" else device
+    device = found if device == "auto" else device
+    return f"cuda:{os.environ['LOCAL_RANK']}" if PROCESSES > 1 and device.startswith("cuda") else device
 
 
 def pick_dtype(dtype: str, device: str) -> str:
@@ -331,7 +332,7 @@ def join_processes(device: str, folder: str) -> tuple[str, str]:
     work on a copy of the run's folder, which is deleted at the end."""
     if PROCESSES == 1:
         return device, folder
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if pick_device(device).startswith("cuda") else "cpu"
+    device = device if device.startswith("cuda") else "cpu"
     if device != "cpu":
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device == "cpu" else "nccl")

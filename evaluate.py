@@ -215,7 +215,8 @@ def show_answers(model: AdaptedLM, run, ids: dict[str, int]) -> str:
     """Three test rows of the tasks in ``ids``: text, right answer, the frozen backbone's and the model's."""
     lines = []
     for n, task in enumerate((list(ids) * 3)[:3]):
-        row = data.load_task(task, "test", run.cfg.data_root)[n]
+        rows = data.load_task(task, "test", run.cfg.data_root)
+        row = rows[n % len(rows)]
         said = [predict(one, run.tokenizer, [row], task_id, run.cfg)[0] or "(nothing)"
                 for one, task_id in ((AdaptedLM(run.backbone), NO_TASK), (model, ids[task]))]
         text = shorten(" ".join(row.prompt.split()), 90, placeholder=" ...")
@@ -368,17 +369,18 @@ def find_task(model: AdaptedLM, name: str) -> tuple[Task, list[str]]:
     specs = model.about.get("tasks", {})
     if name not in specs:
         raise UserError(f"the adapter has no task '{name}'; it has {', '.join(specs) or 'none that it describes'}")
-    task = Task(name, "target", **specs[name] | {"answers": tuple(specs[name]["answers"])})
+    task = Task(name, "own", **specs[name] | {"answers": tuple(specs[name]["answers"])})
     return task, [field for field in task.fields if field not in ("options", "choices")]
 
 
 def make_question(task: Task, needed: Sequence[str], fields: str | dict) -> Example:
-    """A question as an example whose answer is not known. A text that begins and ends as the template does is a whole
-    prompt."""
-    if isinstance(fields, str):
-        head, tail = task.template.partition("{")[0], task.template.rpartition("}")[2]
-        whole = fields.startswith(head) and fields.endswith(tail)
-        fields = {"prompt": fields} if whole else dict(zip(needed, [fields]))
+    """A question as an example whose answer is not known. A text, or fields["prompt"], is that of the first field, or a
+    whole prompt if it begins and ends as the template does."""
+    fields = {"prompt": fields} if isinstance(fields, str) else dict(fields)
+    head, tail = task.template.partition("{")[0], task.template.rpartition("}")[2]
+    text = fields.get("prompt", "")
+    if text and needed and not (text.startswith(head) and text.endswith(tail)):
+        fields[needed[0]] = fields.pop("prompt")
     choices = tuple(fields.get("choices") or task.answers)
     missing = [] if "prompt" in fields else [field for field in needed if field not in fields]
     if missing or (task.kind == "choice" and not choices):
@@ -386,7 +388,8 @@ def make_question(task: Task, needed: Sequence[str], fields: str | dict) -> Exam
                         f"{' and choices of each row' if task.kind == 'choice' else ''}; missing are "
                         f"{', '.join(missing) or 'the choices (--choices A B)'}")
     prompt, places = (fields["prompt"], ()) if "prompt" in fields else fill_template(task, fields)
-    return Example(task.name, prompt, (*choices, "a")[0], choices, fields=places, row="the question")
+    some = choices[0] if choices else "a"  # to encode: the right answer is not known
+    return Example(task.name, prompt, some, choices, fields=places, row="the question")
 
 
 def ask(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, name: str, texts: Sequence[str],
@@ -395,9 +398,8 @@ def ask(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, name: str, texts: 
     _, needed = find_task(model, name)
     if len(texts) > 1 and len(needed) not in (0, len(texts)):
         raise UserError(f"{name} reads {len(needed)} texts ({', '.join(needed)}), but --ask has {len(texts)}")
-    fields = dict(zip(needed, texts)) if len(texts) == len(needed) > 1 else " ".join(texts)
-    if choices:
-        fields = (fields if isinstance(fields, dict) else {(*needed, "prompt")[0]: fields}) | {"choices": choices}
+    fields = dict(zip(needed, texts)) if len(texts) == len(needed) > 1 else {"prompt": " ".join(texts)}
+    fields |= {"choices": choices} if choices else {}
     (text, p), = answer(model, tokenizer, [(name, fields)])
     words = data.tokens_of(tokenizer, " ".join(texts))
     unknown = words.count(tokenizer.unk_token_id)
@@ -406,11 +408,14 @@ def ask(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, name: str, texts: 
                       *([f"{unknown} of {len(words)} words are unknown to the backbone"] if unknown else [])])
 
 
-def open_adapter(names: Sequence[str | Path], backbone: str = "", model_class: type[AdaptedLM] = TALoRA) -> tuple[
+def open_adapter(names: Sequence[str | Path], backbone: str = "") -> tuple[
         AdaptedLM, PreTrainedTokenizerBase, PreTrainedModel]:
-    """An adapter (a folder, or its name on the hub) on the backbone that it names, and folders of single tasks added to
-    it -> the model, its tokenizer and the backbone as it was before. Raises UserError."""
+    """Open an adapter (a folder or a hub name) on the backbone it names, or on ``backbone``, and add tasks saved alone
+    -> the model, its tokenizer and the backbone as it was before. Raises UserError."""
     folder = Path(names[0])
+    if (folder / "task.json").exists():
+        raise UserError(f"'{folder}' holds one task alone; name the adapter that it belongs to first: --adapter "
+                        f"RUN/multitask/best {folder}")
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
@@ -421,7 +426,7 @@ def open_adapter(names: Sequence[str | Path], backbone: str = "", model_class: t
                             f"({' '.join(str(error).split())[:200]})") from error
     named = read_json(folder / "adapter.json").get("backbone", {})
     frozen, tokenizer = load_backbone(backbone or named["name"], named["dtype"], pick_device("auto"))
-    model = model_class.load(folder, frozen).eval()
+    model = TALoRA.load(folder, frozen).eval()
     for name in names[1:]:
         model.load_task(name)
     return model, tokenizer, frozen
@@ -443,8 +448,7 @@ def find_results(run: Path) -> list[tuple[str, Path, dict]]:
         results = read_json(path)
         name = {None: "multitask/table.md", 0: "target/table-full.md"}.get(
             results.get("shots"), f"target/table-{results.get('shots')}-shot.md")
-        if "scores" in results:  # not so in a run of the first release
-            found.append((name, path.parent, results))
+        found.append((name, path.parent, results))
     return found
 
 
@@ -470,7 +474,7 @@ def report(run: Path, log: Callable[[str], None], asked: Sequence[Path]) -> None
         row = json.loads((asked[-1] / "predictions.jsonl").read_text(encoding="utf-8").partition("\n")[0])
         log(f"\ntry: python evaluate.py --run {run} --task {row['task']} --ask {shlex.quote(row['prompt'])}\n"
             f"     python evaluate.py --diagnose {run}\n"
-            f"     python train.py --stage target --run {run} --shots 8 --targets ...")
+            f"     python train.py --stage target --run {run} --shots 8 --targets TASK")
     if targets := [results for name, _, results in found if name.startswith("target")]:
         draw_targets(run / "target" / "targets.png", targets, log)
 
@@ -483,20 +487,24 @@ def stages_of(run: Path, task: str = "") -> dict[Path, list[Path]]:
         raise UserError(f"'{run}' holds no finished multitask or target stage; python train.py --run {run} trains one")
     if task and task not in tasks:
         raise UserError(f"the run '{run}' has no task '{task}'; it has {', '.join(tasks)}")
-    alone = {folder: (folder / "best" / "task.json").exists() for _, folder, _ in found}
-    return {folder: [run / "multitask" / "best"] * alone[folder] + [folder / "best"]
-            for _, folder, results in found if task in ("", *results["scores"])}
+    return {folder: adapter_of(run, folder) for _, folder, results in found if task in ("", *results["scores"])}
 
 
-def diagnose(folder: Path, adapter: list[Path], model_class: type[AdaptedLM]) -> str:
+def adapter_of(run: Path, folder: Path) -> list[Path]:
+    """The adapter of a stage, as `open_adapter` takes it: its own, or the multitask stage's and a task saved alone."""
+    alone = (folder / "best" / "task.json").exists()
+    return [run / "multitask" / "best", folder / "best"] if alone else [folder / "best"]
+
+
+def diagnose(folder: Path, adapter: list[Path], backbone: str = "") -> str:
     """Does the adapter do anything? Development rows with it and without it, its gates, and its tasks' cosines."""
-    model, tokenizer, backbone = open_adapter(adapter, model_class=model_class)
+    model, tokenizer, frozen = open_adapter(adapter, backbone)
     cfg, tasks = SimpleNamespace(**read_json(folder / "stage.json")), read_json(folder / "results.json")["scores"]
     ids = {name: model.tasks.index(name) if name in model.tasks else 0 for name in tasks}
     rows = {task: data.encode_all(data.load_task(task, "dev", cfg.data_root)[:16], tokenizer, cfg.max_length,
                                   False, cfg.chat_template == "on") for task in ids}
     right, loss = dev_score(model, rows, ids, cfg.eval_tokens)
-    plain_right, plain_loss = dev_score(AdaptedLM(backbone), rows, dict.fromkeys(ids, NO_TASK), cfg.eval_tokens)
+    plain_right, plain_loss = dev_score(AdaptedLM(frozen), rows, dict.fromkeys(ids, NO_TASK), cfg.eval_tokens)
     lines = [f"{folder}: of {sum(map(len, rows.values()))} development rows {right:.1%} are right (loss "
              f"{loss:.3f}), without the adapter {plain_right:.1%} (loss {plain_loss:.3f})"]
     if loss > plain_loss - 0.01:
@@ -516,15 +524,14 @@ def diagnose(folder: Path, adapter: list[Path], model_class: type[AdaptedLM]) ->
 
 # ---------------------------------------------------------------------------------------------------- the program
 
-def main(argv: list[str], model_class: type[AdaptedLM] = TALoRA) -> None:
-    """evaluate.py; model_class: the method whose runs are opened."""
+def main(argv: list[str]) -> None:
     parser = Parser(prog="evaluate.py", description="Look into a finished run, or ask an adapter.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", type=Path, help="its tables again; with --ask: what its adapters answer")
     what.add_argument("--diagnose", type=Path, metavar="RUN", help="what its adapters do: gates, prompts, cosines")
     what.add_argument("--adapter", nargs="+", metavar="FOLDER", help="an adapter to ask: a folder or its name on the "
                       "hub, and folders of single tasks to add to it")
-    parser.add_argument("--backbone", default="", help="with --adapter: where its backbone is now")
+    parser.add_argument("--backbone", default="", help="where the backbone is now, if it has moved")
     parser.add_argument("--task", default="", help="only the stages that were tested on this task")
     parser.add_argument("--ask", nargs="+", metavar="TEXT", default=[],
                         help="with --task: answer this instead (a task that reads a pair takes two texts)")
@@ -535,16 +542,17 @@ def main(argv: list[str], model_class: type[AdaptedLM] = TALoRA) -> None:
     if (options.ask or options.choices or options.adapter) and (options.diagnose or not asks):
         raise UserError("a question needs --run RUN or --adapter FOLDER, --task NAME and --ask TEXT")
     if options.adapter:
-        model, tokenizer, _ = open_adapter(options.adapter, options.backbone, model_class)
+        model, tokenizer, _ = open_adapter(options.adapter, options.backbone)
         print(ask(model, tokenizer, options.task, options.ask, options.choices))
         return
     run = options.run or options.diagnose
     stages = stages_of(run, options.task)
     for folder, adapter in stages.items() if options.ask else ():
-        model, tokenizer, _ = open_adapter(adapter, model_class=model_class)
+        model, tokenizer, _ = open_adapter(adapter, options.backbone)
         print(f"{folder} answers: {ask(model, tokenizer, options.task, options.ask, options.choices)}\n")
     if options.diagnose:
-        print("\n\n".join(diagnose(folder, adapter, model_class) for folder, adapter in stages.items()))
+        for folder, adapter in stages.items():
+            print(diagnose(folder, adapter, options.backbone), end="\n\n")
     elif not options.ask:
         report(run, print, list(stages))
 

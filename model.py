@@ -254,19 +254,21 @@ class AdaptedLM(nn.Module):
         part it belongs to. Raises ValueError for a name that is not among the tasks."""
         end = f".{self.tasks.index(name)}"
         own = {tensor.removesuffix(end): t for tensor, t in self.adapter_state().items() if tensor.endswith(end)}
+        specs = {task: spec for task, spec in self.about.get("tasks", {}).items() if task == name}
         write_adapter(Path(folder), "task", self, own, task=name, shared=self.hash_shared(),
-                      about=self.about.get("tasks", {}).get(name))
+                      about=self.about | {"tasks": specs})
 
     def load_task(self, folder: str | Path) -> int:
         """Add the task that ``save_task`` wrote and return its id. Raises UserError for files as in ``load``, another
-        shared part or a taken name; then nothing has changed."""
+        shared part or a taken name; the model is unchanged after an error."""
         saved, own = read_adapter(Path(folder), "task", self.method, self.described)
         if saved["shared"] != self.hash_shared():
             raise UserError(f"the task in '{folder}' was trained on a shared part with hash {saved['shared']}, but "
                             f"this adapter's has {self.hash_shared()}; load the multitask adapter of the task's run")
         new = self.add_task(saved["task"])
         self.load_state_dict({f"{tensor}.{new}": t for tensor, t in own.items()}, strict=False)
-        self.about.setdefault("tasks", {})[saved["task"]] = saved["about"]
+        specs = self.about.get("tasks", {}) | saved["about"]["tasks"]
+        self.about = self.about | saved["about"] | {"tasks": specs}  # of several tasks the last one's lengths
         return new
 
     def hash_shared(self) -> str:

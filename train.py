@@ -49,7 +49,7 @@ def option(default, group: str, help: str, **how):
     metavar = {int: "N", float: "X", str: "NAME"}.get(type(default))
     if not how:
         how = {"type": type(default), "metavar": metavar} if metavar else {"action": argparse.BooleanOptionalAction}
-    help += f" (default: {default})" if default not in ("", (), (0,)) else ""
+    help += f" (default: {default})" if default not in ("", (), (0,)) and "default" not in help else ""
     return field(default=default, metadata={"group": group, "how": {"help": help, **how}})
 
 
@@ -61,22 +61,22 @@ class Config:
     preset: str = option("toy", RUN, "a set of defaults", choices=("toy", "qwen2.5-0.5b", "qwen2.5-7b"))
     run: str = option("", RUN, "folder of the run, one subfolder a stage (default: runs/PRESET[-seedN])")
     backbone: str = option("", RUN, "folder or hub name of a causal language model [paper: Qwen2.5-7B]")
-    data_root: str = option("", RUN, "folder with <task>/train.jsonl and test.jsonl; others as without it")
+    data_root: str = option("", RUN, "folder with <task>/train.jsonl and test.jsonl; it need not hold all tasks")
     device: str = option("auto", RUN, "cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
     checkpointing: bool = option(False, RUN, "recompute activations in backward: less memory, a third more time")
     references: bool = option(True, RUN, "also score the frozen backbone and the instruction in words")
     pictures: bool = option(True, RUN, "draw losses, gates and cosines")
-    log_every: int = option(40, RUN, "steps between two lines of progress")
-    save_every: int = option(100, RUN, "steps between two checkpoints")
-    eval_tokens: int = option(0, RUN, "padded tokens of a pass over dev or test rows (default: 8192, on a CPU 512)")
+    log_every: int = option(40, RUN, "print progress every N steps")
+    save_every: int = option(100, RUN, "save a checkpoint every N steps")
+    eval_tokens: int = option(0, RUN, "tokens in an evaluation batch, with padding (default: 8192, on a CPU 512)")
 
     seed: int = option(0, DATA, "seed of everything random [paper: number of seeds open]")
     sources: tuple[str, ...] = option((), DATA, "source tasks [paper: 8]", nargs="+", metavar="TASK")
-    max_length: int = option(128, DATA, "tokens of a row at most; longer passages are cut around the answer")
-    max_new_tokens: int = option(8, DATA, "tokens of a generated answer at most")
-    dev_rows: int = option(64, DATA, "development rows of a task at most; they choose the best checkpoint")
-    test_rows: int = option(0, DATA, "test rows of a task at most (0: all)")
-    dtype: str = option("float32", DATA, "of the backbone; adapters are float32; auto: the faster one here",
+    max_length: int = option(128, DATA, "maximum tokens of a row; longer passages are cut around the answer")
+    max_new_tokens: int = option(8, DATA, "maximum tokens of a generated answer")
+    dev_rows: int = option(64, DATA, "maximum development rows of a task; they choose the best checkpoint")
+    test_rows: int = option(0, DATA, "maximum test rows of a task (0: all)")
+    dtype: str = option("float32", DATA, "data type of the backbone (adapters: float32); auto: the faster one",
                         choices=("float32", "bfloat16", "auto"))
     chat_template: str = option("auto", RUN, "prompts as a user's turn; auto: on for an instruct or chat model",
                                 choices=("auto", "on", "off"))
@@ -86,10 +86,10 @@ class Config:
     scale: float = option(1.0, METHOD, "s, scale of a task's step [paper: open]")
     gate_per_head: bool = option(False, METHOD, "one gate per head instead of one per layer [paper: per layer]")
 
-    tokens_per_batch: int = option(0, EVERY, "padded tokens of a pass at most; a step adds up several (0: no limit)")
+    tokens_per_batch: int = option(0, EVERY, "tokens in a pass, with padding; a step adds up several (0: no limit)")
     warmup: int = option(20, EVERY, "steps in which learning rates rise from 0; then they fall to 0")
-    clip: float = option(1.0, EVERY, "gradient norm at most")
-    eval_every: int = option(100, EVERY, "steps between two evaluations on development rows")
+    clip: float = option(1.0, EVERY, "maximum gradient norm")
+    eval_every: int = option(100, EVERY, "evaluate on development rows every N steps")
 
     prompt_rate: float = option(4e-2, BASE, "learning rate of theta0 and gates [paper: open]")
     base_steps: int = option(30, BASE, "steps [paper: open]")
@@ -137,12 +137,12 @@ class Method:
     name: str  # in tables and in the name of the run's folder
     says: str  # one line for --help
     model: type[AdaptedLM]
-    learns: dict[str, dict[str, str]]  # as LEARNS; a stage that is not in it does not exist for the method
+    learns: dict[str, dict[str, str]]  # as LEARNS; a stage without an entry is skipped
     per_task: bool = False  # weights of its own for each source; a target starts from the nearest source's
     regularised: bool = False  # Eq. (4) in the multitask stage
     fresh_gates: bool = False  # gates start the multitask stage from zero again
     defaults: dict[str, dict] = field(default_factory=dict)  # "toy" | "large" -> options other than Config's
-    fixes: Callable[[Config], dict] = lambda cfg: {}  # options that an ablation sets, whatever was typed
+    fixes: Callable[[Config], dict] = lambda cfg: {}  # options that an ablation overrides
 
 
 TALORA = Method("talora", "the method of the paper", TALoRA, LEARNS, per_task=True, regularised=True, fresh_gates=True)
@@ -160,6 +160,8 @@ def parse(argv: list[str], method: Method = TALORA) -> Config:
     for f in dataclasses.fields(Config):
         groups[f.metadata["group"]].add_argument(flag(f.name), default=None, **f.metadata["how"])
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if "stage" not in typed and {"targets", "shots"} & typed.keys():
+        raise UserError("--targets and --shots need --stage target, or --stage all")
     for name in {"sources", "targets"} & typed.keys():
         typed[name] = tuple(" ".join(typed[name]).replace(",", " ").split())
     preset = typed.get("preset", "toy")
@@ -167,8 +169,9 @@ def parse(argv: list[str], method: Method = TALORA) -> Config:
     run = typed.get("run") or "runs/" + "-".join(word for word in words if word not in ("talora", "seed0"))
     before = options_before(Path(run))
     if typed.get("preset", before.get("preset")) != before.get("preset"):
-        before = {}  # not the run that is meant; same_run will say so
+        before = {}  # same_run refuses another preset below
     preset = before.get("preset", preset)
+    typed = {name: value for name, value in typed.items() if not (value == "auto" and name in before)}
     defaults = PRESETS[preset] | method.defaults.get("toy" if preset == "toy" else "large", {})
     if root := typed.get("data_root", before.get("data_root")):  # whatever is there of the sixteen sets
         defaults |= {name: tuple(task for task in known if os.path.isdir(Path(root) / task))
@@ -182,10 +185,11 @@ def parse(argv: list[str], method: Method = TALORA) -> Config:
 
 
 def options_before(run: Path) -> dict:
-    """The options that the stages of a run were started with, all but those that a target has of its own."""
-    for file in (run / "multitask" / "stage.json", run / "base" / "stage.json"):
+    """The options that the stages of a run were started with, except those of the machine and of single targets."""
+    for file in (run / "multitask/stage.json", run / "base/stage.json", *sorted(run.glob("target/*/stage.json"))):
         if file.exists():
-            own = {f.name for f in dataclasses.fields(Config)} - {"stage", "run", "device", "targets", "shots"}
+            own = {f.name for f in dataclasses.fields(Config)}
+            own -= {"stage", "run", "device", "eval_tokens", "targets", "shots"}
             stored = checkpoint.read_json(file)
             return {name: stored[name] for name in own & stored.keys()} | {"sources": tuple(stored["sources"])}
     return {}
@@ -212,7 +216,7 @@ def check(cfg: Config, method: Method = TALORA) -> None:
             cfg.stage not in ("all", *method.learns),
         f"no known source {there} --sources": not cfg.sources,
         f"no known target {there} --targets": cfg.stage in ("target", "all") and not cfg.targets,
-        f"{twice}: named twice among sources and targets; remove one": twice,
+        f"{twice}: named twice among this run's sources and targets; rename your task's folder, or remove one": twice,
         f"--tokens-per-batch is {cfg.tokens_per_batch}, below one row of --max-length {cfg.max_length}; raise it":
             0 < cfg.tokens_per_batch < cfg.max_length,
         f"--run '{cfg.run}' is a file or in one; name a folder":
@@ -301,6 +305,8 @@ def fit(run: "Run", model: AdaptedLM, stage: str, rows: dict[str, dict[str, list
     run.log(describe_learning(model, learning, cfg))
     now = checkpoint.load_checkpoint(folder, model.adapter_state(), optimizer) or {
         "step": 0, "best": [-1.0, -math.inf], "seconds": 0.0, "tokens": 0, "history": [{"step": 0, **model.diagnose()}]}
+    if now["step"]:
+        run.log(f"resumes after step {now['step']}")
     started = time.perf_counter() - now["seconds"]
     with checkpoint.catch_signals() as caught:
         for step in range(now["step"], steps):
@@ -326,7 +332,7 @@ def fit(run: "Run", model: AdaptedLM, stage: str, rows: dict[str, dict[str, list
                 now["history"].append({"step": done, "dev_accuracy": accuracy, "dev_loss": loss, **model.diagnose()})
                 if not math.isfinite(loss):
                     raise RunFailed(f"step {done}: development loss {loss}; try a new --run with lower learning rates")
-                better = [accuracy, -loss] > now["best"]
+                better = checkpoint.total(checkpoint.RANK == 0 and [accuracy, -loss] > now["best"])  # one decides
                 if better:
                     now["best"] = [accuracy, -loss]
                     save_best(model, learning, method, stage, folder / "best")
@@ -358,11 +364,11 @@ def describe_progress(run: "Run", stage: str, now: dict) -> str:
                       *([f"|tanh g| {sum(map(abs, row['gates'])) / len(row['gates']):.3f}"] if "gates" in row else []),
                       *(f"{name} {rate:.1e}" for name, rate in row["learning_rates"].items()),
                       f"{now['tokens'] / now['seconds']:,.0f} tok/s",
-                      f"all stages trained in {left // 60}:{left % 60:02d}"])
+                      f"training left {left // 60}:{left % 60:02d}"])
 
 
 def save_best(model: AdaptedLM, learning: dict[str, str], method: Method, stage: str, folder: Path) -> None:
-    """The whole adapter, or of a target that changes nothing but its own tensors these alone."""
+    """Save the whole adapter, or only u and v where the target stage trains nothing else."""
     task = len(model.tasks) - 1  # a target is added last
     if stage == "target" and method.per_task and all(name.endswith(f".{task}") for name in learning):
         model.save_task(model.tasks[task], folder)
@@ -397,7 +403,7 @@ class Run:
         if cfg.checkpointing:
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.rows, self.warnings, self.hashes = {}, {}, {}  # task -> split -> rows; what to know of them; their hash
-        self.references = {}  # task -> column -> scores
+        self.references, self.theta0 = {}, {}  # task -> column -> scores; task -> scores of theta0 alone
         for task in dict.fromkeys(name for _, own, _ in jobs for name in ([own] if own else cfg.sources)):
             print(data.describe_task(task, cfg.data_root))
             self.rows[task], self.warnings[task] = data.encode_task(task, self.tokenizer, cfg)
@@ -416,32 +422,33 @@ class Run:
     def new_model(self, tasks: list[str]) -> AdaptedLM:
         cfg = self.cfg
         sizes = TALoRAConfig(cfg.prompt_length, cfg.rank, cfg.scale, cfg.gate_per_head)
-        model = self.method.model(self.backbone, tasks, sizes)
-        model.about = {name: getattr(cfg, name) for name in ("chat_template", "max_length", "max_new_tokens")}
-        return model
+        return self.method.model(self.backbone, tasks, sizes)
 
     def load(self, folder: Path) -> AdaptedLM:
         """What a stage left in ``folder``/best."""
-        shared = folder_of(self.cfg, "multitask") if (folder / "best" / "task.json").exists() else folder
-        model = self.method.model.load(shared / "best", self.backbone)
-        if shared != folder:
-            model.load_task(folder / "best")
+        first, *tasks = evaluate.adapter_of(Path(self.cfg.run), folder)
+        model = self.method.model.load(first, self.backbone)
+        for task in tasks:
+            model.load_task(task)
         return model
 
     def tell(self, model: AdaptedLM, tasks: list[str]) -> None:
-        """What adapter.json says of tasks, so that evaluate.answer needs no rows."""
-        specs = {task: data.spec_of(task, data.load_task(task, "train", self.cfg.data_root)) for task in tasks}
-        model.about = model.about | {"tasks": model.about.get("tasks", {}) | specs}
+        """Describe tasks in adapter.json, so that evaluate.answer can work without the data."""
+        specs = model.about.get("tasks", {}) if self.method.per_task else {}  # else their weights were trained anew
+        specs |= {task: data.spec_of(task, data.load_task(task, "train", self.cfg.data_root)) for task in tasks}
+        reads = {name: getattr(self.cfg, name) for name in ("chat_template", "max_length", "max_new_tokens")}
+        model.about = reads | {"tasks": specs}
 
     def identify(self, task: str) -> dict:
-        """What a stage of this task (of the sources, if "") is made of besides its options, as far as it was read."""
+        """Hashes that identify a stage besides its options: the backbone, and the rows (of the sources, if task is "")
+        as far as they were loaded."""
         rows = {f"rows of {name}": self.hashes[name]
                 for name in ([task] if task else self.cfg.sources) if name in self.hashes}
         return {"backbone hash": self.backbone_hash, "chat_template": self.cfg.chat_template, **rows}
 
 
 def folder_of(cfg: Config, stage: str, task: str = "", shots: int = 0) -> Path:
-    """Of a stage; a target task has one for each number of examples."""
+    """Folder of a stage; each target task has one for each number of examples."""
     name = f"{task}-{shots}-shot" if shots else f"{task}-full"
     return Path(cfg.run) / stage / (name if stage == "target" else "")
 
@@ -472,21 +479,22 @@ def train_multitask(run: Run, folder: Path, task: str, shots: int) -> None:
 
 def train_target(run: Run, folder: Path, task: str, shots: int) -> None:
     """One target task, from k examples or all of them; everything that tasks share is frozen."""
-    cfg, method, rows, task_id, start, held, columns = run.cfg, run.method, run.rows[task], 0, "", None, {}
+    cfg, method, rows, task_id = run.cfg, run.method, run.rows[task], 0
+    start, held = "", None
     if shots:
         rows, held, chosen = data.draw_shots(task, shots, run.tokenizer, cfg)
         checkpoint.write_json(folder / "shots.json", {"k": shots, "seed": cfg.seed, **chosen})
     torch.manual_seed(cfg.seed)
     model = run.load(folder_of(cfg, "multitask")) if "multitask" in method.learns else run.new_model([task])
-    if isinstance(model, TALoRA):
-        columns["theta0 (k = 0)"] = evaluate.score_rows(model, run.tokenizer, task, NO_TASK, cfg)
+    if isinstance(model, TALoRA) and task not in run.theta0:
+        run.theta0[task] = {"theta0 (k = 0)": evaluate.score_rows(model, run.tokenizer, task, NO_TASK, cfg)}
     if method.per_task:
         task_id, start = nearest_start(model, task, rows["train"], cfg)
         run.log(f"starts from {start} (of the sources the one with the lowest loss on its examples)")
     run.tell(model, [task])
     fit(run, model, "target", {task: rows}, {task: task_id}, folder)
     about = {"stage": "target", "task": task, "shots": shots, "start": start}
-    finish(run, folder, about, {task: task_id}, held, columns)
+    finish(run, folder, about, {task: task_id}, held, run.theta0.get(task))
 
 
 def nearest_start(model: AdaptedLM, task: str, rows: list[Encoded], cfg: Config) -> tuple[int, str]:
@@ -522,10 +530,12 @@ def plan(cfg: Config, method: Method) -> list[tuple[str, str, int]]:
     return [job for stage in stages[: stages.index(last) + 1] for job in jobs[stage]]
 
 
-def options_of(cfg: Config, method: Method, stage: str, built_on: bool) -> dict:
+def options_of(cfg: Config, method: Method, stage: str, finished: bool) -> dict:
     """The options that decide what comes out of a stage: those of its own group and of the groups before it. A finished
-    stage that is only built on leaves the others free: another --eval-every is meant for what is to come."""
-    groups = (METHOD, f"{stage} stage") if built_on else GROUPS[1 : GROUPS.index(f"{stage} stage") + 1]
+    one leaves some free: another --eval-every or --max-length is meant for what is to come."""
+    groups = GROUPS[1 : GROUPS.index(f"{stage} stage") + 1]
+    if finished:
+        groups = (METHOD, f"{stage} stage", *([DATA] if stage == "target" else []))
     options = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.metadata["group"] in groups}
     for name in {"targets", "shots"} & options.keys():
         del options[name]
@@ -540,7 +550,8 @@ def main(argv: list[str], method: Method = TALORA, command: str = "python train.
     cfg.dtype = checkpoint.pick_dtype(cfg.dtype, cfg.device)
     folders = {job: folder_of(cfg, *job) for job in plan(cfg, method)}
     todo = [job for job in folders if not (folders[job] / "results.json").exists()]
-    made_of = {job: options_of(cfg, method, job[0], job not in (*todo, [*folders][-1])) for job in folders}
+    last = list(folders)[-1]
+    made_of = {job: options_of(cfg, method, job[0], job not in todo and job != last) for job in folders}
     for job in folders:
         checkpoint.same_run(folders[job], made_of[job])
     run = Run(cfg, method, f"{command} {shlex.join(argv)}", todo) if todo else None
@@ -550,6 +561,8 @@ def main(argv: list[str], method: Method = TALORA, command: str = "python train.
     with checkpoint.lock(Path(cfg.run)):
         log = checkpoint.open_log(Path(cfg.run))
         for n, job in enumerate(todo):
+            if (folders[job] / "results.json").exists():
+                continue  # another process was faster
             run.log = log
             run.rows_later = sum(getattr(cfg, f"{later}_steps") * getattr(cfg, f"{later}_batch")
                                  for later, *_ in todo[n + 1:])
