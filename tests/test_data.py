@@ -353,8 +353,8 @@ def test_the_page_shows_counts_and_a_row(tmp_path, capsys):
 
 
 def test_rows_that_lose_a_name_and_answers_that_are_too_long_are_counted(tmp_path):
-    far = [{"head": "甲", "tail": "乙", "relation": ("合作", "unknown")[i % 2], "text": f"{i}甲" + "很" * 400 + "乙"}
-           for i in range(40)]
+    far = [{"head": "甲", "tail": "乙", "relation": ("合作", "unknown")[i % 2],
+            "text": "甲".join([str(i), "很" * 200, "很" * 200 + "乙"])} for i in range(40)]  # one 甲 stays
     long = [{"prompt": f"{i}问：", "answer": "长" * (400 if i % 2 else 1)} for i in range(40)]
     for task, rows in (("finre", far), ("own", long)):
         write_rows(tmp_path, task, rows[:30], rows[30:])
