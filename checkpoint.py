@@ -317,7 +317,7 @@ def pick_dtype(dtype: str, device: str) -> str:
         return "bfloat16" if dtype == "auto" else dtype
     seconds = {}
     for name in ("float32", "bfloat16"):
-        matrix = torch.ones(2048, 2048, dtype=getattr(torch, name))
+        matrix = torch.ones(1024, 1024, dtype=getattr(torch, name))
         started = time.perf_counter()
         for _ in range(5):
             matrix @ matrix

@@ -105,13 +105,14 @@ def spec_of(name: str, examples: Sequence[Example]) -> dict:
 
 
 def describe_task(name: str, root: str | Path | None = None) -> str:
-    """What is asked, and a short train row: "bq: one of 不同, 相同 | 下面两句是银行客户 … 判断： -> 相同"."""
+    """What is asked, and a short train row: "bq: answer 不同 / 相同; for example 下面两句是银行客户 … 判断： 相同"."""
     train = load_task(name, "train", root)
     task, example = task_of(name, train), min(train, key=lambda example: len(example.prompt))
-    asked = {"closed": f"one of {', '.join(task.answers)}", "choice": "one of the row's choices", "span": "a text"}
+    asked = {"closed": f"answer {' / '.join(task.answers)}", "choice": "choose an option",
+             "span": "answer in words"}
     asked, prompt = (text if len(text) <= 60 else f"{text[:40]} … {text[-17:]}"
                      for text in (asked[task.kind], " ".join(example.prompt.split())))
-    return f"{name}: {asked} | {prompt} -> {example.answer}"
+    return f"{name}: {asked}; for example  {prompt} {example.answer}"
 
 
 @dataclass

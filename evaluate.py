@@ -31,7 +31,7 @@ import data
 from checkpoint import Parser, UserError, pick_device, read_json, run_program, write_whole
 from data import Encoded, Example, task_of
 from model import NO_TASK, AdaptedLM, TALoRA, load_backbone
-from tasks.chinese import Task, fill_template
+from tasks.chinese import Task, fill_template, letter_options
 from tasks.metrics import NAMES, accuracy, char_f1, exact_match, macro_f1, majority, micro_f1
 
 # ---------------------------------------------------------------------------------------- predictions and scores
@@ -382,7 +382,9 @@ def make_question(task: Task, needed: Sequence[str], fields: str | dict) -> Exam
     if text and needed and not (text.startswith(head) and text.endswith(tail)):
         fields[needed[0]] = fields.pop("prompt")
     choices = tuple(fields.get("choices") or task.answers)
-    missing = [] if "prompt" in fields else [field for field in needed if field not in fields]
+    if "choices" in task.fields and choices and "prompt" not in fields:
+        fields["choices"], choices = letter_options(choices)
+    missing = [] if "prompt" in fields else [field for field in needed or ["prompt"] if field not in fields]
     if missing or (task.kind == "choice" and not choices):
         raise UserError(f"{task.name} reads {', '.join(needed) or 'a prompt'}"
                         f"{' and choices of each row' if task.kind == 'choice' else ''}; missing are "
@@ -396,7 +398,7 @@ def ask(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, name: str, texts: 
         choices: Sequence[str] = ()) -> str:
     """One answer in words, with the probability of every choice. texts: the fields of the template in its order."""
     _, needed = find_task(model, name)
-    if len(texts) > 1 and len(needed) not in (0, len(texts)):
+    if len(needed) > 1 and len(texts) not in (1, len(needed)):
         raise UserError(f"{name} reads {len(needed)} texts ({', '.join(needed)}), but --ask has {len(texts)}")
     fields = dict(zip(needed, texts)) if len(texts) == len(needed) > 1 else {"prompt": " ".join(texts)}
     fields |= {"choices": choices} if choices else {}
@@ -425,7 +427,8 @@ def open_adapter(names: Sequence[str | Path], backbone: str = "") -> tuple[
             raise UserError(f"'{names[0]}' is neither a folder nor an adapter that the hub gives "
                             f"({' '.join(str(error).split())[:200]})") from error
     named = read_json(folder / "adapter.json").get("backbone", {})
-    frozen, tokenizer = load_backbone(backbone or named["name"], named["dtype"], pick_device("auto"))
+    frozen, tokenizer = load_backbone(
+        backbone or named.get("name", ""), named.get("dtype", "float32"), pick_device("auto"))
     model = TALoRA.load(folder, frozen).eval()
     for name in names[1:]:
         model.load_task(name)

@@ -245,7 +245,7 @@ class AdaptedLM(nn.Module):
         if own != found:
             raise UserError(f"the tensors {sorted(dict(own.items() ^ found.items()))[:3]} of the adapter in '{folder}' "
                             "do not fit its adapter.json; take the two files that were saved together")
-        model.about = saved["about"]
+        model.about = saved.get("about", {})
         model.load_state_dict(state, strict=False)  # names and shapes were compared above; the backbone has its own
         return model
 
@@ -265,6 +265,9 @@ class AdaptedLM(nn.Module):
         if saved["shared"] != self.hash_shared():
             raise UserError(f"the task in '{folder}' was trained on a shared part with hash {saved['shared']}, but "
                             f"this adapter's has {self.hash_shared()}; load the multitask adapter of the task's run")
+        end = f".{len(self.tasks) - 1}"  # the tensors that a task has
+        if self.tasks and own.keys() != {n.removesuffix(end) for n in self.adapter_state() if n.endswith(end)}:
+            raise UserError(f"the task in '{folder}' has other tensors ({', '.join(own)}) than this adapter's tasks")
         new = self.add_task(saved["task"])
         self.load_state_dict({f"{tensor}.{new}": t for tensor, t in own.items()}, strict=False)
         specs = self.about.get("tasks", {}) | saved["about"]["tasks"]

@@ -199,13 +199,18 @@ def to_prompt(task: Task, row: dict | None, where: str) -> dict:
         answers = {"answer": spans[0], "references": references, "protected": spans}
     elif task.kind == "choice":
         options, right = _options(given, _field(row, "choice", where), f"{values['context']}\n{values['question']}")
-        values["choices"] = "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options))
-        answers = {"answer": LETTERS[right], "choices": LETTERS[: len(options)]}
+        values["choices"], letters = letter_options(options)
+        answers = {"answer": letters[right], "choices": letters}
     else:
         answers = {"answer": _label(task, given, where), "choices": task.answers,
                    "protected": [values[name] for name in ("head", "tail") if name in values]}  # of a relation
     prompt, fields = fill_template(task, values)
     return {"prompt": prompt, "group": group, "fields": fields, **answers}
+
+
+def letter_options(options: Sequence[str]) -> tuple[str, Sequence[str]]:
+    """Options as lines "A. ...", and the letters, which are the answers to choose from."""
+    return "\n".join(f"{letter}. {option}" for letter, option in zip(LETTERS, options)), LETTERS[: len(options)]
 
 
 def fill_template(task: Task, values: dict[str, str]) -> tuple[str, tuple[tuple[str, int, int], ...]]:

@@ -143,10 +143,10 @@ def test_a_task_is_described_on_a_line_and_asked_without_its_rows(tmp_path):
     assert data.load_task("mine", "test", root)[0].row.startswith(f"{root}/mine/test.jsonl:")
     assert data.load_task("toy-bq", "test", root) == data.load_task("toy-bq", "test")  # one run may mix them
     line, train = data.describe_task("mine", root), data.load_task("mine", "train", root)
-    assert line.startswith("mine: one of 坏, 好 | 第一行 ") and " … 很" in line and len(line) < 100
-    assert line.split("判断： -> ")[1] in ("坏", "好")
+    assert line.startswith("mine: answer 坏 / 好; for example  第一行 ") and " … 很" in line and len(line) < 110
+    assert line.split("判断： ")[1] in ("坏", "好")
     write_rows(tmp_path, "cmrc2018", [published("cmrc2018", i) for i in range(9)], [published("cmrc2018", 10)])
-    assert data.describe_task("cmrc2018", root).startswith("cmrc2018: a text | 从文章")
+    assert data.describe_task("cmrc2018", root).startswith("cmrc2018: answer in words; for example  从文章")
     for name, examples, spec in (
         ("mine", train, ["closed", "accuracy", "", ["坏", "好"], "text"]),
         ("cmrc2018", (), ["span", "char_f1", chinese.TASKS["cmrc2018"].template, [], "context"]),
@@ -255,7 +255,8 @@ def test_rows_that_cannot_be_answered_are_counted_by_reason_on_the_page(tmp_path
                  "\n  2 development rows alone choose the best checkpoint; add train rows",
                  "1 test answers hold tokens that the backbone does not know",
                  "tokens of a train row: 67 (median), 67 (longest)",
-                 "same: refused: ", "the choices '坏' and '好' are the same tokens", "toy-bq: one of one, two | "):
+                 "same: refused: ", "the choices '坏' and '好' are the same tokens",
+                 "toy-bq: answer one / two; for example  "):
         assert part in out
     assert "train answers are cut" not in out and "words of the train rows" not in out
 
@@ -344,8 +345,10 @@ def test_the_page_shows_counts_and_a_row(tmp_path, capsys):
     write_rows(tmp_path, "mine", own_rows(20), own_rows(24)[20:])
     data.main(["--data-root", str(tmp_path)])
     out = capsys.readouterr().out
-    for part in ("cote_bd: a text | ", "27 train, 3 dev (cut from train), 4 test rows", "mine: one of 坏, 好 | 好吗",
-                 "of train: 1 answer not in the text", "4 of the test rows can be rewritten", "对象： -> 长城",
+    for part in ("cote_bd: answer in words; for example  ",
+                 "27 train, 3 dev (cut from train), 4 test rows",
+                 "mine: answer 坏 / 好; for example  好吗",
+                 "of train: 1 answer not in the text", "4 of the test rows can be rewritten", "对象： 长城",
                  "characters of a train row: 6 (median), 6 (longest)"):
         assert part in out
     with pytest.raises(UserError, match="none holds no <task>/train.jsonl"):

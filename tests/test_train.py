@@ -259,7 +259,8 @@ def test_a_task_of_ones_own_is_added_to_a_finished_run_by_the_options_of_that_ru
 
 @pytest.mark.parametrize("options, words", [
     ("--rank 3", "rank 2 (now 3)"), ("--targets nope", "should hold nope/train.jsonl"),
-    ("--targets toy-amazon", "toy-amazon: named twice among sources and targets"), ("--targets ../mine", "'../mine'"),
+    ("--targets toy-amazon", "toy-amazon: named twice among this run's sources and targets"),
+    ("--targets ../mine", "'../mine'"),
     ("--shots 100", "k = 100"), ("--target-rate 0", "--target-rate is 0.0"),
 ])
 def test_a_task_that_cannot_be_added_is_refused_and_nothing_is_written(add, copied, options, words):
@@ -391,10 +392,12 @@ def test_the_help_names_and_explains_every_option_on_100_lines(capsys):
 
 def test_what_is_typed_wins_over_the_preset_and_the_preset_over_the_defaults(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no run has options of its own
-    cfg = train.parse(["--preset", "qwen2.5-7b", "--rank", "2", "--shots", "8", "32"])
+    cfg = train.parse(["--stage", "all", "--preset", "qwen2.5-7b", "--rank", "2", "--shots", "8", "32"])
     assert (cfg.backbone, cfg.dtype, cfg.prompt_length) == ("Qwen/Qwen2.5-7B", "auto", 12)
     assert (cfg.rank, cfg.shots, cfg.checkpointing, cfg.sources) == (2, (8, 32), True, chinese.SOURCES)
     assert not train.parse(["--preset", "qwen2.5-7b", "--no-checkpointing"]).checkpointing
     assert train.parse(["--sources", "a,b", "c"]).sources == ("a", "b", "c")
+    with pytest.raises(UserError, match="--targets and --shots need --stage target"):
+        train.parse(["--targets", "a"])
     train.check(train.parse([])), train.check(train.parse(["--preset", "qwen2.5-7b", "--stage", "all"]))
     assert [train.parse(words).run for words in ([], ["--seed", "1"])] == ["runs/toy", "runs/toy-seed1"]
