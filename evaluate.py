@@ -182,8 +182,7 @@ def test_stage(run, model: AdaptedLM, folder: Path, ids: dict[str, int], held: l
                columns: dict) -> dict:
     """Answer the test rows of the tasks in ``ids``: what results.json says of them, and every answer to a plain row in
     predictions.jsonl. run: train.Run; held: the development rows of a few-shot target; columns: more scores."""
-    cfg, lines = run.cfg, []
-    found = {key: {} for key in ("scores", "metrics", "rewritten", "dev_as_test", "warnings")}
+    cfg, lines, found = run.cfg, [], {}
     for task, task_id in ids.items():
         tests = data.test_rows(task, cfg)
         dev = (held or data.load_task(task, "dev", cfg.data_root)[: cfg.dev_rows])[:64]
@@ -192,14 +191,14 @@ def test_stage(run, model: AdaptedLM, folder: Path, ids: dict[str, int], held: l
         answers = {rows: predict(model, run.tokenizer, some, task_id, cfg, f"{task}, {rows} rows")
                    for rows, some in (tests | {"dev": dev}).items()}
         own = {rows: score_task(task, answers[rows], some) for rows, some in tests.items()}
-        dev_score = score_task(task, answers["dev"], dev)["score"]
-        run.log(f"{task}: {dev_score:.1%} on {len(dev)} development rows, scored as test rows are")
+        dev_right = score_task(task, answers["dev"], dev)["score"]
+        run.log(f"{task}: {dev_right:.1%} on {len(dev)} development rows, scored as test rows are")
         changed = sum(bool(row.operations) for row in tests.get("rewritten", ()))
-        found["scores"][task] = run.references[task] | columns | {run.method.name: own}
-        found["metrics"][task] = task_of(task, tests["plain"]).metric
-        found["rewritten"][task] = changed / len(tests["plain"])
-        found["dev_as_test"][task] = {"score": dev_score, "rows": len(dev)}
-        found["warnings"][task] = run.warnings[task]
+        for key, value in {"scores": run.references[task] | columns | {run.method.name: own},
+                           "metrics": task_of(task, tests["plain"]).metric, "warnings": run.warnings[task],
+                           "rewritten": changed / len(tests["plain"]),  # the share that could be
+                           "dev_as_test": {"score": dev_right, "rows": len(dev)}}.items():
+            found.setdefault(key, {})[task] = value
         for row, said in zip(tests["plain"], answers["plain"]):
             golds = row.references or (row.answer,)
             right = said in golds if row.choices else bool(exact_match(said, golds))
@@ -300,7 +299,7 @@ def gates_over_steps(axis, rows: Sequence[dict]):
         axis.plot(list(by_step), [layer + 0.45 * gate / top for gate in line], color="black", linewidth=1)
         axis.text(1.01, layer, f"{line[-1]:+.2f}", va="center", fontsize="small", transform=axis.get_yaxis_transform())
     axis.set(xlabel="step", ylabel="layer", yticks=range(0, len(by_layer), 1 + len(by_layer) // 12),
-             title="Gates: blue adds the prompt, red subtracts it")
+             title="Gates: blue, line above zero: adds the prompt; red, below: subtracts it")
     return image
 
 
@@ -314,7 +313,8 @@ def draw_cosines(path: Path, first: dict, last: dict, sizes: Sequence[int] = (),
         for axis, row, when in zip(axes, (first, last), ("before", "after")):
             image = cosine_matrix(axis, names, row["cosines"], max(top, level))
             axis.set_title(f"{when} training (step {row['step']})")
-        label = "|cos| of two tasks, mean over layers" + (f"\nwhite: random tasks, about {level:.2g}" if sizes else "")
+        label = "|cos| of two tasks (1: the same direction), mean over layers"
+        label += f"\nwhite: random tasks, about {level:.2g}" if sizes else ""
         figure.colorbar(image, ax=axes, label=label).ax.axhline(level, color="white", linewidth=3)
 
 
@@ -346,7 +346,7 @@ def draw_targets(path: Path, found: Sequence[dict], log: Callable[[str], None] =
                      color=colormaps["viridis"](1 - i / len(bars)), edgecolor="black", linewidth=0.5)
         axis.errorbar(centres, lines, xerr=0.45, fmt="none", color="black", label="majority")
         axis.set_xticks(centres, label_tasks(list(scores), path, log), rotation=30, ha="right")
-        axis.set(ylabel="score on test rows (%)", ylim=(0, 103), title="Target tasks")
+        axis.set(ylabel="score on test rows (%)", ylim=(0, 103), title="Target tasks, plain test rows")
         figure.legend(loc="outside right upper", fontsize="small")
 
 

@@ -521,6 +521,9 @@ def finish(run: Run, folder: Path, about: dict, ids: dict[str, int], held: list[
 
 # ----------------------------------------------------------------------------------------------------- the program
 
+STAGES = {"base": train_base, "multitask": train_multitask, "target": train_target}
+
+
 def plan(cfg: Config, method: Method) -> list[tuple[str, str, int]]:
     """The stages that --stage asks for, after those they build on: (stage, task, shots)."""
     stages = list(method.learns)
@@ -569,8 +572,7 @@ def main(argv: list[str], method: Method = TALORA, command: str = "python train.
             folders[job].mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(folders[job] / "stage.json", dataclasses.asdict(cfg) | made_of[job])
             log(f"\n== stage {n + 1} of {len(todo)}: {' '.join(filter(None, job[:2]))}; results go to {folders[job]}/")
-            {"base": train_base, "multitask": train_multitask, "target": train_target}[job[0]](
-                run, folders[job], *job[1:])
+            STAGES[job[0]](run, folders[job], *job[1:])
         evaluate.report(Path(cfg.run), log, [folders[job] for job in todo or folders])
 
 
