@@ -203,3 +203,15 @@ def test_the_readme_knows_every_file_and_what_every_method_stores():
                 new = model.add_task("target") if method.per_task else 0
             learning = train.learning_tensors(model, method.learns["target"], [new])
             assert f"{train.count(model, learning):,}" == parameters, (name, preset)
+
+
+def test_the_learning_rates_tried_on_real_rows_are_those_of_the_results_file():
+    lines = []
+    for record in report.read_results(FOLDER / "results" / "qwen2.5-coder-0.5b"):
+        if record["kind"].startswith("sweep"):
+            rates = ", ".join(f"{name.removesuffix('_rate')} {rate:g}" for name, rate in sorted(record["rates"].items()))
+            where = {"sweep-source": "sources", "sweep-target": "targets"}[record["kind"]]
+            right, loss = record["dev"]
+            lines.append([record["method"], where, rates, f"{100 * right:.1f}", f"{-loss:.3f}"])
+    head = ["method", "trained on", "learning rates", "development rows right, %", "loss"]
+    assert lines and report.markdown(head, sorted(lines), align="<<<>>") in README
