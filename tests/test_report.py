@@ -209,7 +209,7 @@ def test_the_learning_rates_tried_on_real_rows_are_those_of_the_results_file():
     lines = []
     for record in report.read_results(FOLDER / "results" / "qwen2.5-coder-0.5b"):
         if record["kind"].startswith("sweep"):
-            rates = ", ".join(f"{name.removesuffix('_rate')} {rate:g}" for name, rate in sorted(record["rates"].items()))
+            rates = ", ".join(f"{name.removesuffix('_rate')} {x:g}" for name, x in sorted(record["rates"].items()))
             where = {"sweep-source": "sources", "sweep-target": "targets"}[record["kind"]]
             right, loss = record["dev"]
             lines.append([record["method"], where, rates, f"{100 * right:.1f}", f"{-loss:.3f}"])
