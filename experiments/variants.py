@@ -190,7 +190,7 @@ VARIANTS = {method.name.removeprefix(f"{TALORA.name} "): method for method in (
             fixes=lambda cfg: {"slow_rate": cfg.fast_rate / 8}),
     variant("rates-swapped", "B and theta0 fast, u and v slow [paper: the other way]",
             fixes=lambda cfg: {"slow_rate": max(cfg.slow_rate, cfg.fast_rate),  # the same again when the run resumes
-                         "fast_rate": min(cfg.slow_rate, cfg.fast_rate)}),
+                               "fast_rate": min(cfg.slow_rate, cfg.fast_rate)}),
     variant("open-gate", "without zero-init attention: tanh(g) = 1 throughout [paper's ablation]", OpenGate,
             learns=NO_GATES, fresh_gates=False),
     variant("one-softmax", "without zero-init attention: text and prompt in one softmax [paper's ablation]", OneSoftmax,
