@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+import evaluate
 import train
 from checkpoint import UserError
 from experiments import bench, plots, report
@@ -205,7 +206,15 @@ def test_the_readme_knows_every_file_and_what_every_method_stores():
             assert f"{train.count(model, learning):,}" == parameters, (name, preset)
 
 
-def test_the_learning_rates_tried_on_real_rows_are_those_of_the_results_file():
+def test_the_tables_on_real_rows_are_those_of_the_results_files():
+    folder = FOLDER / "results" / "qwen2.5-coder-0.5b" / "talora-seed-0"
+    sources = json.loads((folder / "results.json").read_text("utf-8"))
+    targets = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("target/*.json"))]
+    scores, metrics = ({task: value for one in targets for task, value in one[key].items()}
+                       for key in ("scores", "metrics"))
+    for rows in ("plain", "rewritten"):
+        assert evaluate.table(sources["scores"], sources["metrics"], rows) in README
+    assert evaluate.table(scores, metrics) in README
     lines = []
     for record in report.read_results(FOLDER / "results" / "qwen2.5-coder-0.5b"):
         if record["kind"].startswith("sweep"):
