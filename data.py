@@ -532,9 +532,12 @@ class Batches:
 def page(name: str, root: str | None = None, tokenizer: PreTrainedTokenizerBase | None = None, cfg=None) -> str:
     """A row, counts, answers, lengths, rows left out; with a tokenizer (and cfg) the warnings of `encode_task`, too."""
     splits, warnings = load_splits(name, root), encode_task(name, tokenizer, cfg)[1] if tokenizer else {}
-    lengths = sorted(len(row.prompt + row.answer) for row in splits.train)
+    lengths, cut = sorted(len(row.prompt + row.answer) for row in splits.train), ""
     if tokenizer:
-        lengths = sorted(map(len, encode_all(splits.train, tokenizer, sys.maxsize)))
+        rows = encode_all(splits.train, tokenizer, sys.maxsize)
+        longer = sum(len(row.prompt_ids) + max(map(len, (row.answer_ids, *row.choice_ids))) > cfg.max_length
+                     for row in rows)
+        lengths, cut = sorted(map(len, rows)), f"; {longer} will be shortened to --max-length {cfg.max_length}"
     rewritten = sum(bool(perturb(example, seed=0).operations) for example in splits.test)
     return "\n  ".join([
         describe_task(name, root),
@@ -542,7 +545,7 @@ def page(name: str, root: str | None = None, tokenizer: PreTrainedTokenizerBase 
         f"{splits.report['source']}; {rewritten} of the test rows can be rewritten",
         f"answers: {_counts(Counter(row.answer for row in splits.train))}",
         f"{'tokens' if tokenizer else 'characters'} of a train row: {lengths[len(lengths) // 2]} (median), "
-        f"{lengths[-1]} (longest)",
+        f"{lengths[-1]} (longest){cut}",
         *list_notes(name, root, warnings)])
 
 

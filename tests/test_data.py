@@ -254,7 +254,7 @@ def test_rows_that_cannot_be_answered_are_counted_by_reason_on_the_page(tmp_path
     for part in ("3 test answers are cut away where their text is shortened; raise --max-length",
                  "\n  2 development rows alone choose the best checkpoint; add train rows",
                  "1 test answers hold tokens that the backbone does not know",
-                 "tokens of a train row: 67 (median), 67 (longest)",
+                 "tokens of a train row: 67 (median), 67 (longest); 18 will be shortened to --max-length 50",
                  "same: refused: ", "the choices '坏' and '好' are the same tokens",
                  "toy-bq: answer one / two; for example  "):
         assert part in out
