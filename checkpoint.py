@@ -318,6 +318,7 @@ def pick_dtype(dtype: str, device: str) -> str:
     seconds = {}
     for name in ("float32", "bfloat16"):
         matrix = torch.ones(1024, 1024, dtype=getattr(torch, name))
+        matrix @ matrix  # the first product also sets up threads and kernels
         started = time.perf_counter()
         for _ in range(5):
             matrix @ matrix
