@@ -30,9 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from checkpoint import FAMILIES as FAMILIES  # their public place is here
 from checkpoint import UserError, check_backbone, describe, read_adapter, write_adapter
-from checkpoint import load_backbone as load_backbone
+from checkpoint import load_backbone as load_backbone  # its public place is here
 from gating import GATED_PREFIX, prefix_key_value
 from lowrank import orthogonality, task_cosines, task_prompt
 

@@ -11,10 +11,11 @@ from test_model import ANSWERS, CHOICES, CLOSE, PROMPTS, batch, gradients, pad, 
 from torch import nn
 
 import train
+from checkpoint import FAMILIES
 from data import Batch
 from experiments import baselines
 from experiments.compare import METHODS, VARIANTS
-from model import FAMILIES, NO_TASK, GatedPrompts, TALoRAConfig, positions
+from model import NO_TASK, GatedPrompts, TALoRAConfig, positions
 
 ALL = METHODS | VARIANTS
 CLASSES = {ALL[name].model: name for name in reversed(ALL)}  # class -> its first method: pt, not spot

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from checkpoint import UserError
-from model import FAMILIES, NO_TASK, TALoRA, TALoRAConfig, describe, load_backbone, positions
+from checkpoint import FAMILIES, UserError
+from model import NO_TASK, TALoRA, TALoRAConfig, describe, load_backbone, positions
 
 CLOSE = dict(atol=2e-4, rtol=1e-4)  # fp32, logits of size 10
 PROMPTS = [[7, 11, 3, 29, 41, 5], [17, 2, 2, 31], [9, 44, 23, 8, 50, 6, 12, 33]]
