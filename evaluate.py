@@ -182,7 +182,7 @@ def test_stage(run, model: AdaptedLM, folder: Path, ids: dict[str, int], held: l
                columns: dict) -> dict:
     """Answer the test rows of the tasks in ``ids``: what results.json says of them, and every answer to a plain row in
     predictions.jsonl. run: train.Run; held: the development rows of a few-shot target; columns: more scores."""
-    cfg, lines, found = run.cfg, [], {}
+    cfg, lines, found, answered = run.cfg, [], {}, {}
     for task, task_id in ids.items():
         tests = data.test_rows(task, cfg)
         dev = (held or data.load_task(task, "dev", cfg.data_root)[: cfg.dev_rows])[:64]
@@ -199,28 +199,27 @@ def test_stage(run, model: AdaptedLM, folder: Path, ids: dict[str, int], held: l
                            "rewritten": changed / len(tests["plain"]),  # the share that could be
                            "dev_as_test": {"score": dev_right, "rows": len(dev)}}.items():
             found.setdefault(key, {})[task] = value
-        for row, said in zip(tests["plain"], answers["plain"]):
+        answered[task] = list(zip(tests["plain"], answers["plain"]))
+        for row, said in answered[task]:
             golds = row.references or (row.answer,)
             right = said in golds if row.choices else bool(exact_match(said, golds))
             lines.append(dict(task=task, prompt=row.prompt, answer=row.answer, prediction=said, right=right))
     with write_whole(folder / "predictions.jsonl") as file:
         file.writelines((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
     if cfg.references:
-        run.log(show_answers(model, run, ids))
+        run.log(show_answers(run, answered))
     return found
 
 
-def show_answers(model: AdaptedLM, run, ids: dict[str, int]) -> str:
-    """Three test rows of the tasks in ``ids``: text, right answer, the frozen backbone's and the model's."""
+def show_answers(run, answered: dict[str, list[tuple[Example, str]]]) -> str:
+    """Three of the rows that the model answered, {task: [(row, answer)]}, beside what the frozen backbone says."""
     lines = []
-    for n, task in enumerate((list(ids) * 3)[:3]):
-        rows = data.load_task(task, "test", run.cfg.data_root)
-        row = rows[n % len(rows)]
-        said = [predict(one, run.tokenizer, [row], task_id, run.cfg)[0] or "(nothing)"
-                for one, task_id in ((AdaptedLM(run.backbone), NO_TASK), (model, ids[task]))]
+    for n, task in enumerate((list(answered) * 3)[:3]):
+        row, said = answered[task][n % len(answered[task])]
+        frozen, = predict(AdaptedLM(run.backbone), run.tokenizer, [row], NO_TASK, run.cfg)
         text = shorten(" ".join(row.prompt.split()), 90, placeholder=" ...")
-        lines += [f"{task}: {text}",
-                  f"    right: {row.answer}   frozen backbone: {said[0]}   {run.method.name}: {said[1]}"]
+        lines += [f"{task}: {text}", f"    right: {row.answer}   frozen backbone: {frozen or '(nothing)'}   "
+                  f"{run.method.name}: {said or '(nothing)'}"]
     return "\n".join(["three test rows:", *lines])
 
 
@@ -429,10 +428,16 @@ def open_adapter(names: Sequence[str | Path], backbone: str = "") -> tuple[
     named = read_json(folder / "adapter.json").get("backbone", {})
     frozen, tokenizer = load_backbone(
         backbone or named.get("name", ""), named.get("dtype", "float32"), pick_device("auto"))
-    model = TALoRA.load(folder, frozen).eval()
-    for name in names[1:]:
-        model.load_task(name)
-    return model, tokenizer, frozen
+    return load_adapter([folder, *names[1:]], frozen), tokenizer, frozen
+
+
+def load_adapter(folders: Sequence[str | Path], backbone: PreTrainedModel,
+                 model_class: type[AdaptedLM] = TALoRA) -> AdaptedLM:
+    """The adapter in the first folder, with the tasks that the other folders hold alone. Raises UserError."""
+    model = model_class.load(folders[0], backbone).eval()
+    for folder in folders[1:]:
+        model.load_task(folder)
+    return model
 
 
 # ------------------------------------------------------------------------------------------------- a finished run
@@ -483,7 +488,7 @@ def report(run: Path, log: Callable[[str], None], asked: Sequence[Path]) -> None
 
 
 def stages_of(run: Path, task: str = "") -> dict[Path, list[Path]]:
-    """Folders of the finished stages with test rows (of ``task``) -> their adapter, as `open_adapter` takes it."""
+    """Folders of the finished stages with test rows (of ``task``) -> their adapter, as `load_adapter` takes it."""
     found = find_results(run)
     tasks = dict.fromkeys(name for _, _, results in found for name in results["scores"])
     if not found:
@@ -494,30 +499,29 @@ def stages_of(run: Path, task: str = "") -> dict[Path, list[Path]]:
 
 
 def adapter_of(run: Path, folder: Path) -> list[Path]:
-    """The adapter of a stage, as `open_adapter` takes it: its own, or the multitask stage's and a task saved alone."""
+    """The adapter of a stage, as `load_adapter` takes it: its own, or the multitask stage's and a task saved alone."""
     alone = (folder / "best" / "task.json").exists()
     return [run / "multitask" / "best", folder / "best"] if alone else [folder / "best"]
 
 
-def diagnose(folder: Path, adapter: list[Path], backbone: str = "") -> str:
-    """Does the adapter do anything? Development rows with it and without it, its gates, and its tasks' cosines."""
-    model, tokenizer, frozen = open_adapter(adapter, backbone)
+def diagnose(folder: Path, model: TALoRA, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel) -> str:
+    """Does a stage's adapter do anything? Development rows with it and without it, its gates, its tasks' cosines.
+    backbone: as it was before the adapter."""
     cfg, tasks = SimpleNamespace(**read_json(folder / "stage.json")), read_json(folder / "results.json")["scores"]
-    ids = {name: model.tasks.index(name) if name in model.tasks else 0 for name in tasks}
+    ids = {name: model.tasks.index(name) for name in tasks}
     rows = {task: data.encode_all(data.load_task(task, "dev", cfg.data_root)[:16], tokenizer, cfg.max_length,
                                   False, cfg.chat_template == "on") for task in ids}
     right, loss = dev_score(model, rows, ids, cfg.eval_tokens)
-    plain_right, plain_loss = dev_score(AdaptedLM(frozen), rows, dict.fromkeys(ids, NO_TASK), cfg.eval_tokens)
+    plain_right, plain_loss = dev_score(AdaptedLM(backbone), rows, dict.fromkeys(ids, NO_TASK), cfg.eval_tokens)
     lines = [f"{folder}: of {sum(map(len, rows.values()))} development rows {right:.1%} are right (loss "
              f"{loss:.3f}), without the adapter {plain_right:.1%} (loss {plain_loss:.3f})"]
     if loss > plain_loss - 0.01:
         lines.append("the adapter changes next to nothing: train longer, or with higher learning rates")
     logged = model.diagnose()
-    if "gates" in logged:
-        norms = model.prompts(list(ids.values())).norm(dim=-1).mean((1, 2)).tolist()  # (L, n, P, d) -> (L,)
-        lines += ["", "layer   tanh g  norm of a prompt row"]
-        lines += [f"{layer:>5}  {gate:+7.3f}  {norm:20.2f}"
-                  for layer, (gate, norm) in enumerate(zip(logged["gates"], norms))]
+    norms = model.prompts(list(ids.values())).norm(dim=-1).mean((1, 2)).tolist()  # (L, n, P, d) -> (L,)
+    lines += ["", "layer   tanh g  norm of a prompt row"]
+    lines += [f"{layer:>5}  {gate:+7.3f}  {norm:20.2f}"
+              for layer, (gate, norm) in enumerate(zip(logged["gates"], norms))]
     if "cosines" in logged:
         lines += ["", f"|cos| of every task with {', '.join(ids)}, mean over layers"]
         for task, row in zip(logged["tasks"], logged["cosines"]):
@@ -550,14 +554,16 @@ def main(argv: list[str]) -> None:
         return
     run = options.run or options.diagnose
     stages = stages_of(run, options.task)
-    for folder, adapter in stages.items() if options.ask else ():
-        model, tokenizer, _ = open_adapter(adapter, options.backbone)
-        print(f"{folder} answers: {ask(model, tokenizer, options.task, options.ask, options.choices)}\n")
-    if options.diagnose:
-        for folder, adapter in stages.items():
-            print(diagnose(folder, adapter, options.backbone), end="\n\n")
-    elif not options.ask:
+    if options.run and not options.ask:
         report(run, print, list(stages))
+        return
+    _, tokenizer, backbone = open_adapter(next(iter(stages.values())), options.backbone)  # read once for all stages
+    for folder, adapter in stages.items():
+        model = load_adapter(adapter, backbone)
+        if options.ask:
+            print(f"{folder} answers: {ask(model, tokenizer, options.task, options.ask, options.choices)}\n")
+        else:
+            print(diagnose(folder, model, tokenizer, backbone), end="\n\n")
 
 
 if __name__ == "__main__":

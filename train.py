@@ -426,11 +426,7 @@ class Run:
 
     def load(self, folder: Path) -> AdaptedLM:
         """What a stage left in ``folder``/best."""
-        first, *tasks = evaluate.adapter_of(Path(self.cfg.run), folder)
-        model = self.method.model.load(first, self.backbone)
-        for task in tasks:
-            model.load_task(task)
-        return model
+        return evaluate.load_adapter(evaluate.adapter_of(Path(self.cfg.run), folder), self.backbone, self.method.model)
 
     def tell(self, model: AdaptedLM, tasks: list[str]) -> None:
         """Describe tasks in adapter.json, so that evaluate.answer can work without the data."""

@@ -318,11 +318,11 @@ def test_a_copied_adapter_and_a_copied_task_are_asked_as_in_their_run(run, tmp_p
         assert first == answer and [line.split("%  ")[1] for line in lines][:-1] == [*shares]
 
 
-def test_diagnose_shows_the_gates_and_compares_with_the_backbone_as_it_was_before_the_adapter(run, monkeypatch):
+def test_diagnose_shows_the_gates_and_compares_with_the_backbone_as_it_was_before_the_adapter(run):
     folder, model, tokenizer, backbone = open_stage(run, "toy-amazon")
     ids = {task: model.tasks.index(task) for task in TASKS}
     rows = {t: [data.encode(e, tokenizer, 64, False) for e in data.load_task(t, "dev")[:16]] for t in TASKS}
-    first, *lines = evaluate.diagnose(folder, [folder / "best"]).splitlines()
+    first, *lines = evaluate.diagnose(folder, model, tokenizer, backbone).splitlines()
     assert sum(f" {math.tanh(-0.3):+.3f} " in line for line in lines) == 4, "gates keep their sign"
     assert [line.split()[0] for line in lines[-3:]] == [*TASKS], "cosines"
     own = evaluate.dev_score(model, rows, ids)[1]
@@ -331,8 +331,7 @@ def test_diagnose_shows_the_gates_and_compares_with_the_backbone_as_it_was_befor
     assert f"(loss {own:.3f}), without the adapter" in first and first.endswith(f"(loss {plain:.3f})")
     model.backbone = copy.deepcopy(backbone)  # as of a method that changes modules inside the backbone
     torch.nn.init.zeros_(model.backbone.lm_head.weight)
-    monkeypatch.setattr(evaluate, "open_adapter", lambda *_, **__: (model, tokenizer, backbone))
-    assert evaluate.diagnose(folder, []).splitlines()[0].endswith(f"(loss {plain:.3f})")
+    assert evaluate.diagnose(folder, model, tokenizer, backbone).splitlines()[0].endswith(f"(loss {plain:.3f})")
 
 
 @pytest.mark.parametrize("arguments, words", [
