@@ -430,8 +430,7 @@ class Run:
 
     def tell(self, model: AdaptedLM, tasks: list[str]) -> None:
         """Describe tasks in adapter.json, so that evaluate.answer can work without the data."""
-        specs = model.about.get("tasks", {}) if self.method.per_task else {}  # else their weights were trained anew
-        specs |= {task: data.spec_of(task, data.load_task(task, "train", self.cfg.data_root)) for task in tasks}
+        specs = {task: data.spec_of(task, data.load_task(task, "train", self.cfg.data_root)) for task in tasks}
         reads = {name: getattr(self.cfg, name) for name in ("chat_template", "max_length", "max_new_tokens")}
         model.about = reads | {"tasks": specs}
 

@@ -257,6 +257,12 @@ def test_a_report_has_a_table_for_the_sources_and_for_every_number_of_examples_a
     assert len([text for text in said if "saved as" in text]) == 3
 
 
+def test_of_a_single_row_the_answer_is_shown_three_times():
+    shown = SimpleNamespace(backbone=load_backbone()[0], tokenizer=TOKENIZER, cfg=CFG, method=SimpleNamespace(name="x"))
+    answered = {"toy-amazon": [(data.load_task("toy-amazon", "test")[0], "one")]}
+    assert evaluate.show_answers(shown, answered).count("x: one") == 3
+
+
 TEXT = "ann found the soup very awful at the oslo cafe"
 PAIR = {"sentence1": f" {TEXT} ", "sentence2": " the soup was nice "}
 

@@ -394,6 +394,10 @@ def test_a_task_of_another_shared_part_or_backbone_a_taken_name_and_no_task_are_
         after = other.tasks, json.dumps(other.about), other.hash_shared(), [*other.v]
         assert after[:3] == before[:3] and len(after[3]) == len(other.u) == len(before[3])
         assert all(map(torch.equal, after[3], before[3]))
+    for tensor, counts in ((model.u[0], False), (model.theta0, True), (model.B, True), (model.gate, True)):
+        before = model.hash_shared()
+        tensor.data += 1
+        assert (model.hash_shared() != before) == counts, "all that tasks share, and nothing of a task"
 
 
 @IN_EVERY_FAMILY

@@ -255,13 +255,14 @@ def test_a_task_of_ones_own_is_added_to_a_finished_run_by_the_options_of_that_ru
         folder = copied / f"target/mine-{shots}-shot"
         assert [row["step"] for row in read_metrics(folder) if "dev_loss" in row] == evaluated
         assert json.loads((folder / "best/task.json").read_text())["shared"] == shared
+    add("--shots", "3", "--max-length", "99")
+    assert json.loads((copied / "target/mine-3-shot/best/task.json").read_text())["about"]["max_length"] == 99
 
 
 @pytest.mark.parametrize("options, words", [
     ("--rank 3", "rank 2 (now 3)"), ("--targets nope", "should hold nope/train.jsonl"),
     ("--targets toy-amazon", "toy-amazon: named twice among this run's sources and targets"),
-    ("--targets ../mine", "'../mine'"),
-    ("--shots 100", "k = 100"), ("--target-rate 0", "--target-rate is 0.0"),
+    ("--targets ../mine", "'../mine'"), ("--shots 100", "k = 100"), ("--target-rate 0", "--target-rate is 0.0"),
 ])
 def test_a_task_that_cannot_be_added_is_refused_and_nothing_is_written(add, copied, options, words):
     before = files_of(copied)
@@ -274,7 +275,7 @@ def test_a_task_that_cannot_be_added_is_refused_and_nothing_is_written(add, copi
     (["--multitask-steps", "13"], "multitask_steps 12 (now 13)"), (["--seed", "3"], "seed 0 (now 3)"),
     (["--fast-rate", "0.5"], "fast_rate 0.16 (now 0.5)"), (["--rank", "1"], "rank 2 (now 1)"),
     (["--sources", "toy-sanwen,toy-amazon"], "sources ['toy-amazon', 'toy-sanwen'] (now"),
-    (["--target-batch", "2"], "target_batch 3 (now 2)"),
+    (["--target-batch", "2"], "target_batch 3 (now 2)"), (["--shots", "8", "2", "--seed", "3"], "seed 0 (now 3)"),
     (["--stage", "multitask", "--eval-every", "7"], "eval_every 3 (now 7)"),  # the last stage asked for
 ])
 def test_a_run_is_not_continued_with_other_options(copied, small_world, more, words):
