@@ -59,7 +59,8 @@ def test_every_method_can_be_run_with_the_defaults_of_every_preset(preset, tmp_p
     options = ["--preset", preset, "--stage", "all", "--run", str(tmp_path)]
     for method in ALL.values():
         compare.check_typed(options, method)
-        train.check(train.parse(options, method), method)
+        train.check(cfg := train.parse(options, method), method)
+        assert method.fixes(cfg).items() <= vars(cfg).items(), "an ablation stays what it is when its run resumes"
 
 
 def test_defaults_of_a_method_yield_to_what_is_typed_and_an_ablation_does_not():

@@ -210,17 +210,14 @@ def test_the_tables_on_real_rows_are_those_of_the_results_files():
     folder = FOLDER / "results" / "qwen2.5-coder-0.5b" / "talora-seed-0"
     sources = json.loads((folder / "results.json").read_text("utf-8"))
     targets = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("target/*.json"))]
-    scores, metrics = ({task: value for one in targets for task, value in one[key].items()}
-                       for key in ("scores", "metrics"))
-    for rows in ("plain", "rewritten"):
-        assert evaluate.table(sources["scores"], sources["metrics"], rows) in README
-    assert evaluate.table(scores, metrics) in README
+    found = {key: {task: value for one in targets for task, value in one[key].items()} for key in ("scores", "metrics")}
+    for results, rows in ((sources, "plain"), (sources, "rewritten"), (found, "plain")):
+        assert evaluate.table(results["scores"], results["metrics"], rows) in README
     lines = []
     for record in report.read_results(FOLDER / "results" / "qwen2.5-coder-0.5b"):
         if record["kind"].startswith("sweep"):
             rates = ", ".join(f"{name.removesuffix('_rate')} {x:g}" for name, x in sorted(record["rates"].items()))
-            where = {"sweep-source": "sources", "sweep-target": "targets"}[record["kind"]]
-            right, loss = record["dev"]
+            where, (right, loss) = record["kind"].removeprefix("sweep-") + "s", record["dev"]
             lines.append([record["method"], where, rates, f"{100 * right:.1f}", f"{-loss:.3f}"])
     head = ["method", "trained on", "learning rates", "development rows right, %", "loss"]
     assert lines and report.markdown(head, sorted(lines), align="<<<>>") in README

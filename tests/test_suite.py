@@ -42,7 +42,6 @@ def test_every_planned_run_is_a_command_that_can_run(tmp_path):
         compare.check_typed(words, method)
         cfg = train.parse(words, method)
         train.check(cfg, method)
-        assert all(getattr(cfg, name) == value for name, value in method.fixes(cfg).items()), "also when it resumes"
         assert (cfg.seed, cfg.run) == (run.seed, str(suite.folder_of(run.name, tmp_path)))
         assert (cfg.multitask_steps, cfg.multitask_batch, cfg.target_steps) == (400, 32, 120), "the same for all"
         if run.kind in ("method", "variant"):
