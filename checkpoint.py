@@ -1,4 +1,5 @@
-r"""The machinery of a run: errors, whole files, an exact resume, several GPUs. The method can be read without it.
+r"""The machinery of a run: errors, whole files, backbones and adapters on disk, an exact resume, several GPUs. The
+method can be read without it.
 
 A run may end at any moment: a power cut, a full disk, Ctrl-C. So a file is written under another name and then moved
 into place: a reader finds the old file or the new one, never half of one. A checkpoint is one such file with all that

@@ -129,6 +129,11 @@ def load_task(name: str, split: str, root: str | Path | None = None) -> list[Exa
     return getattr(load_splits(name, str(root) if root else None), split)
 
 
+def is_newer(name: str, root: str, file: Path) -> bool:
+    """Whether rows in root/<name> were written after ``file``; never for tasks that are not there."""
+    return bool(root) and any(path.stat().st_mtime > file.stat().st_mtime for path in (Path(root) / name).glob("*"))
+
+
 @cache
 def load_splits(name: str, root: str | None = None) -> Splits:
     """All splits of a task and a report of what was left out; errors as in `load_task`."""

@@ -552,6 +552,9 @@ def main(argv: list[str], method: Method = TALORA, command: str = "python train.
     made_of = {job: options_of(cfg, method, job[0], job not in todo and job != last) for job in folders}
     for job in folders:
         checkpoint.same_run(folders[job], made_of[job])
+        for task in ([job[1]] if job[1] else cfg.sources) if job not in todo else ():
+            if data.is_newer(task, cfg.data_root, folders[job] / "results.json"):
+                print(f"warning: rows of {task} are newer than {folders[job]}; delete that folder to train on them")
     run = Run(cfg, method, f"{command} {shlex.join(argv)}", todo) if todo else None
     for job in folders if run else ():  # finished stages, too
         made_of[job] |= run.identify(job[1])

@@ -255,6 +255,10 @@ def test_a_task_of_ones_own_is_added_to_a_finished_run_by_the_options_of_that_ru
         folder = copied / f"target/mine-{shots}-shot"
         assert [row["step"] for row in read_metrics(folder) if "dev_loss" in row] == evaluated
         assert json.loads((folder / "best/task.json").read_text())["shared"] == shared
+    assert "newer" not in capsys.readouterr().out
+    (copied.parent / "data/mine/train.jsonl").touch()  # perhaps other rows
+    add("--shots", "4")
+    assert "warning: rows of mine are newer than" in capsys.readouterr().out
     add("--shots", "3", "--max-length", "99")
     assert json.loads((copied / "target/mine-3-shot/best/task.json").read_text())["about"]["max_length"] == 99
 
