@@ -188,24 +188,26 @@ class AdaptedLM(nn.Module):
             raise ValueError("every row needs at least one choice, and every choice at least one token")
         if not attention_mask.any(1).all():
             raise ValueError("every row needs at least one token of text")
-        T, device, text = input_ids.shape[1], input_ids.device, attention_mask.bool()
+        device, T = input_ids.device, input_ids.shape[1]
+        ids, text = input_ids.cpu(), attention_mask.bool().cpu()  # what follows is many small writes, slow on a GPU
         S = T + max(sum(len(c) - 1 for c in row) for row in choices)  # a choice's last token predicts nothing
-        ids, position = F.pad(input_ids, (0, S - T)), F.pad(positions(attention_mask), (0, S - T))  # (B, S) x 2
-        allowed = torch.eye(S, dtype=torch.bool, device=device).repeat(len(ids), 1, 1)  # (B, S, S); no row all False
-        allowed[:, :T, :T] |= text[:, None] & torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        ids, position = F.pad(ids, (0, S - T)), F.pad(positions(text), (0, S - T))  # (B, S) x 2
+        allowed = torch.eye(S, dtype=torch.bool).repeat(len(ids), 1, 1)  # (B, S, S); no row all False
+        allowed[:, :T, :T] |= text[:, None] & torch.ones(T, T, dtype=torch.bool).tril()
         where = []  # (row, choice, position of the state that predicts the token, token)
         for b, row in enumerate(choices):
             last, start, length = int(text[b].nonzero()[-1]), T, int(text[b].sum())
             for c, choice in enumerate(row):
                 end = start + len(choice) - 1
-                ids[b, start:end] = torch.tensor(choice[:-1], device=device)
-                position[b, start:end] = torch.arange(length, length + end - start, device=device)
+                ids[b, start:end] = torch.tensor(choice[:-1])
+                position[b, start:end] = torch.arange(length, length + end - start)
                 allowed[b, start:end, :T] = text[b]
                 allowed[b, start:end, start:end] = allowed.new_ones(end - start, end - start).tril()
                 where += [(b, c, state, token) for state, token in zip([last, *range(start, end)], choice)]
                 start = end
         self.backbone.eval()
-        given = self.inputs(ids, allowed[:, None], position, task_ids, text)
+        ids, allowed, position, text = (t.to(device) for t in (ids, allowed[:, None], position, text))
+        given = self.inputs(ids, allowed, position, task_ids, text)
         hidden = self.read(given, use_cache=False)[:, -S:]  # (B, S, d)
         rows, columns, states, tokens = torch.tensor(where, device=device).T  # 4 x (answer tokens,)
         log_p = torch.cat([  # in slices: (answer tokens, V) would be gigabytes at V = 152,064
