@@ -219,8 +219,6 @@ def check(cfg: Config, method: Method = TALORA) -> None:
         f"{twice}: named twice among this run's sources and targets; rename your task's folder, or remove one": twice,
         f"--tokens-per-batch is {cfg.tokens_per_batch}, below one row of --max-length {cfg.max_length}; raise it":
             0 < cfg.tokens_per_batch < cfg.max_length,
-        f"--run '{cfg.run}' is a file or in one; name a folder":
-            any(path.is_file() for path in (Path(cfg.run), *Path(cfg.run).parents)),
     }.items() if wrong]
     try:
         torch.empty(1, device=checkpoint.pick_device(cfg.device))
@@ -562,8 +560,6 @@ def main(argv: list[str], method: Method = TALORA, command: str = "python train.
     with checkpoint.lock(Path(cfg.run)):
         log = checkpoint.open_log(Path(cfg.run))
         for n, job in enumerate(todo):
-            if (folders[job] / "results.json").exists():
-                continue  # another process was faster
             run.log = log
             run.rows_later = sum(getattr(cfg, f"{later}_steps") * getattr(cfg, f"{later}_batch")
                                  for later, *_ in todo[n + 1:])

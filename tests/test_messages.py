@@ -39,7 +39,6 @@ def refused(small_world, tmp_path, capsys):
     ("--sources toy-afqmc,toy-afqmc", ["toy-afqmc", "twice"]),
     ("--stage target --shots 8 -3 --targets toy-finre", ["-3"]),
     ("--device banana", ["--device 'banana'", "--device cpu"]),
-    ("--run {tmp}/file/run", ["run' is a file or in one; name a folder"]),
     ("--data-root {tmp}/nowhere", ["nowhere' is not a folder", "train.jsonl"]),
     ("--data-root {tmp} --backbone=", ["--data-root needs --backbone", "Qwen/Qwen2.5-0.5B"]),
     ("--data-root {tmp}", ["no known source", "--sources"]),
@@ -47,7 +46,6 @@ def refused(small_world, tmp_path, capsys):
     ("--backbone nobody/nothing", ["'nobody/nothing' cannot be", "--backbone takes", "hub"]),
 ])
 def test_a_mistake_in_an_option_is_refused_in_a_sentence(options, words, refused, tmp_path):
-    (tmp_path / "file").write_text("")
     refused(words, *options.format(tmp=tmp_path).split())
 
 
