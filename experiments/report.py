@@ -22,7 +22,7 @@ from experiments import plots
 from experiments.compare import METHODS, VARIANTS
 
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # by degrees of freedom, from 1
-REFERENCES = ("majority", "frozen backbone", "frozen, no template", "hard instruction")
+REFERENCES = ("majority", "frozen backbone", "frozen, no template", "hard instruction", "theta0 (k = 0)")
 PARTS = {"fast and slow learning rates (here 4 : 3) are needed": ("equal-rates", "rates-swapped"),
          "zero-initialised attention is needed": ("open-gate", "one-softmax"),
          "the regulariser (cosine form) is needed": ("reg-off",)}  # the paper's claim -> the variants without this part
