@@ -110,9 +110,13 @@ def describe_task(name: str, root: str | Path | None = None) -> str:
     task, example = task_of(name, train), min(train, key=lambda example: len(example.prompt))
     asked = {"closed": f"answer {' / '.join(task.answers)}", "choice": "choose an option",
              "span": "answer in words"}
-    asked, prompt = (text if len(text) <= 60 else f"{text[:40]} … {text[-17:]}"
-                     for text in (asked[task.kind], " ".join(example.prompt.split())))
-    return f"{name}: {asked}; for example  {prompt} {example.answer}"
+    return f"{name}: {shorten(asked[task.kind])}; for example  {shorten(example.prompt)} {example.answer}"
+
+
+def shorten(text: str, size: int = 60) -> str:
+    """A text on one line, without its middle if it has more than ``size`` characters."""
+    text = " ".join(text.split())
+    return text if len(text) <= size else f"{text[: 2 * size // 3]} … {text[3 - size // 3:]}"
 
 
 @dataclass
@@ -396,9 +400,9 @@ def rows_hash(rows: Iterable[Encoded]) -> str:
     return digest.hexdigest()
 
 
-def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int,
-               keep_answer: bool = False, chat: bool = False) -> list[Encoded]:
-    return [encode(example, tokenizer, max_length, keep_answer, chat)
+def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, cfg,
+               keep_answer: bool = False) -> list[Encoded]:
+    return [encode(example, tokenizer, cfg.max_length, keep_answer, cfg.chat_template == "on")
             for example in tqdm(examples, "tokenising", leave=False, disable=None)]
 
 
@@ -422,8 +426,7 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dic
         k_shot(splits.train, k, cfg.seed)
     tests = test_rows(name, cfg)
     examples = {"train": splits.train, "dev": splits.dev[: cfg.dev_rows], "test": tests.pop("plain"), **tests}
-    rows = {split: encode_all(some, tokenizer, cfg.max_length, split == "train", cfg.chat_template == "on")
-            for split, some in examples.items()}
+    rows = {split: encode_all(some, tokenizer, cfg, split == "train") for split, some in examples.items()}
     warnings, words = Counter(), [token for row in rows["train"] for token in row.prompt_ids]
     if words.count(unknown) > len(words) / 2:
         warnings[f"of {len(words)} words of the train rows are unknown to the backbone's tokenizer; give a --backbone "
@@ -459,8 +462,8 @@ def draw_shots(name: str, k: int, tokenizer: PreTrainedTokenizerBase, cfg) -> tu
     """k examples of a target and k more for choosing a checkpoint: {train | dev: rows}, the development examples, and
     where both were drawn from (file and line)."""
     drawn = dict(zip(("train", "dev"), k_shot(load_task(name, "train", cfg.data_root), k, cfg.seed)))
-    rows = {split: fitting(encode_all(some, tokenizer, cfg.max_length, split == "train", cfg.chat_template == "on"),
-                           cfg.max_length) for split, some in drawn.items()}
+    rows = {split: fitting(encode_all(some, tokenizer, cfg, split == "train"), cfg.max_length)
+            for split, some in drawn.items()}
     return rows, drawn["dev"], {split: [row.row for row in some] for split, some in drawn.items()}
 
 
@@ -505,7 +508,8 @@ class Batches:
     """batches[step] -> the micro-batches of a step, each a list of Encoded; a step depends on nothing but its number.
 
     Tasks take turns, each with its rows in a new random order every epoch. A step is `batch_size` rows, sorted by
-    length and cut into parts of at most `budget` tokens, padding included, or without a budget of PART rows."""
+    length and cut into parts of at most `budget` tokens, padding included (a longer row has a part of its own), or
+    without a budget of PART rows."""
 
     PART = 16
 
@@ -522,7 +526,7 @@ class Batches:
         for row in sorted(drawn, key=len):
             rows = len(parts[-1]) + 1
             wide = parts[-1] and len(row) > 1.25 * len(parts[-1][0])  # much of the shorter rows would be padding
-            if (rows * len(row) > self.budget or wide) if self.budget else rows > self.PART:
+            if parts[-1] and ((rows * len(row) > self.budget or wide) if self.budget else rows > self.PART):
                 parts.append([])
             parts[-1].append(row)
         return parts
@@ -539,7 +543,7 @@ def page(name: str, root: str | None = None, tokenizer: PreTrainedTokenizerBase 
     splits, warnings = load_splits(name, root), encode_task(name, tokenizer, cfg)[1] if tokenizer else {}
     lengths, cut = sorted(len(row.prompt + row.answer) for row in splits.train), ""
     if tokenizer:
-        rows = encode_all(splits.train, tokenizer, sys.maxsize)
+        rows = [encode(example, tokenizer, sys.maxsize) for example in splits.train]
         longer = sum(len(row.prompt_ids) + max(map(len, (row.answer_ids, *row.choice_ids))) > cfg.max_length
                      for row in rows)
         lengths, cut = sorted(map(len, rows)), f"; {longer} will be shortened to --max-length {cfg.max_length}"

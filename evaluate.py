@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from textwrap import shorten
 from types import SimpleNamespace
 
 import torch
@@ -217,9 +216,8 @@ def show_answers(run, answered: dict[str, list[tuple[Example, str]]]) -> str:
     for n, task in enumerate((list(answered) * 3)[:3]):
         row, said = answered[task][n % len(answered[task])]
         frozen, = predict(AdaptedLM(run.backbone), run.tokenizer, [row], NO_TASK, run.cfg)
-        text = shorten(" ".join(row.prompt.split()), 90, placeholder=" ...")
-        lines += [f"{task}: {text}", f"    right: {row.answer}   frozen backbone: {frozen or '(nothing)'}   "
-                  f"{run.method.name}: {said or '(nothing)'}"]
+        lines += [f"{task}: {data.shorten(row.prompt, 90)}", f"    right: {row.answer}   frozen backbone: "
+                  f"{frozen or '(nothing)'}   {run.method.name}: {said or '(nothing)'}"]
     return "\n".join(["three test rows:", *lines])
 
 
@@ -409,10 +407,9 @@ def ask(model: AdaptedLM, tokenizer: PreTrainedTokenizerBase, name: str, texts: 
                       *([f"{unknown} of {len(words)} words are unknown to the backbone"] if unknown else [])])
 
 
-def open_adapter(names: Sequence[str | Path], backbone: str = "") -> tuple[
-        AdaptedLM, PreTrainedTokenizerBase, PreTrainedModel]:
+def open_adapter(names: Sequence[str | Path], backbone: str = "") -> tuple[TALoRA, PreTrainedTokenizerBase]:
     """Open an adapter (a folder or a hub name) on the backbone it names, or on ``backbone``, and add tasks saved alone
-    -> the model, its tokenizer and the backbone as it was before. Raises UserError."""
+    -> the model and its tokenizer. Raises UserError."""
     folder = Path(names[0])
     if (folder / "task.json").exists():
         raise UserError(f"'{folder}' holds one task alone; name the adapter that it belongs to first: --adapter "
@@ -428,7 +425,7 @@ def open_adapter(names: Sequence[str | Path], backbone: str = "") -> tuple[
     named = read_json(folder / "adapter.json").get("backbone", {})
     frozen, tokenizer = load_backbone(
         backbone or named.get("name", ""), named.get("dtype", "float32"), pick_device("auto"))
-    return load_adapter([folder, *names[1:]], frozen), tokenizer, frozen
+    return load_adapter([folder, *names[1:]], frozen), tokenizer
 
 
 def load_adapter(folders: Sequence[str | Path], backbone: PreTrainedModel,
@@ -504,15 +501,13 @@ def adapter_of(run: Path, folder: Path) -> list[Path]:
     return [run / "multitask" / "best", folder / "best"] if alone else [folder / "best"]
 
 
-def diagnose(folder: Path, model: TALoRA, tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel) -> str:
-    """Does a stage's adapter do anything? Development rows with it and without it, its gates, its tasks' cosines.
-    backbone: as it was before the adapter."""
+def diagnose(folder: Path, model: TALoRA, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Does a stage's adapter do anything? Development rows with it and without it, its gates, its tasks' cosines."""
     cfg, tasks = SimpleNamespace(**read_json(folder / "stage.json")), read_json(folder / "results.json")["scores"]
     ids = {name: model.tasks.index(name) for name in tasks}
-    rows = {task: data.encode_all(data.load_task(task, "dev", cfg.data_root)[:16], tokenizer, cfg.max_length,
-                                  False, cfg.chat_template == "on") for task in ids}
+    rows = {task: data.encode_all(data.load_task(task, "dev", cfg.data_root)[:16], tokenizer, cfg) for task in ids}
     right, loss = dev_score(model, rows, ids, cfg.eval_tokens)
-    plain_right, plain_loss = dev_score(AdaptedLM(backbone), rows, dict.fromkeys(ids, NO_TASK), cfg.eval_tokens)
+    plain_right, plain_loss = dev_score(AdaptedLM(model.backbone), rows, dict.fromkeys(ids, NO_TASK), cfg.eval_tokens)
     lines = [f"{folder}: of {sum(map(len, rows.values()))} development rows {right:.1%} are right (loss "
              f"{loss:.3f}), without the adapter {plain_right:.1%} (loss {plain_loss:.3f})"]
     if loss > plain_loss - 0.01:
@@ -549,7 +544,7 @@ def main(argv: list[str]) -> None:
     if (options.ask or options.choices or options.adapter) and (options.diagnose or not asks):
         raise UserError("a question needs --run RUN or --adapter FOLDER, --task NAME and --ask TEXT")
     if options.adapter:
-        model, tokenizer, _ = open_adapter(options.adapter, options.backbone)
+        model, tokenizer = open_adapter(options.adapter, options.backbone)
         print(ask(model, tokenizer, options.task, options.ask, options.choices))
         return
     run = options.run or options.diagnose
@@ -557,13 +552,13 @@ def main(argv: list[str]) -> None:
     if options.run and not options.ask:
         report(run, print, list(stages))
         return
-    _, tokenizer, backbone = open_adapter(next(iter(stages.values())), options.backbone)  # read once for all stages
+    first, tokenizer = open_adapter(next(iter(stages.values())), options.backbone)  # the backbone is read once
     for folder, adapter in stages.items():
-        model = load_adapter(adapter, backbone)
+        model = load_adapter(adapter, first.backbone)
         if options.ask:
             print(f"{folder} answers: {ask(model, tokenizer, options.task, options.ask, options.choices)}\n")
         else:
-            print(diagnose(folder, model, tokenizer, backbone), end="\n\n")
+            print(diagnose(folder, model, tokenizer), end="\n\n")
 
 
 if __name__ == "__main__":

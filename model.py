@@ -172,7 +172,6 @@ class AdaptedLM(nn.Module):
     def end_tokens(self) -> list[int]:
         """The tokens that end an answer; a model may name several or none."""
         eos = self.backbone.generation_config.eos_token_id
-        eos = self.backbone.config.eos_token_id if eos is None else eos
         return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
     @torch.no_grad()
@@ -188,26 +187,23 @@ class AdaptedLM(nn.Module):
             raise ValueError("every row needs at least one choice, and every choice at least one token")
         if not attention_mask.any(1).all():
             raise ValueError("every row needs at least one token of text")
-        device, T = input_ids.device, input_ids.shape[1]
-        ids, text = input_ids.cpu(), attention_mask.bool().cpu()  # what follows is many small writes, slow on a GPU
-        S = T + max(sum(len(c) - 1 for c in row) for row in choices)  # a choice's last token predicts nothing
-        ids, position = F.pad(ids, (0, S - T)), F.pad(positions(text), (0, S - T))  # (B, S) x 2
-        allowed = torch.eye(S, dtype=torch.bool).repeat(len(ids), 1, 1)  # (B, S, S); no row all False
-        allowed[:, :T, :T] |= text[:, None] & torch.ones(T, T, dtype=torch.bool).tril()
-        where = []  # (row, choice, position of the state that predicts the token, token)
-        for b, row in enumerate(choices):
-            last, start, length = int(text[b].nonzero()[-1]), T, int(text[b].sum())
+        T, device, text = input_ids.shape[1], input_ids.device, attention_mask.bool()
+        last = [max(t for t, real in enumerate(row) if real) for row in text.tolist()]  # place of the last text token
+        lengths, behind, where = text.sum(1).tolist(), [[] for _ in choices], []
+        for b, row in enumerate(choices):  # behind: (token, position, part) of what is read behind the text
             for c, choice in enumerate(row):
-                end = start + len(choice) - 1
-                ids[b, start:end] = torch.tensor(choice[:-1])
-                position[b, start:end] = torch.arange(length, length + end - start)
-                allowed[b, start:end, :T] = text[b]
-                allowed[b, start:end, start:end] = allowed.new_ones(end - start, end - start).tril()
-                where += [(b, c, state, token) for state, token in zip([last, *range(start, end)], choice)]
-                start = end
+                start, read = T + len(behind[b]), choice[:-1]  # a choice's last token predicts nothing
+                behind[b] += [(token, lengths[b] + t, c + 1) for t, token in enumerate(read)]
+                # where: (row, choice, place of the state that predicts the token, token)
+                where += [(b, c, *pair) for pair in zip([last[b], *range(start, start + len(read))], choice)]
+        S = T + max(map(len, behind))
+        behind = [tokens + [(0, 0, -1)] * (S - T - len(tokens)) for tokens in behind]
+        behind = torch.tensor(behind, dtype=torch.long, device=device).view(len(choices), S - T, 3)
+        front = torch.stack([input_ids, positions(attention_mask), text.long() - 1], -1)  # (B, T, 3)
+        ids, position, part = torch.cat([front, behind], 1).unbind(-1)  # (B, S) x 3; part -1: padding, 0: the text, ...
+        allowed = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()  # (B, S, S)
         self.backbone.eval()
-        ids, allowed, position, text = (t.to(device) for t in (ids, allowed[:, None], position, text))
-        given = self.inputs(ids, allowed, position, task_ids, text)
+        given = self.inputs(ids, allowed[:, None], position, task_ids, text)
         hidden = self.read(given, use_cache=False)[:, -S:]  # (B, S, d)
         rows, columns, states, tokens = torch.tensor(where, device=device).T  # 4 x (answer tokens,)
         log_p = torch.cat([  # in slices: (answer tokens, V) would be gigabytes at V = 152,064
@@ -266,9 +262,6 @@ class AdaptedLM(nn.Module):
         if saved["shared"] != self.hash_shared():
             raise UserError(f"the task in '{folder}' was trained on a shared part with hash {saved['shared']}, but "
                             f"this adapter's has {self.hash_shared()}; load the multitask adapter of the task's run")
-        end = f".{len(self.tasks) - 1}"  # the tensors that a task has
-        if self.tasks and own.keys() != {n.removesuffix(end) for n in self.adapter_state() if n.endswith(end)}:
-            raise UserError(f"the task in '{folder}' has other tensors ({', '.join(own)}) than this adapter's tasks")
         new = self.add_task(saved["task"])
         self.load_state_dict({f"{tensor}.{new}": t for tensor, t in own.items()}, strict=False)
         specs = self.about.get("tasks", {}) | saved["about"]["tasks"]

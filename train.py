@@ -206,8 +206,6 @@ def check(cfg: Config, method: Method = TALORA) -> None:
     names, there = [*cfg.sources, *cfg.targets], f"is in '{cfg.data_root}'; name those that are there with"
     twice = ", ".join(sorted({name for name in names if names.count(name) > 1}))
     problems += [sentence for sentence, wrong in {
-        f"--rank is {cfg.rank}, above --prompt-length {cfg.prompt_length}: B has only that many rows; lower it":
-            issubclass(method.model, TALoRA) and cfg.rank > cfg.prompt_length,
         f"--data-root '{cfg.data_root}' is not a folder; it should hold <task>/train.jsonl and test.jsonl":
             cfg.data_root and not os.path.isdir(cfg.data_root),
         "--data-root needs --backbone, such as Qwen/Qwen2.5-0.5B: the micro-world's own knows 184 words":
@@ -217,8 +215,6 @@ def check(cfg: Config, method: Method = TALORA) -> None:
         f"no known source {there} --sources": not cfg.sources,
         f"no known target {there} --targets": cfg.stage in ("target", "all") and not cfg.targets,
         f"{twice}: named twice among this run's sources and targets; rename your task's folder, or remove one": twice,
-        f"--tokens-per-batch is {cfg.tokens_per_batch}, below one row of --max-length {cfg.max_length}; raise it":
-            0 < cfg.tokens_per_batch < cfg.max_length,
     }.items() if wrong]
     try:
         torch.empty(1, device=checkpoint.pick_device(cfg.device))

@@ -368,3 +368,8 @@ def test_rows_that_lose_a_name_and_answers_that_are_too_long_are_counted(tmp_pat
     _, warnings = data.encode_task("own", TOKENIZER, cfg)
     assert warnings["train rows are left out for answers that are too long; raise --max-length"] > 5
     assert warnings["test answers are longer than --max-new-tokens 399 and never given in full; raise it"] == 5
+
+
+def test_a_long_text_is_shown_without_its_middle():
+    assert data.shorten("从文章中" * 30, 90) == "从文章中" * 15 + " … " + ("从文章中" * 30)[-27:]
+    assert data.shorten(" a \n b ") == "a b"

@@ -32,8 +32,6 @@ def refused(small_world, tmp_path, capsys):
     ("--no-such-option 1", ["--no-such-option", "--help"]),
     ("--multitask-batch 0 --fast-rate -1", ["--multitask-batch is 0, but must be above 0", "--fast-rate is -1.0"]),
     ("--slow-rate nan --clip inf", ["--slow-rate is nan", "--clip is inf"]),
-    ("--rank 99", ["--rank is 99", "--prompt-length 16", "lower it"]),
-    ("--tokens-per-batch 64", ["--tokens-per-batch is 64", "--max-length 128", "raise it"]),
     ("--max-length 4", ["toy-", "raise --max-length"]),
     ("--sources toy-afqmc toy-nope", ["'toy-nope'", "known are", "toy-afqmc"]),
     ("--sources toy-afqmc,toy-afqmc", ["toy-afqmc", "twice"]),
