@@ -216,12 +216,7 @@ class AdaptedLM(nn.Module):
 
     def adapter_state(self) -> dict[str, Tensor]:
         """All tensors of the adapter by name, none of the backbone's."""
-        named = [*self.named_parameters(), *self.named_buffers()]
-        return {name: t.detach() for name, t in named if self.owns(name)}
-
-    def owns(self, name: str) -> bool:
-        """Whether a tensor belongs to the adapter."""
-        return not name.startswith("backbone.")
+        return {name: t for name, t in self.state_dict().items() if not name.startswith("backbone.")}
 
     def diagnose(self) -> dict:
         """What training logs of the adapter in addition to losses and learning rates."""

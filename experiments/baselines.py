@@ -197,8 +197,8 @@ class ChangedBackbone(AdaptedLM):
     def insert_modules(self) -> None:
         """Put trainable modules into `self.backbone`."""
 
-    def owns(self, name: str) -> bool:
-        return name in self.trained
+    def adapter_state(self) -> dict[str, Tensor]:
+        return {name: t for name, t in self.state_dict().items() if name in self.trained}
 
 
 class FullFineTuning(ChangedBackbone):
