@@ -255,11 +255,7 @@ def same_run(folder: Path, made_of: dict) -> None:
 
 def save_checkpoint(folder: Path, tensors: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer,
                     progress: dict) -> None:
-    """Write checkpoint.pt and, from progress["history"], metrics.jsonl. RunFailed for numbers that are not finite."""
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise RunFailed(f"{', '.join(bad[:3])} at step {progress['step']} are no longer finite and were not saved; "
-                        f"try a new --run with lower learning rates; the last good checkpoint is in {folder}")
+    """Write checkpoint.pt and, from progress["history"], metrics.jsonl."""
     buffer = io.BytesIO()  # torch.save would hide a full disk behind an error of its own
     torch.save({"tensors": tensors, "optimizer": optimizer.state_dict(), "progress": progress}, buffer)
     with write_whole(folder / "metrics.jsonl") as file:  # first: after the last checkpoint no step would write it again

@@ -177,23 +177,25 @@ def references(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ta
     return columns
 
 
-def test_stage(run, model: AdaptedLM, folder: Path, ids: dict[str, int], held: list[Example] | None,
-               columns: dict) -> dict:
+def test_stage(run, model: AdaptedLM, folder: Path, ids: dict[str, int], held: list[Example] | None) -> dict:
     """Answer the test rows of the tasks in ``ids``: what results.json says of them, and every answer to a plain row in
-    predictions.jsonl. run: train.Run; held: the development rows of a few-shot target; columns: more scores."""
+    predictions.jsonl. run: train.Run; held: the development rows of a few-shot target."""
     cfg, lines, found, answered = run.cfg, [], {}, {}
     for task, task_id in ids.items():
         tests = data.test_rows(task, cfg)
         dev = (held or data.load_task(task, "dev", cfg.data_root)[: cfg.dev_rows])[:64]
         if task not in run.references:
             run.references[task] = references(run.backbone, run.tokenizer, task, cfg)
+            if task not in cfg.sources and isinstance(model, TALoRA):  # what a target is before its first example
+                alone = score_rows(model, run.tokenizer, task, NO_TASK, cfg, tests)
+                run.references[task]["theta0 (k = 0)"] = alone
         answers = {rows: predict(model, run.tokenizer, some, task_id, cfg, f"{task}, {rows} rows")
                    for rows, some in (tests | {"dev": dev}).items()}
         own = {rows: score_task(task, answers[rows], some) for rows, some in tests.items()}
         dev_right = score_task(task, answers["dev"], dev)["score"]
         run.log(f"{task}: {dev_right:.1%} on {len(dev)} development rows, scored as test rows are")
         changed = sum(bool(row.operations) for row in tests.get("rewritten", ()))
-        for key, value in {"scores": run.references[task] | columns | {run.method.name: own},
+        for key, value in {"scores": run.references[task] | {run.method.name: own},
                            "metrics": task_of(task, tests["plain"]).metric, "warnings": run.warnings[task],
                            "rewritten": changed / len(tests["plain"]),  # the share that could be
                            "dev_as_test": {"score": dev_right, "rows": len(dev)}}.items():

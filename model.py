@@ -70,17 +70,12 @@ class AdaptedLM(nn.Module):
 
     def __init__(self, backbone: PreTrainedModel, config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
         """Wrap and freeze ``backbone``, of any dtype; what learns is fp32 on its device. Several adapters can share it.
-        Raises UserError for a backbone that `check` refuses."""
+        Raises UserError for a model that is no such backbone."""
         super().__init__()
-        self.check(backbone)
+        check_backbone(backbone)
         self.backbone, self.config, self.described = backbone.requires_grad_(False), config, describe(backbone)
         self.tasks: list[str] = []  # tasks with weights of their own; a task id is an index into this list
         self.about: dict = {}  # what else adapter.json says: "chat_template", "tasks" -> name -> data.spec_of
-
-    @classmethod
-    def check(cls, backbone: PreTrainedModel) -> None:
-        """Raise UserError for a backbone that this method cannot work with."""
-        check_backbone(backbone)
 
     def add_task(self, name: str) -> int:
         """Add a task with weights of its own and return its id; earlier ids stay valid. UserError for a taken name."""

@@ -385,7 +385,6 @@ class Run:
         if cfg.preset == "qwen2.5-7b" and cfg.device == "cpu":
             print("warning: on a CPU a step of this preset takes minutes; use a GPU, or --preset qwen2.5-0.5b")
         self.backbone, self.tokenizer = load_backbone(cfg.backbone, cfg.dtype, cfg.device)
-        method.model.check(self.backbone)
         self.backbone_hash, most = describe(self.backbone)["hash"], self.backbone.config.max_position_embeddings
         cfg.eval_tokens = cfg.eval_tokens or (512 if cfg.device == "cpu" else 8192)
         cfg.chat_template, why = data.choose_chat_template(
@@ -397,7 +396,7 @@ class Run:
         if cfg.checkpointing:
             self.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.rows, self.warnings, self.hashes = {}, {}, {}  # task -> split -> rows; what to know of them; their hash
-        self.references, self.theta0 = {}, {}  # task -> column -> scores; task -> scores of theta0 alone
+        self.references = {}  # task -> column -> scores
         for task in dict.fromkeys(name for _, own, _ in jobs for name in ([own] if own else cfg.sources)):
             print(data.describe_task(task, cfg.data_root))
             self.rows[task], self.warnings[task] = data.encode_task(task, self.tokenizer, cfg)
@@ -475,15 +474,13 @@ def train_target(run: Run, folder: Path, task: str, shots: int) -> None:
         checkpoint.write_json(folder / "shots.json", {"k": shots, "seed": cfg.seed, **chosen})
     torch.manual_seed(cfg.seed)
     model = run.load(folder_of(cfg, "multitask")) if "multitask" in method.learns else run.new_model([task])
-    if isinstance(model, TALoRA) and task not in run.theta0:
-        run.theta0[task] = {"theta0 (k = 0)": evaluate.score_rows(model, run.tokenizer, task, NO_TASK, cfg)}
     if method.per_task:
         task_id, start = nearest_start(model, task, rows["train"], cfg)
         run.log(f"starts from {start} (of the sources the one with the lowest loss on its examples)")
     run.tell(model, [task])
     fit(run, model, "target", {task: rows}, {task: task_id}, folder)
     about = {"stage": "target", "task": task, "shots": shots, "start": start}
-    finish(run, folder, about, {task: task_id}, held, run.theta0.get(task))
+    finish(run, folder, about, {task: task_id}, held)
 
 
 def nearest_start(model: AdaptedLM, task: str, rows: list[Encoded], cfg: Config) -> tuple[int, str]:
@@ -494,14 +491,13 @@ def nearest_start(model: AdaptedLM, task: str, rows: list[Encoded], cfg: Config)
     return new, model.copy_task(losses.index(min(losses)), new)
 
 
-def finish(run: Run, folder: Path, about: dict, ids: dict[str, int], held: list[data.Example] | None = None,
-           columns: dict | None = None) -> None:
+def finish(run: Run, folder: Path, about: dict, ids: dict[str, int], held: list[data.Example] | None = None) -> None:
     """Test the tasks in ``ids``, draw the stage and write results.json: the stage is finished. held: the development
-    rows of a few-shot target; columns: scores to put next to the method's."""
+    rows of a few-shot target."""
     model = run.load(folder)
     learning = learning_tensors(model, run.method.learns[about["stage"]], list(ids.values()))
     about |= {"method": run.method.name, "seed": run.cfg.seed, "trainable": count(model, learning)}
-    about |= evaluate.test_stage(run, model, folder, ids, held, columns or {}) if ids else {}
+    about |= evaluate.test_stage(run, model, folder, ids, held) if ids else {}
     if run.cfg.pictures:
         evaluate.draw_run(folder, run.log)
     checkpoint.write_json(folder / "results.json", about | checkpoint.environment(run.command))

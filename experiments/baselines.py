@@ -212,11 +212,10 @@ class BitFit(ChangedBackbone):
 
     method, trains = "bitfit", (".bias",)
 
-    @classmethod
-    def check(cls, backbone: PreTrainedModel) -> None:
-        super().check(backbone)
-        if not any(name.endswith(cls.trains) for name, _ in backbone.named_parameters()):
-            raise UserError(f"bitfit trains the biases of a backbone; {type(backbone).__name__} has none; take a Qwen2")
+    def insert_modules(self) -> None:
+        if not any(p.requires_grad for p in self.backbone.parameters()):
+            family = type(self.backbone).__name__
+            raise UserError(f"bitfit trains the biases of a backbone; {family} has none; take a Qwen2")
 
 
 class LowRankLinear(nn.Module):
