@@ -46,7 +46,7 @@ MICRO = {
 QWEN = {
     "talora": (tuple((fast / 4, fast, fast) for fast in (0.01, 0.02, 0.04, 0.08, 0.16)),
                (0.01, 0.03, 0.1)),
-    "lora": ((0.0003, 0.001, 0.003), (0.0003, 0.001, 0.003)), "pt": ((), SMALL), "mpt": (SMALL, SMALL),
+    "lora": ((0.0003, 0.001, 0.003), (0.0003, 0.001, 0.003)), "pt": ((), (*SMALL, 0.0003)), "mpt": (SMALL, SMALL),
     "spot": (SMALL, SMALL), "deep-spot-nearest": ((0.01, 0.02, 0.04, 0.08), (0.01, 0.03, 0.1)),
 }
 
