@@ -32,6 +32,7 @@ PARTS = {"fast and slow learning rates (here 4 : 3) are needed": ("equal-rates",
 # ", rewritten", the end of a column's name).
 Setting = tuple[str, int | None, str]
 SOURCES, REWRITTEN = ("multitask", None, ""), ("multitask", None, ", rewritten")
+TARGETS_REWRITTEN = "target", 32, ", rewritten"
 
 
 def target(k: int) -> Setting:
@@ -77,6 +78,7 @@ def settings_in(records: Sequence[dict], kind: str = "method") -> dict[str, Sett
     """The settings with results, by their headings."""
     settings = {"sources": SOURCES, "sources, rewritten": REWRITTEN}
     settings |= {f"targets, k = {k}" if k else "targets, full": target(k) for k in shots_in(records, kind)}
+    settings["targets, k = 32, rewritten"] = TARGETS_REWRITTEN
     names = methods_in(records, kind)
     return {where: s for where, s in settings.items() if any(by_seed(records, name, s) for name in names)}
 
