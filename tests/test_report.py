@@ -77,8 +77,8 @@ AFTER = {"step": 9, "gates": [-0.1, 0.2], "theta0_norms": [3, 4], "step_norms": 
 RECORDS = [*seeds("talora", (90, 91, 92), rewritten=80, first=BEFORE, last=AFTER),
            *seeds("lora", (95, 96, 98), numbers=14336, last={"step": 9}),
            *seeds("talora", (60, 62, 61), "target", 8), *seeds("lora", (50, 51, 53), "target", 8, numbers=14336),
-           *seeds("pt", (60, 61, 63), "target", 8, numbers=512), *seeds("talora", (70, 71, 72), "target", 32),
-           *seeds("talora", (72, 73, 73.5), "target", 0),
+           *seeds("pt", (60, 61, 63), "target", 8, numbers=512), *seeds("talora", (72, 73, 73.5), "target", 0),
+           *seeds("talora", (70, 71, 72), "target", 32, rewritten=50),
            *seeds("open-gate", (85, 86, 86.5), kind="variant", last={**AFTER, "gates": [1, 1]}),
            *seeds("open-gate", (60, 62, 61), "target", 8, kind="variant"),
            record("lora", 100, 9, kind="sweep-source", rates={"prompt_rate": 0.1}, dev=[0.5, -1])]
@@ -92,7 +92,8 @@ def row_of(table, name):
 def test_tables_hold_means_intervals_and_counts():
     table = report.main_table(RECORDS)
     assert row_of(table, "talora")[1:4] == ["544", "91.0 ± 2.5 (3)", "85.5 ± 1.2 (3)"]
-    assert row_of(table, "pt") == ["pt", "512", "", "", "61.3 ± 3.8 (3)", "", ""] and "lora †" in table
+    assert row_of(table, "talora")[-1] == "60.5 ± 1.2 (3)" and "targets, k = 32, rewritten |\n" in table
+    assert row_of(table, "pt") == ["pt", "512", "", "", "61.3 ± 3.8 (3)", *[""] * 3] and "lora †" in table
     variants = row_of(report.variant_table(RECORDS), "open-gate")
     assert variants[1] == VARIANTS["open-gate"].says and variants[2] == "-5.2 ± 0.7 (3): lower"
     assert variants[4] == "+0.0 ± 0.0 (3): no effect seen"
@@ -219,4 +220,4 @@ def test_the_scores_and_the_searches_on_real_rows_are_those_of_the_results_file(
     said = (FOLDER.parent / "README.md").read_text("utf-8").partition("**On real text**")[2].partition("\n\n")[0]
     assert re.findall(r"\b\d\d\.\d\b", said) == [
         f"{statistics.mean(by_seed(records, name, setting).values()):.1f}" for setting in (SOURCES, target(32))
-        for name in ("talora", "lora", "frozen backbone", "majority") if by_seed(records, name, setting)]
+        for name in ("talora", "lora", "pt", "frozen backbone", "majority") if by_seed(records, name, setting)]
