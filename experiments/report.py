@@ -179,8 +179,9 @@ def claims(records: Sequence[dict]) -> str:
         against = [m for m in baselines if METHODS[m].per_task or setting != REWRITTEN]
         found = {m: d for m in against if (d := compare(records, "talora", m, setting))}
         if found and setting != SOURCES:
-            some = f"the {len(found)} baselines that were run there" if len(found) > 1 else f"{[*found][0]} (no other yet)"
-            whom = "every baseline" if len(found) == len(against) else some
+            n = len(found)
+            some = f"the {n} baselines that were run there" if n > 1 else f"{[*found][0]} (no other yet)"
+            whom = "every baseline" if n == len(against) else some
             told = " (those that are told the task)" if setting == REWRITTEN else ""
             rows.append([f"better than {whom} on {where}{told}", *judge(found, {"higher": "above", "lower": "below"})])
     if few := paired(by_seed(records, "talora", target(32)), by_seed(records, "talora", target(0))):
