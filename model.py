@@ -66,6 +66,7 @@ class AdaptedLM(nn.Module):
     method = "frozen"  # the name in adapter.json
     puts_prompt_in_front = False  # whether `inputs` puts P rows in front of the text
     reads: tuple[str, ...] = ()  # the fields of TALoRAConfig that it uses
+    in_layers: tuple[str, ...] = ()  # tensors that layers read as they read their normed text, (L, .., d)
     attention = GATED_PREFIX  # the attention function of the backbone's layers; without a prompt it is the plain one
 
     def __init__(self, backbone: PreTrainedModel, config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
@@ -213,6 +214,12 @@ class AdaptedLM(nn.Module):
         """All tensors of the adapter by name, none of the backbone's."""
         return {name: t for name, t in self.state_dict().items() if not name.startswith("backbone.")}
 
+    def input_sizes(self) -> dict[str, Tensor]:
+        """Of each tensor of ``in_layers`` the size of a layer's normed text, |weight| of its input norm, (L, .., d)."""
+        w = torch.stack([layer.input_layernorm.weight.float().abs() for layer in self.backbone.model.layers])  # (L, d)
+        return {name: w.view(len(w), *[1] * (tensor.dim() - 2), -1) for name, tensor in self.adapter_state().items()
+                if name.partition(".")[0] in self.in_layers}
+
     def diagnose(self) -> dict:
         """What training logs of the adapter in addition to losses and learning rates."""
         return {}
@@ -312,6 +319,7 @@ class TALoRA(GatedPrompts):
 
     method = "talora"
     reads = ("prompt_length", "rank", "scale", "gate_per_head")
+    in_layers = ("theta0", "v")
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
         super().__init__(backbone, config)

@@ -89,6 +89,7 @@ class Config:
     tokens_per_batch: int = option(0, EVERY, "tokens in a pass, with padding; a step adds up several (0: no limit)")
     warmup: int = option(20, EVERY, "steps in which learning rates rise from 0; then they fall to 0")
     clip: float = option(1.0, EVERY, "maximum gradient norm")
+    relative_rates: bool = option(False, EVERY, "learning rates of theta0, v relative to a layer's text (see LARGE)")
     eval_every: int = option(100, EVERY, "evaluate on development rows every N steps")
 
     prompt_rate: float = option(4e-2, BASE, "learning rate of theta0 and gates [paper: open]")
@@ -110,13 +111,13 @@ class Config:
     target_batch: int = option(8, TARGET, "examples of a step")
 
 
-# Learning rates from the sweep in experiments/results/qwen2.5-coder-0.5b: of two with the same development loss the
-# smaller ones, as there are more steps here. theta0 starts as normed words, whose entries are of size 1 to 4 in all
-# layers but the first, and AdamW moves an entry by about the learning rate in a step: 1e-3 would hardly move them.
+# AdamW moves an entry by about the learning rate, whatever its size. But what a layer reads, and theta0 too, has the
+# size of the weight of the layer's input norm: in a Qwen2.5 0.1 in the first layer, 1 to 4 in the others. A rate that
+# moves the others makes the first one's prompt a new one within ten steps, and the loss leaps. So rates are relative.
 LARGE = dict(sources=chinese.SOURCES, targets=chinese.TARGETS, max_length=1024, max_new_tokens=64, dev_rows=32,
-             dtype="auto", prompt_length=12, rank=8, prompt_rate=4e-2, slow_rate=1e-2, fast_rate=4e-2,
-             target_rate=3e-2, base_steps=200, multitask_steps=2000, multitask_batch=64, target_steps=300,
-             target_batch=16, warmup=50, eval_every=200)
+             dtype="auto", prompt_length=12, rank=8, relative_rates=True, prompt_rate=4e-2, slow_rate=1e-2,
+             fast_rate=4e-2, target_rate=3e-2, base_steps=200, multitask_steps=2000, multitask_batch=64,
+             target_steps=300, target_batch=16, warmup=50, eval_every=200)
 PRESETS = {
     "toy": dict(sources=micro.SOURCES, targets=micro.TARGETS),
     "qwen2.5-0.5b": dict(LARGE, backbone="Qwen/Qwen2.5-0.5B", tokens_per_batch=8192),
@@ -279,7 +280,11 @@ def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list
     norm = torch.nn.utils.clip_grad_norm_(learning, cfg.clip)
     if not torch.isfinite(task_loss + norm):
         raise RunFailed(f"loss is {task_loss:.3g}, gradient norm {norm:.3g}; try a new --run with lower learning rates")
+    now, sizes = model.adapter_state(), model.input_sizes() if cfg.relative_rates else {}
+    before = {name: now[name].clone() for name in sizes}
     optimizer.step()
+    for name, size in sizes.items():
+        now[name].copy_(before[name].lerp(now[name], size))  # the step times the size of what the layer reads
     return {"loss": task_loss.item(), "reg": reg.item(), "grad_norm": norm.item()}
 
 

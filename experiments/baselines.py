@@ -168,13 +168,13 @@ class WholePrompts(GatedPrompts):
 class DeepPrompts(PromptOfEachTask, WholePrompts):
     """Only the gates are shared. L P d parameters a task."""
 
-    method = "deep-prompt"
+    method, in_layers = "deep-prompt", ("prompt",)
 
 
 class DeepMPT(SharedPromptTimesFactors, WholePrompts):
     """MPT in every layer, theta_i = P* o (u_i (x) v_i). Only u and v are trained on a target: L (P + d) parameters."""
 
-    method = "deep-mpt"
+    method, in_layers = "deep-mpt", ("shared",)
 
 
 # ------------------------------------------------------------------------------------ changes inside the backbone

@@ -111,6 +111,19 @@ def test_a_step_minimises_equation_3_however_it_is_cut_into_micro_batches(model,
             torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_relative_rates_multiply_a_step_by_the_size_of_what_the_layer_reads(model, cfg):
+    w = torch.nn.init.normal_(model.backbone.model.layers[0].input_layernorm.weight, std=0.1)
+    old, steps = {name: tensor.clone() for name, tensor in model.adapter_state().items()}, []
+    for cfg.relative_rates in (False, True):
+        model.load_state_dict(old, strict=False)
+        train.train_step(model, optimizer_of(model, cfg), [batch_of(2, 2)], cfg, regularise=True)
+        steps.append({name: tensor - old[name] for name, tensor in model.adapter_state().items()})
+    for name, absolute in steps[0].items():
+        size = w.abs() if name in ("theta0", "v.0", "v.1") else 1.0
+        torch.testing.assert_close(steps[1][name], absolute * size, rtol=1e-4, atol=1e-6)
+        assert absolute.abs().min() > 1e-3
+
+
 @pytest.mark.parametrize("regularise", [False, True])
 def test_an_absent_task_moves_only_if_the_regulariser_moves_it(model, cfg, regularise):
     """Not even momentum: a factor without a gradient is left alone."""
