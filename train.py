@@ -418,9 +418,8 @@ class Run:
             print(f"warning: a row has {longest} tokens, the backbone only {most} positions; lower --max-length")
 
     def new_model(self, tasks: list[str]) -> AdaptedLM:
-        cfg = self.cfg
-        sizes = TALoRAConfig(cfg.prompt_length, cfg.rank, cfg.scale, cfg.gate_per_head)
-        return self.method.model(self.backbone, tasks, sizes)
+        sizes = {field.name: getattr(self.cfg, field.name) for field in dataclasses.fields(TALoRAConfig)}
+        return self.method.model(self.backbone, tasks, TALoRAConfig(**sizes))
 
     def load(self, folder: Path) -> AdaptedLM:
         """What a stage left in ``folder``/best."""
@@ -457,10 +456,8 @@ def train_multitask(run: Run, folder: Path, task: str, shots: int) -> None:
     """All source tasks at once, from what the base stage left; then each one on its test rows."""
     method, sources = run.method, list(run.cfg.sources)
     torch.manual_seed(10 * run.cfg.seed + 2)
-    if "base" in method.learns:
-        model = run.load(folder_of(run.cfg, "base"))
-    else:
-        model = run.new_model(sources if method.per_task else [ALL_TASKS])
+    tasks = sources if method.per_task else [ALL_TASKS]
+    model = run.load(folder_of(run.cfg, "base")) if "base" in method.learns else run.new_model(tasks)
     run.tell(model, sources)
     for name, tensor in model.adapter_state().items():
         if method.fresh_gates and name.startswith("gate"):

@@ -63,10 +63,11 @@ METHODS = {method.name: method for method in (
 
 
 def unused_options(method: Method) -> list[str]:
-    """The sizes, learning rates and options of the regulariser that other methods use, but not this one."""
+    """The sizes, options of learning rates and of the regulariser that other methods use, but not this one."""
     used = {*method.model.reads, *(f"{rate}_rate" for stage in method.learns.values() for rate in stage.values())}
     used |= {"regulariser", "reg_weight"} if method.regularised else set()
-    some = ["regulariser", "reg_weight", *(f.name for f in dataclasses.fields(TALoRAConfig))]
+    used |= {"relative_rates"} if method.model.in_layers else set()
+    some = ["regulariser", "reg_weight", "relative_rates", *(f.name for f in dataclasses.fields(TALoRAConfig))]
     return [f.name for f in dataclasses.fields(Config)
             if (f.name in some or f.name.endswith("_rate")) and f.name not in used]
 
