@@ -227,8 +227,9 @@ def write_report(folder: Path) -> None:
     if not records:
         raise UserError(f"no run in '{folder}' is finished yet; repeat this command later")
     tables, seconds = build_tables(records), {r["cell"]: r["seconds"] for r in records}
-    head = (f"{len(seconds)} runs of {sum(seconds.values()) / 3600:.1f} hours in all, torch {records[0]['torch']}, begun "
-            f"{min(r['started'] for r in records)[:16]}, commits {', '.join(sorted({r['commit'] for r in records}))}.")
+    began, commits = min(r["started"] for r in records)[:16], ", ".join(sorted({r["commit"] for r in records}))
+    head = (f"{len(seconds)} runs of {sum(seconds.values()) / 3600:.1f} hours in all, torch {records[0]['torch']}, "
+            f"begun {began}, commits {commits}.")
     parts = [f"{head}\n{ABOUT}\n", *(f"## {title}\n\n{table}" for title, table in tables.items())]
     (folder / "tables.md").write_text("\n".join(parts), encoding="utf-8")
     draw_pictures(folder, records)
