@@ -26,22 +26,23 @@ def on_both(*tensors: str) -> dict[str, dict[str, str]]:
 
 def rates(prompt: float, target: float, **large) -> dict[str, dict]:
     """Learning rates in the micro-world, the best on development rows of the grids in suite.py, with one seed; options
-    of the large presets, which are not swept: sizes and rates of the papers that baselines.py names."""
+    of the large presets: sizes of the papers that baselines.py names, and their rates where suite.py has no grid."""
     return {"toy": {"prompt_rate": prompt, "target_rate": target}, "large": large}
 
 
+AT_INPUT = {"prompt_length": 100, "prompt_rate": 3e-3, "target_rate": 1e-3}  # at TA-LoRA's rates these diverge
 METHODS = {method.name: method for method in (
     TALORA,
     Method("pt", "an input prompt for each target, from scratch", baselines.InputPrompts,
-           {"target": {"prompt": "target"}}, defaults={"toy": {"target_rate": 0.1}, "large": {"prompt_length": 100}}),
+           {"target": {"prompt": "target"}}, defaults={"toy": {"target_rate": 0.1}, "large": AT_INPUT}),
     Method("spot", "one input prompt for all sources, the start of every target's", baselines.InputPrompts,
-           on_both("prompt"), defaults=rates(0.1, 0.03, prompt_length=100)),
+           on_both("prompt"), defaults=rates(0.1, 0.03, **AT_INPUT)),
     Method("attempt", "an input prompt for each source; a target mixes them, by the text, into its own",
            baselines.Attempt, {"multitask": {"prompt": "prompt"},
                                "target": {"down": "target", "up": "target", "prompt": "target"}}, per_task=True,
-           defaults=rates(0.1, 0.3, prompt_length=100, rank=100)),
+           defaults=rates(0.1, 0.3, **AT_INPUT, rank=100)),
     Method("mpt", "a shared input prompt times a rank-1 factor of the task; without distillation", baselines.MPT,
-           on_both("shared", "u", "v"), per_task=True, defaults=rates(0.1, 0.03, prompt_length=100)),
+           on_both("shared", "u", "v"), per_task=True, defaults=rates(0.1, 0.03, **AT_INPUT)),
     Method("deep-pt", "a gated prompt in every layer for each target, from scratch", baselines.DeepPrompts,
            {"target": {"prompt": "target", "gate": "target"}}, defaults={"toy": {"target_rate": 0.04}}),
     Method("deep-spot", "one gated prompt in every layer for all sources, the start of every target's",
@@ -54,7 +55,7 @@ METHODS = {method.name: method for method in (
     Method("adapter", "a bottleneck after attention and MLP of every layer", baselines.Adapter, on_both("backbone"),
            defaults=rates(0.01, 0.003, rank=64, prompt_rate=2e-4, target_rate=2e-4)),
     Method("lora", "low-rank changes of q_proj and v_proj", baselines.LoRA, on_both("backbone"),
-           defaults=rates(0.01, 0.003, rank=8, prompt_rate=2e-4, target_rate=2e-4)),
+           defaults=rates(0.01, 0.003, rank=8, prompt_rate=1e-3, target_rate=1e-3)),
     Method("bitfit", "the backbone's biases", baselines.BitFit, on_both("backbone"),
            defaults=rates(0.1, 0.03, dtype="float32", prompt_rate=1e-3, target_rate=1e-3)),
     Method("ft", "all weights of the backbone", baselines.FullFineTuning, on_both("backbone"),

@@ -182,11 +182,12 @@ def test_the_committed_measurements_are_in_the_readme():
         assert all(bench.show(table) in README for table in json.loads(path.read_text())["tables"].values()), path
 
 
-def test_the_defaults_of_every_method_are_what_the_search_found_best():
-    records = report.read_results(FOLDER / "results" / "full")
+@pytest.mark.parametrize("name, preset", [("full", "toy"), ("qwen2.5-coder-0.5b", "qwen2.5-0.5b")])
+def test_the_defaults_of_every_method_are_what_the_search_found_best(name, preset):
+    records = report.read_results(FOLDER / "results" / name)
     best = {name: report.choose_best(records, name, "sweep-target")["rates"] for name in METHODS}  # and of the sources
     for name, rates in best.items():
-        assert rates.items() <= vars(train.parse([], METHODS[name])).items(), name
+        assert rates.items() <= vars(train.parse(["--preset", preset], METHODS[name])).items(), name
     assert best["talora"]
 
 
