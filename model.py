@@ -307,8 +307,7 @@ class GatedPrompts(AdaptedLM):
     def diagnose(self) -> dict:
         """By layer tanh g, with its sign (a mean over heads), and `norms`; |cosines| of tasks, a mean over layers."""
         state = {"gates": torch.tanh(self.gate).reshape(len(self.gate), -1).mean(1)}  # (L,)
-        if self.tasks:
-            state |= self.norms()
+        state |= self.norms() if self.tasks else {}
         if len(self.tasks) > 1:
             state["cosines"] = self.cosines().abs().mean(0)  # (N, N)
         return {"tasks": self.tasks} | {name: t.double().round(decimals=5).tolist() for name, t in state.items()}
@@ -317,9 +316,8 @@ class GatedPrompts(AdaptedLM):
 class TALoRA(GatedPrompts):
     """A frozen causal language model with a gated, task-adaptive low-rank prompt in every layer."""
 
-    method = "talora"
+    method, in_layers = "talora", ("theta0", "v")
     reads = ("prompt_length", "rank", "scale", "gate_per_head")
-    in_layers = ("theta0", "v")
 
     def __init__(self, backbone: PreTrainedModel, tasks: list[str], config: TALoRAConfig = TALoRAConfig()):  # noqa: B008
         super().__init__(backbone, config)

@@ -240,10 +240,8 @@ def learning_tensors(model: AdaptedLM, learns: dict[str, str], task_ids: list[in
 
 
 def build_optimizer(model: AdaptedLM, learning: dict[str, str], cfg: Config) -> torch.optim.AdamW:
-    """AdamW with one group for each learning rate; everything in no group is frozen. Eq. (5)
-
-    No weight decay: pulled towards zero, the gates would close. Each group remembers its learning rate as "initial".
-    """
+    """AdamW with one group for each learning rate, which it remembers as "initial"; the rest is frozen. Eq. (5)
+    No weight decay: pulled towards zero, the gates would close."""
     model.requires_grad_(False)
     groups = {}
     for name, rate in learning.items():
