@@ -89,7 +89,7 @@ class Config:
     tokens_per_batch: int = option(0, EVERY, "tokens in a pass, with padding; a step adds up several (0: no limit)")
     warmup: int = option(20, EVERY, "steps in which learning rates rise from 0; then they fall to 0")
     clip: float = option(1.0, EVERY, "maximum gradient norm")
-    relative_rates: bool = option(False, EVERY, "learning rates of theta0, v relative to a layer's text (see LARGE)")
+    relative_rates: bool = option(False, EVERY, "learning rates of theta0, v times |weight| of a layer's input norm")
     eval_every: int = option(100, EVERY, "evaluate on development rows every N steps")
 
     prompt_rate: float = option(4e-2, BASE, "learning rate of theta0 and gates [paper: open]")
