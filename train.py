@@ -89,7 +89,7 @@ class Config:
     tokens_per_batch: int = option(0, EVERY, "tokens in a pass, with padding; a step adds up several (0: no limit)")
     warmup: int = option(20, EVERY, "steps in which learning rates rise from 0; then they fall to 0")
     clip: float = option(1.0, EVERY, "maximum gradient norm")
-    relative_rates: bool = option(False, EVERY, "learning rates of theta0, v times |weight| of a layer's input norm")
+    relative_rates: bool = option(False, EVERY, "multiply steps of theta0, v by |weight| of the layer's input norm")
     eval_every: int = option(100, EVERY, "evaluate on development rows every N steps")
 
     prompt_rate: float = option(4e-2, BASE, "learning rate of theta0 and gates [paper: open]")
@@ -112,8 +112,8 @@ class Config:
 
 
 # AdamW moves an entry by about the learning rate, whatever its size. But what a layer reads, and theta0 too, has the
-# size of the weight of the layer's input norm: in a Qwen2.5 0.1 in the first layer, 1 to 4 in the others. A rate that
-# moves the others makes the first one's prompt a new one within ten steps, and the loss leaps. So rates are relative.
+# size of the weight of the layer's input norm: in Qwen2.5-Coder-0.5B 0.1 in the first layer, 1 to 4 in the others.
+# A rate that suits the others replaces the first one's prompt within ten steps, and the loss leaps. So: relative rates.
 LARGE = dict(sources=chinese.SOURCES, targets=chinese.TARGETS, max_length=1024, max_new_tokens=64, dev_rows=32,
              dtype="auto", prompt_length=12, rank=8, relative_rates=True, prompt_rate=4e-2, slow_rate=1e-2,
              fast_rate=4e-2, target_rate=3e-2, base_steps=200, multitask_steps=2000, multitask_batch=64,
@@ -191,7 +191,7 @@ def options_before(run: Path) -> dict:
         if file.exists():
             own = {f.name for f in dataclasses.fields(Config)}
             own -= {"stage", "run", "device", "eval_tokens", "targets", "shots"}
-            stored = checkpoint.read_json(file)
+            stored = {"relative_rates": False} | checkpoint.read_json(file)  # runs older than the option
             return {name: stored[name] for name in own & stored.keys()} | {"sources": tuple(stored["sources"])}
     return {}
 

@@ -174,7 +174,7 @@ class DeepPrompts(PromptOfEachTask, WholePrompts):
 class DeepMPT(SharedPromptTimesFactors, WholePrompts):
     """MPT in every layer, theta_i = P* o (u_i (x) v_i). Only u and v are trained on a target: L (P + d) parameters."""
 
-    method, in_layers = "deep-mpt", ("shared",)
+    method, in_layers = "deep-mpt", ("shared",)  # u and v are factors around 1
 
 
 # ------------------------------------------------------------------------------------ changes inside the backbone

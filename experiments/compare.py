@@ -26,7 +26,7 @@ def on_both(*tensors: str) -> dict[str, dict[str, str]]:
 
 def rates(prompt: float, target: float, **large) -> dict[str, dict]:
     """Learning rates in the micro-world, the best on development rows of the grids in suite.py, with one seed; options
-    of the large presets: sizes of the papers that baselines.py names, and their rates where suite.py has no grid."""
+    of the large presets: sizes of the papers that baselines.py names, rates from suite.py's grids where it has one."""
     return {"toy": {"prompt_rate": prompt, "target_rate": target}, "large": large}
 
 

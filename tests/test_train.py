@@ -111,17 +111,25 @@ def test_a_step_minimises_equation_3_however_it_is_cut_into_micro_batches(model,
             torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_relative_rates_multiply_a_step_by_the_size_of_what_the_layer_reads(model, cfg):
-    w = torch.nn.init.normal_(model.backbone.model.layers[0].input_layernorm.weight, std=0.1)
+def test_relative_rates_multiply_a_step_by_the_size_of_what_the_layer_reads(tiny_backbone, open_adapter, cfg):
+    model = open_adapter(tiny_backbone(vocab_size=184), SOURCES)
+    sizes = torch.stack([torch.nn.init.normal_(layer.input_layernorm.weight, std=0.1).abs()
+                         for layer in model.backbone.model.layers])  # (L, d)
     old, steps = {name: tensor.clone() for name, tensor in model.adapter_state().items()}, []
     for cfg.relative_rates in (False, True):
         model.load_state_dict(old, strict=False)
         train.train_step(model, optimizer_of(model, cfg), [batch_of(2, 2)], cfg, regularise=True)
         steps.append({name: tensor - old[name] for name, tensor in model.adapter_state().items()})
     for name, absolute in steps[0].items():
-        size = w.abs() if name in ("theta0", "v.0", "v.1") else 1.0
+        size = {"theta0": sizes[:, None], "v.0": sizes, "v.1": sizes}.get(name, 1.0)
         torch.testing.assert_close(steps[1][name], absolute * size, rtol=1e-4, atol=1e-6)
         assert absolute.abs().min() > 1e-3
+
+
+def test_a_run_older_than_relative_rates_goes_on_without_them(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/stage.json").write_text('{"preset": "qwen2.5-0.5b", "sources": ["bq"]}')
+    assert not train.parse(["--run", str(tmp_path)]).relative_rates
 
 
 @pytest.mark.parametrize("regularise", [False, True])
