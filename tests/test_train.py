@@ -126,12 +126,6 @@ def test_relative_rates_multiply_a_step_by_the_size_of_what_the_layer_reads(tiny
         assert absolute.abs().min() > 1e-3
 
 
-def test_a_run_older_than_relative_rates_goes_on_without_them(tmp_path):
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base/stage.json").write_text('{"preset": "qwen2.5-0.5b", "sources": ["bq"]}')
-    assert not train.parse(["--run", str(tmp_path)]).relative_rates
-
-
 @pytest.mark.parametrize("regularise", [False, True])
 def test_an_absent_task_moves_only_if_the_regulariser_moves_it(model, cfg, regularise):
     """Not even momentum: a factor without a gradient is left alone."""
@@ -427,3 +421,6 @@ def test_what_is_typed_wins_over_the_preset_and_the_preset_over_the_defaults(tmp
         train.parse(["--targets", "a"])
     train.check(train.parse([])), train.check(train.parse(["--preset", "qwen2.5-7b", "--stage", "all"]))
     assert [train.parse(words).run for words in ([], ["--seed", "1"])] == ["runs/toy", "runs/toy-seed1"]
+    (tmp_path / "base").mkdir()  # of a run that is older than relative rates
+    checkpoint.write_json(tmp_path / "base/stage.json", {"preset": "qwen2.5-0.5b", "sources": ["bq"]})
+    assert cfg.relative_rates and not train.parse(["--run", "."]).relative_rates
