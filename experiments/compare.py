@@ -30,7 +30,7 @@ def rates(prompt: float, target: float, **large) -> dict[str, dict]:
     return {"toy": {"prompt_rate": prompt, "target_rate": target}, "large": large}
 
 
-AT_INPUT = {"prompt_length": 100, "prompt_rate": 3e-3, "target_rate": 1e-3}  # at TA-LoRA's rates these diverge
+AT_INPUT = {"prompt_length": 100, "prompt_rate": 3e-3, "target_rate": 1e-3}  # the best target rate of pt
 METHODS = {method.name: method for method in (
     TALORA,
     Method("pt", "an input prompt for each target, from scratch", baselines.InputPrompts,
