@@ -46,7 +46,7 @@ MICRO = {
 QWEN = {
     "talora": (tuple((fast / 4, fast, fast) for fast in (0.01, 0.02, 0.04, 0.08, 0.16)), (0.01, 0.03, 0.1)),
     "lora": ((0.0003, 0.001, 0.003), (0.0003, 0.001, 0.003)), "pt": ((), (*SMALL, 0.0003)),
-    "mpt": ((*SMALL, 0.1, 0.3), SMALL), "spot": (SMALL, SMALL),
+    "mpt": ((*SMALL, 0.1, 0.3), (*SMALL, 0.1)), "spot": (SMALL, SMALL),
     "deep-spot-nearest": ((0.01, 0.02, 0.04, 0.08), (0.01, 0.03, 0.1)),
 }
 
