@@ -66,7 +66,7 @@ class AdaptedLM(nn.Module):
     method = "frozen"  # the name in adapter.json
     puts_prompt_in_front = False  # whether `inputs` puts P rows in front of the text
     reads: tuple[str, ...] = ()  # the fields of TALoRAConfig that it uses
-    in_layers: tuple[str, ...] = ()  # tensors of the size of a layer's normed text, (L, .., d)
+    in_layers: tuple[str, ...] = ()  # tensors (L, .., d) on the scale of a layer's normed text
     attention = GATED_PREFIX  # the attention function of the backbone's layers; without a prompt it is the plain one
 
     def __init__(self, backbone: PreTrainedModel, config: TALoRAConfig = TALoRAConfig()):  # noqa: B008

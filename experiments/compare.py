@@ -30,7 +30,7 @@ def rates(prompt: float, target: float, **large) -> dict[str, dict]:
     return {"toy": {"prompt_rate": prompt, "target_rate": target}, "large": large}
 
 
-AT_INPUT = {"prompt_length": 100, "prompt_rate": 3e-3, "target_rate": 1e-3}  # the best target rate of pt
+AT_INPUT = {"prompt_length": 100, "prompt_rate": 3e-3, "target_rate": 1e-3}  # best for pt; no search of the first rate
 METHODS = {method.name: method for method in (
     TALORA,
     Method("pt", "an input prompt for each target, from scratch", baselines.InputPrompts,
@@ -43,7 +43,7 @@ METHODS = {method.name: method for method in (
            defaults=rates(0.1, 0.3, **AT_INPUT, rank=100)),
     Method("mpt", "a shared input prompt times a rank-1 factor of the task; without distillation", baselines.MPT,
            on_both("shared", "u", "v"), per_task=True,
-           defaults=rates(0.1, 0.03, **AT_INPUT | {"prompt_rate": 0.1, "target_rate": 0.03})),
+           defaults=rates(0.1, 0.03, prompt_length=100, prompt_rate=0.1, target_rate=0.03)),
     Method("deep-pt", "a gated prompt in every layer for each target, from scratch", baselines.DeepPrompts,
            {"target": {"prompt": "target", "gate": "target"}}, defaults={"toy": {"target_rate": 0.04}}),
     Method("deep-spot", "one gated prompt in every layer for all sources, the start of every target's",

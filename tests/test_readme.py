@@ -89,7 +89,7 @@ def test_the_results_are_those_of_the_results_file():
     records = report.read_results(ROOT / "experiments/results/full")
     settings = {"sources": report.SOURCES, "sources, rewritten": report.REWRITTEN}
     settings |= {f"targets, k = {k}": report.target(k) for k in (8, 32)}
-    methods = ("talora", "pt", "spot", "mpt", "deep-spot-nearest", "lora")
+    methods = ("talora", "pt", "spot", "mpt", "deep-spot-nearest", "lora", "adapter", "ft")
     assert report.main_table(records, methods, settings).replace(" (5)", "") in README
     real = report.read_results(ROOT / "experiments/results/qwen2.5-coder-0.5b")
     assert report.main_table(real, ("frozen backbone", *report.methods_in(real))) in README
