@@ -10,8 +10,8 @@ attends to the prompt in a softmax of its own, and a gate scales what comes back
 g = 0 the second term vanishes and the model is the backbone, exactly. One softmax over text and prompt together would
 not do: even with values at zero the prompt's keys would draw attention away from the text.
 
-``tanh`` keeps the prompt's share within (-1, 1), and the share is *signed*: after training about half of the gates are
-negative, and their layers subtract what the prompt contributes. A gate that changes its sign passes through "shut".
+``tanh`` keeps the prompt's share within (-1, 1), and the share is *signed*: after training some gates are negative, and
+their layers subtract what the prompt contributes. A gate that changes its sign passes through "shut".
 
 At g = 0 the prompt gets no gradient: d loss / d theta carries the factor tanh(0) = 0. The gate does, since
 d tanh(g) / dg = 1 there. So the task loss moves only the gates in the first step, and everything from the second step

@@ -27,7 +27,7 @@ For rank-1 matrices ``A_i^T A_j = (u_i . u_j) v_i v_j^T``, so no d x d matrix is
 The last line is the printed form, and its middle term *rewards* tasks for pointing the same way: near zero factors its
 gradient makes ``<A_i, A_j>`` grow. That contradicts the purpose the text gives it, so the default here is the mean
 squared cosine between task matrices, which is met by orthogonal tasks only and cannot be met by shrinking them.
-Orthogonal means ``<A_i, A_j>_F = 0``: u or v may be; ``A_i^T A_j = 0`` needs orthogonal u, of which there are only r.
+Orthogonal means ``<A_i, A_j>_F = 0``: orthogonal u or v suffice. ``A_i^T A_j = 0`` needs orthogonal u, at most r tasks.
 
     symbol   code     shape       meaning
     theta0   theta0   (P, d)      prompt shared by all tasks
@@ -76,8 +76,8 @@ def orthogonality(u: Tensor, v: Tensor, form: str = "cosine") -> Tensor:
         pairs = task_cosines(u, v).square()
     else:
         uu, vv = u @ u.mT, v @ v.mT  # (..., N, N): u_i . u_j and v_i . v_j
-        norms = v.square().sum(-1)  # (..., N): |v_i|^2
-        pairs = uu.square() * norms.unsqueeze(-1) * norms.unsqueeze(-2)  # ||A_i^T A_j||_F^2
+        squares = v.square().sum(-1)  # (..., N): |v_i|^2
+        pairs = uu.square() * squares.unsqueeze(-1) * squares.unsqueeze(-2)  # ||A_i^T A_j||_F^2
         if form == "printed":
             pairs = pairs - 2 * uu * vv + v.shape[-1]  # ||A_i^T A_j - I||_F^2  Eq. (4)
     itself = torch.eye(tasks, dtype=torch.bool, device=u.device)  # (N, N): i == j

@@ -186,26 +186,27 @@ class AdaptedLM(nn.Module):
         T, device, text = input_ids.shape[1], input_ids.device, attention_mask.bool()
         last = [max(t for t, real in enumerate(row) if real) for row in text.tolist()]  # place of the last text token
         lengths, behind, where = text.sum(1).tolist(), [[] for _ in choices], []
-        for b, row in enumerate(choices):  # behind: (token, position, part) of what is read behind the text
+        for b, row in enumerate(choices):  # behind: (token, position, segment) of what is read behind the text
             for c, choice in enumerate(row):
                 start, read = T + len(behind[b]), choice[:-1]  # a choice's last token predicts nothing
                 behind[b] += [(token, lengths[b] + t, c + 1) for t, token in enumerate(read)]
                 # where: (row, choice, place of the state that predicts the token, token)
                 where += [(b, c, *pair) for pair in zip([last[b], *range(start, start + len(read))], choice)]
         S = T + max(map(len, behind))
-        behind = [tokens + [(0, 0, -1)] * (S - T - len(tokens)) for tokens in behind]
-        behind = torch.tensor(behind, dtype=torch.long, device=device).view(len(choices), S - T, 3)
+        padded = [tokens + [(0, 0, -1)] * (S - T - len(tokens)) for tokens in behind]
+        after = torch.tensor(padded, dtype=torch.long, device=device).view(len(choices), S - T, 3)
         front = torch.stack([input_ids, positions(attention_mask), text.long() - 1], -1)  # (B, T, 3)
-        ids, position, part = torch.cat([front, behind], 1).unbind(-1)  # (B, S) x 3; part -1: padding, 0: the text, ...
-        allowed = ((part[:, None] == 0) | (part[:, None] == part[:, :, None])).tril()  # (B, S, S)
+        # segment: -1 padding, 0 the text, c + 1 choice c
+        ids, position, segment = torch.cat([front, after], 1).unbind(-1)  # (B, S) x 3
+        allowed = ((segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])).tril()  # (B, S, S)
         self.backbone.eval()
         given = self.inputs(ids, allowed[:, None], position, task_ids, text)
         hidden = self.read(given, use_cache=False)[:, -S:]  # (B, S, d)
         rows, columns, states, tokens = torch.tensor(where, device=device).T  # 4 x (answer tokens,)
         log_p = torch.cat([  # in slices: (answer tokens, V) would be gigabytes at V = 152,064
-            -F.cross_entropy(self.backbone.get_output_embeddings()(hidden[rows[part], states[part]]).float(),
-                             tokens[part], reduction="none")
-            for part in torch.arange(len(where), device=device).split(1024)])  # (answer tokens,)
+            -F.cross_entropy(self.backbone.get_output_embeddings()(hidden[rows[some], states[some]]).float(),
+                             tokens[some], reduction="none")
+            for some in torch.arange(len(where), device=device).split(1024)])  # (answer tokens,)
         scores = torch.full((len(ids), max(map(len, choices))), -torch.inf, device=device)  # (B, C)
         scores[rows, columns] = 0.0
         return scores.index_put_((rows, columns), log_p, accumulate=True)
@@ -300,8 +301,8 @@ class GatedPrompts(AdaptedLM):
     def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
                text: Tensor) -> dict:
         """The text as it is and, as one more argument, the prompts: layer l finds its own at index l, Eq. (2)."""
-        return dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                    prefix=self.prefix(task_ids, len(input_ids)))
+        given = super().inputs(input_ids, attention_mask, position_ids, task_ids, text)
+        return given | {"prefix": self.prefix(task_ids, len(input_ids))}
 
     @torch.no_grad()
     def diagnose(self) -> dict:
@@ -339,10 +340,10 @@ class TALoRA(GatedPrompts):
 
     def factors(self, ids: list[int] | None = None) -> tuple[Tensor, Tensor]:
         """The fast weights of these tasks (all, if None), u (L, n, r) and v (L, n, d); zero for NO_TASK."""
-        zero_v = torch.zeros_like(self.theta0[:, 0])  # (L, d)
-        zero_u = zero_v[:, :1].expand(-1, self.config.rank)  # (L, r)
-        u, v = zip(*((zero_u, zero_v) if i == NO_TASK else (self.u[i], self.v[i])
-                     for i in (range(len(self.tasks)) if ids is None else ids)))
+        L, _, d = self.theta0.shape
+        zero = self.theta0.new_zeros(L, self.config.rank), self.theta0.new_zeros(L, d)
+        ids = range(len(self.tasks)) if ids is None else ids
+        u, v = zip(*(zero if i == NO_TASK else (self.u[i], self.v[i]) for i in ids))
         return torch.stack(u, 1), torch.stack(v, 1)
 
     def prompts(self, ids: list[int]) -> Tensor:

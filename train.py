@@ -63,7 +63,7 @@ class Config:
     backbone: str = option("", RUN, "folder or hub name of a causal language model [paper: Qwen2.5-7B]")
     data_root: str = option("", RUN, "folder with <task>/train.jsonl and test.jsonl; it need not hold all tasks")
     device: str = option("auto", RUN, "cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
-    checkpointing: bool = option(False, RUN, "recompute activations in backward: less memory, a third more time")
+    checkpointing: bool = option(False, RUN, "recompute activations in backward: less memory, up to a third more time")
     references: bool = option(True, RUN, "also score the frozen backbone and the instruction in words")
     pictures: bool = option(True, RUN, "draw losses, gates and cosines")
     log_every: int = option(40, RUN, "print progress every N steps")
@@ -234,9 +234,13 @@ def flag(name: str) -> str:
 def learning_tensors(model: AdaptedLM, learns: dict[str, str], task_ids: list[int]) -> dict[str, str]:
     """Name of every tensor that learns -> its learning rate ("slow", "fast" ...), by one stage of a method's table. Of
     the tensors that each task has one of (u.i, v.i) only those of ``task_ids`` learn."""
-    names = [(name, *name.partition(".")[::2]) for name in model.adapter_state()]  # ("u.0", "u", "0")
-    return {name: rate for tensor, rate in learns.items() for name, kind, task in names
-            if kind == tensor and (not task.isdigit() or int(task) in task_ids)}
+    learning = {}
+    for tensor, rate in learns.items():
+        for name in model.adapter_state():
+            kind, _, task = name.partition(".")  # "u.0" -> "u", "0"
+            if kind == tensor and (not task.isdigit() or int(task) in task_ids):
+                learning[name] = rate
+    return learning
 
 
 def build_optimizer(model: AdaptedLM, learning: dict[str, str], cfg: Config) -> torch.optim.AdamW:
@@ -282,7 +286,7 @@ def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list
     before = {name: now[name].clone() for name in sizes}
     optimizer.step()
     for name, size in sizes.items():
-        now[name].copy_(before[name].lerp(now[name], size))  # the step times the size of what the layer reads
+        now[name].copy_(before[name] + size * (now[name] - before[name]))  # size: of what the layer reads
     return {"loss": task_loss.item(), "reg": reg.item(), "grad_norm": norm.item()}
 
 
@@ -423,7 +427,7 @@ class Run:
         """What a stage left in ``folder``/best."""
         return evaluate.load_adapter(evaluate.adapter_of(Path(self.cfg.run), folder), self.backbone, self.method.model)
 
-    def tell(self, model: AdaptedLM, tasks: list[str]) -> None:
+    def describe_tasks(self, model: AdaptedLM, tasks: list[str]) -> None:
         """Describe tasks in adapter.json, so that evaluate.answer can work without the data."""
         specs = {task: data.spec_of(task, data.load_task(task, "train", self.cfg.data_root)) for task in tasks}
         reads = {name: getattr(self.cfg, name) for name in ("chat_template", "max_length", "max_new_tokens")}
@@ -456,7 +460,7 @@ def train_multitask(run: Run, folder: Path, task: str, shots: int) -> None:
     torch.manual_seed(10 * run.cfg.seed + 2)
     tasks = sources if method.per_task else [ALL_TASKS]
     model = run.load(folder_of(run.cfg, "base")) if "base" in method.learns else run.new_model(tasks)
-    run.tell(model, sources)
+    run.describe_tasks(model, sources)
     for name, tensor in model.adapter_state().items():
         if method.fresh_gates and name.startswith("gate"):
             tensor.zero_()  # zero-init attention warms up again (paper: open)
@@ -477,7 +481,7 @@ def train_target(run: Run, folder: Path, task: str, shots: int) -> None:
     if method.per_task:
         task_id, start = nearest_start(model, task, rows["train"], cfg)
         run.log(f"starts from {start} (of the sources the one with the lowest loss on its examples)")
-    run.tell(model, [task])
+    run.describe_tasks(model, [task])
     fit(run, model, "target", {task: rows}, {task: task_id}, folder)
     about = {"stage": "target", "task": task, "shots": shots, "start": start}
     finish(run, folder, about, {task: task_id}, held)
