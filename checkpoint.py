@@ -234,7 +234,7 @@ def open_log(folder: Path) -> Callable[[str], None]:
 def environment(command: str) -> dict:
     """What it takes to repeat a result: command, commit, versions, machine."""
     return {"command": command, "python": platform.python_version(), "torch": torch.__version__,
-            "commit": subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty"),
+            "commit": subprocess.getoutput(f"git -C '{Path(__file__).parent}' describe --always --dirty 2>/dev/null"),
             "transformers": transformers.__version__, "machine": platform.platform(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
             "threads": torch.get_num_threads(), "finished": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -320,7 +320,7 @@ def pick_dtype(dtype: str, device: str) -> str:
         for _ in range(5):
             matrix @ matrix
         seconds[name] = time.perf_counter() - started
-    faster = total(seconds["bfloat16"] < seconds["float32"]) > PROCESSES / 2  # all processes take the same
+    faster = sum_over_processes(seconds["bfloat16"] < seconds["float32"]) > PROCESSES / 2  # all processes take the same
     print("--dtype auto: 5 products of large matrices take", *(f"{1000 * s:.0f} ms in {n}" for n, s in seconds.items()))
     return "bfloat16" if faster else "float32"
 
@@ -345,7 +345,7 @@ def join_processes(device: str, folder: str) -> tuple[str, str]:
     return device, folder
 
 
-def total(number: int) -> int:
+def sum_over_processes(number: int) -> int:
     """The sum over all processes."""
     numbers = [number] * PROCESSES
     if PROCESSES > 1:

@@ -221,7 +221,8 @@ def k_shot(examples: Sequence[Example], k: int, seed: int) -> tuple[list[Example
     answers = sorted(pools)
     rng.shuffle(answers)
     sides, side_of = ([], []), {}  # rows of train and dev; group -> its side
-    for _, answer, side in product(range(2 * k), answers, (0, 1)):  # each answer in turn, for train and dev in turn
+    rounds = range(min(2 * k, len(order)))  # each answer in turn, for train and dev in turn
+    for _, answer, side in product(rounds, answers, (0, 1)):
         free = (example for example in pools[answer] if side_of.get(example.group, side) == side)
         if len(sides[side]) < k and (example := next(free, None)):
             pools[answer].remove(example)

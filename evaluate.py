@@ -183,6 +183,7 @@ def test_stage(run, model: AdaptedLM, folder: Path, ids: dict[str, int], held: l
     cfg, lines, found, answered = run.cfg, [], {}, {}
     for task, task_id in ids.items():
         tests = data.test_rows(task, cfg)
+        entry = task_of(task, tests["plain"])
         dev = (held or data.load_task(task, "dev", cfg.data_root)[: cfg.dev_rows])[:64]
         if task not in run.references:
             run.references[task] = references(run.backbone, run.tokenizer, task, cfg)
@@ -196,7 +197,7 @@ def test_stage(run, model: AdaptedLM, folder: Path, ids: dict[str, int], held: l
         run.log(f"{task}: {dev_right:.1%} on {len(dev)} development rows, scored as test rows are")
         changed = sum(bool(row.operations) for row in tests.get("rewritten", ()))
         for key, value in {"scores": run.references[task] | {run.method.name: own},
-                           "metrics": task_of(task, tests["plain"]).metric, "warnings": run.warnings[task],
+                           "metrics": entry.metric, "warnings": run.warnings[task],
                            "rewritten": changed / len(tests["plain"]),  # the share that could be
                            "dev_as_test": {"score": dev_right, "rows": len(dev)}}.items():
             found.setdefault(key, {})[task] = value
@@ -205,6 +206,7 @@ def test_stage(run, model: AdaptedLM, folder: Path, ids: dict[str, int], held: l
             golds = row.references or (row.answer,)
             right = said in golds if row.choices else bool(exact_match(said, golds))
             lines.append(dict(task=task, prompt=row.prompt, answer=row.answer, prediction=said, right=right))
+            lines[-1] |= {"choices": row.choices} if entry.kind == "choice" else {}
     with write_whole(folder / "predictions.jsonl") as file:
         file.writelines((json.dumps(line, ensure_ascii=False) + "\n").encode() for line in lines)
     if cfg.references:
@@ -323,30 +325,6 @@ def cosine_matrix(axis, names: Sequence[str], cosines: Sequence[Sequence[float]]
     axis.set_xticks(range(len(names)), names, rotation=45, ha="right")
     axis.set_yticks(range(len(names)), names)
     return axis.imshow(others, cmap="viridis", vmin=0, vmax=top)
-
-
-def draw_targets(path: Path, found: Sequence[dict], log: Callable[[str], None] = print) -> None:
-    """Draw the scores of targets on plain test rows: a bar for each column of their tables, the method's once for every
-    number of examples, and a line for the majority. found: what their results.json hold."""
-    from matplotlib import colormaps
-
-    scores = {}  # of all numbers of examples together
-    for results in sorted(found, key=lambda results: results["shots"] or math.inf):
-        for task, columns in results["scores"].items():
-            scores.setdefault(task, {}).update(columns)
-            name = f"{results['method']}, {results['shots'] or 'all'} examples"
-            scores[task][name] = scores[task].pop(results["method"])
-    names = dict.fromkeys(name for columns in scores.values() for name in columns)
-    bars = {name: [100 * macro({task: scores[task]}, name) for task in scores] for name in names}
-    lines, centres = bars.pop("majority", [math.nan] * len(scores)), range(len(scores))
-    with new_figure(path, size=(4 + 0.15 * len(scores) * len(bars), 4)) as (figure, axis):
-        for i, (name, heights) in enumerate(bars.items()):
-            axis.bar([x - 0.4 + 0.8 * (i + 0.5) / len(bars) for x in centres], heights, 0.8 / len(bars), label=name,
-                     color=colormaps["viridis"](1 - i / len(bars)), edgecolor="black", linewidth=0.5)
-        axis.errorbar(centres, lines, xerr=0.45, fmt="none", color="black", label="majority")
-        axis.set_xticks(centres, label_tasks(list(scores), path, log), rotation=30, ha="right")
-        axis.set(ylabel="score on test rows (%)", ylim=(0, 103), title="Target tasks, plain test rows")
-        figure.legend(loc="outside right upper", fontsize="small")
 
 
 # ----------------------------------------------------------------------------------------- questions to an adapter
@@ -479,11 +457,10 @@ def report(run: Path, log: Callable[[str], None], asked: Sequence[Path]) -> None
         log(f"\n{text}\nsaved as {run / name}")
     if any(folder == asked[-1] and results["method"] == "talora" for _, folder, results in found):
         row = json.loads((asked[-1] / "predictions.jsonl").read_text(encoding="utf-8").partition("\n")[0])
-        log(f"\ntry: python evaluate.py --run {run} --task {row['task']} --ask {shlex.quote(row['prompt'])}\n"
+        choices = f" --choices {shlex.join(row['choices'])}" if "choices" in row else ""
+        log(f"\ntry: python evaluate.py --run {run} --task {row['task']} --ask {shlex.quote(row['prompt'])}{choices}\n"
             f"     python evaluate.py --diagnose {run}\n"
             f"     python train.py --stage target --run {run} --shots 8 --targets TASK")
-    if targets := [results for name, _, results in found if name.startswith("target")]:
-        draw_targets(run / "target" / "targets.png", targets, log)
 
 
 def stages_of(run: Path, task: str = "") -> dict[Path, list[Path]]:

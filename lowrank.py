@@ -10,11 +10,8 @@ prompt, ``theta0``, for all tasks, and lets task i move it by a low-rank matrix:
 the weight ``(B u_i)[p]``. So the step has rank 1 whatever r is, and r only says how many ways of weighting the rows
 the tasks have in common. A task is stored in r + d parameters per layer instead of P * d.
 
-So that tasks use different steps, the loss of the multitask stage is
-
-    loss = L_PLM + lambda * R(A_1 .. A_N)                                                               Eq. (3)
-
-with a regulariser R that asks the task matrices to be orthogonal. The public summaries of the paper print
+So that tasks use different steps, the loss of the multitask stage has a term R, Eq. (3), that asks the task matrices
+to be orthogonal. The public summaries of the paper print
 
     R = sum_{i != j} || A_i^T A_j - I ||_F^2                                                            Eq. (4)
 

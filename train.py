@@ -111,9 +111,6 @@ class Config:
     target_batch: int = option(8, TARGET, "examples of a step")
 
 
-# AdamW moves an entry by about the learning rate, whatever its size. But what a layer reads, and theta0 too, has the
-# size of the weight of the layer's input norm: in Qwen2.5-Coder-0.5B 0.1 in the first layer, 1 to 4 in the others.
-# A rate that suits the others replaces the first one's prompt within ten steps, and the loss leaps. So: relative rates.
 LARGE = dict(sources=chinese.SOURCES, targets=chinese.TARGETS, max_length=1024, max_new_tokens=64, dev_rows=32,
              dtype="auto", prompt_length=12, rank=8, relative_rates=True, prompt_rate=4e-2, slow_rate=1e-2,
              fast_rate=4e-2, target_rate=3e-2, base_steps=200, multitask_steps=2000, multitask_batch=64,
@@ -267,7 +264,7 @@ def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list
     Raises RunFailed, before any weight has changed, if the loss or the gradient is not finite."""
     learning = [p for group in optimizer.param_groups for p in group["params"]]
     model.train()  # with --checkpointing, layers are recomputed in this mode only
-    examples = checkpoint.total(sum(len(batch.task_ids) for batch in batches))  # over all processes
+    examples = checkpoint.sum_over_processes(sum(len(batch.task_ids) for batch in batches))
     task_loss = torch.zeros((), device=model.device)
     optimizer.zero_grad(set_to_none=True)  # None, not 0: without R, AdamW then leaves absent tasks alone
     for batch in batches:
@@ -277,17 +274,25 @@ def train_step(model: AdaptedLM, optimizer: torch.optim.Optimizer, batches: list
         task_loss += loss.detach()
     checkpoint.sum_gradients(learning, task_loss)
     reg = model.orthogonality(cfg.regulariser) if regularise else torch.zeros(())  # Eq. (4)
-    if reg.requires_grad:
+    if reg.requires_grad and cfg.reg_weight:
         (cfg.reg_weight * reg).backward()  # Eq. (3)
     norm = torch.nn.utils.clip_grad_norm_(learning, cfg.clip)
     if not torch.isfinite(task_loss + norm):
         raise RunFailed(f"loss is {task_loss:.3g}, gradient norm {norm:.3g}; try a new --run with lower learning rates")
-    now, sizes = model.adapter_state(), model.input_sizes() if cfg.relative_rates else {}
-    before = {name: now[name].clone() for name in sizes}
+    relative_step(model, optimizer) if cfg.relative_rates else optimizer.step()
+    return {"loss": task_loss.item(), "reg": reg.item(), "grad_norm": norm.item()}
+
+
+@torch.no_grad()
+def relative_step(model: AdaptedLM, optimizer: torch.optim.Optimizer) -> None:
+    """A step, of theta0 and v times the size of what their layer reads, the weight of its input norm. AdamW alone moves
+    an entry by about the learning rate, whatever its size; in Qwen2.5-Coder-0.5B this weight is 0.1 in the first layer
+    and 1 to 4 in the others, so a rate that suits them replaces the first prompt within ten steps."""
+    state, sizes = model.adapter_state(), model.input_sizes()
+    before = {name: state[name].clone() for name in sizes}
     optimizer.step()
     for name, size in sizes.items():
-        now[name].copy_(before[name] + size * (now[name] - before[name]))  # size: of what the layer reads
-    return {"loss": task_loss.item(), "reg": reg.item(), "grad_norm": norm.item()}
+        state[name].copy_(before[name] + size * (state[name] - before[name]))
 
 
 def fit(run: "Run", model: AdaptedLM, stage: str, rows: dict[str, dict[str, list[Encoded]]], task_ids: dict[str, int],
@@ -333,11 +338,12 @@ def fit(run: "Run", model: AdaptedLM, stage: str, rows: dict[str, dict[str, list
                 now["history"].append({"step": done, "dev_accuracy": accuracy, "dev_loss": loss, **model.diagnose()})
                 if not math.isfinite(loss):
                     raise RunFailed(f"step {done}: development loss {loss}; try a new --run with lower learning rates")
-                better = checkpoint.total(checkpoint.RANK == 0 and [accuracy, -loss] > now["best"])  # one decides
+                higher = checkpoint.RANK == 0 and [accuracy, -loss] > now["best"]
+                better = checkpoint.sum_over_processes(higher)  # the first process decides
                 if better:
                     now["best"] = [accuracy, -loss]
                     save_best(model, learning, method, stage, folder / "best")
-            stop = checkpoint.total(len(caught))  # all processes stop after the same step, or none
+            stop = checkpoint.sum_over_processes(len(caught))  # all processes stop after the same step, or none
             if done % cfg.save_every == 0 or better or done == steps or stop:
                 checkpoint.save_checkpoint(folder, model.adapter_state(), optimizer, now)
             if stop:

@@ -242,7 +242,7 @@ def main(argv: list[str]) -> None:
     asked = parser.parse_args(argv)
     device = torch.device(pick_device(asked.device)).type
     large = device == "cpu" and asked.shape == "qwen2.5-7b"
-    cfg = parse(["--preset", asked.shape, "--device", asked.device])
+    cfg = parse(["--preset", asked.shape, "--device", asked.device, "--run", str(asked.out)])
     cfg.dtype = asked.dtype or ("float32" if device == "cpu" and not large else "bfloat16")
     check(cfg)
     shape, tokens = SHAPES[asked.shape], asked.tokens or (1024 if device == "cpu" else 4096)

@@ -240,7 +240,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--jobs is {asked.jobs}, but must be at least 1")
     suite, out = SUITES[asked.name], asked.out or Path("runs") / "suite" / asked.name
     options, only = (*suite.options, "--no-pictures", *argv[at + 1:]), asked.only or METHODS | VARIANTS
-    cfg = parse(["--stage", "all", *options])
+    cfg = parse(["--stage", "all", *options, "--run", str(out)])
     check(cfg)  # refuses now what would fail in every run
     suite = replace(suite, options=options, seeds=tuple(asked.seeds or suite.seeds),
                     backbones=(0,) if cfg.backbone else suite.backbones,

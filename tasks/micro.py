@@ -246,27 +246,23 @@ def draw_candidate(rng: random.Random, capability: str, domain: int) -> tuple[st
 
 
 @cache
-def _rows(name: str, split: str) -> list[dict]:
-    task, rng = TASKS[name], random.Random(f"{name} {split}")
-    words, rows = task.words.split(), {}  # text -> row
-    taken = {row["group"] for row in _rows(name, "train")} if split == "test" else set()
-    while len(rows) < (TRAIN_ROWS if split == "train" else TEST_ROWS):
-        body, answer, options = draw_candidate(rng, task.capability, rng.choice(task.domains))
-        wanted = answer == len(rows) % len(words) if words else True  # balanced labels
-        group = " ".join(word for word in body.split(" ; ")[0].split() if word in KIND)  # what the first side says
-        if not wanted or body in rows or group in taken or held_out(body) != (split == "test"):
-            continue
-        rows[body] = {"prompt": f"{body} =>", "hard_prompt": f"{body} {instruction(task.capability, task.words)} =>",
-                      "answer": words[answer] if words else answer, "group": group}
-        rows[body] |= ({"choices": words or options} if words or options else
-                       {"references": [answer], "protected": [answer]})
-    return list(rows.values())
-
-
-def rows(task: str, split: str) -> list[dict]:
+def rows(name: str, split: str) -> list[dict]:
     """Rows of a task (a name of TASKS) and a split (train or test): dicts with prompt, hard_prompt, answer, group, and
     choices (closed sets) or references (spans). Deterministic, labels balanced."""
-    return [dict(row) for row in _rows(task, split)]
+    task, rng = TASKS[name], random.Random(f"{name} {split}")
+    words, found = task.words.split(), {}  # text -> row
+    taken = {row["group"] for row in rows(name, "train")} if split == "test" else set()
+    while len(found) < (TRAIN_ROWS if split == "train" else TEST_ROWS):
+        body, answer, options = draw_candidate(rng, task.capability, rng.choice(task.domains))
+        wanted = answer == len(found) % len(words) if words else True  # balanced labels
+        group = " ".join(word for word in body.split(" ; ")[0].split() if word in KIND)  # what the first side says
+        if not wanted or body in found or group in taken or held_out(body) != (split == "test"):
+            continue
+        found[body] = {"prompt": f"{body} =>", "hard_prompt": f"{body} {instruction(task.capability, task.words)} =>",
+                       "answer": words[answer] if words else answer, "group": group}
+        found[body] |= ({"choices": words or options} if words or options else
+                        {"references": [answer], "protected": [answer]})
+    return list(found.values())
 
 
 def perturb(prompt: str, seed: int) -> str:

@@ -158,7 +158,7 @@ def test_in_every_stage_what_should_learn_does_by_the_third_step_and_nothing_els
     """The stages one after another as train.py runs them, with the method's own table, optimizer and step."""
     torch.manual_seed(0)
     method, backbone = ALL[name], tiny_backbone()
-    cfg = train.parse([], method)
+    cfg = train.parse(["--run", "new"], method)
     sources = ["a", "b", "c"] if method.per_task else ["all"]
     model = method.model(backbone, sources, TALoRAConfig(5, cfg.rank, cfg.scale, cfg.gate_per_head))
     for stage in method.learns:

@@ -6,14 +6,13 @@ import signal
 
 import pytest
 import torch
-from conftest import small_run
+from conftest import read_outcome, small_run
 from safetensors.torch import load_file
 
 import checkpoint
 import evaluate
 import train
 from checkpoint import UserError
-from experiments.soak import read_outcome
 
 
 def exit_code(arguments):

@@ -3,13 +3,14 @@
 import json
 
 import pytest
+from conftest import small_options
 from transformers import Qwen2ForCausalLM
 
 import evaluate
 import train
 from checkpoint import UserError
 from evaluate import macro
-from experiments import compare, soak
+from experiments import compare
 from experiments.compare import METHODS, VARIANTS, unused_options
 from train import TALORA, flag
 
@@ -21,7 +22,7 @@ SOURCES = ["toy-amazon", "toy-sanwen"]
 def run(backbone, folder, name, *more):
     used = [word for size, value in (("prompt_length", "3"), ("rank", "2")) if size not in unused_options(ALL[name])
             for word in (flag(size), value)]
-    compare.main(["--method" if name in METHODS else "--variant", name, *soak.command(backbone, folder),
+    compare.main(["--method" if name in METHODS else "--variant", name, *small_options(backbone, folder),
                   "--targets", "toy-finre", "--save-every", "100", *used, *more])
 
 

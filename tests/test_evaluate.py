@@ -177,24 +177,6 @@ def test_gates_and_cosines_are_drawn_as_they_are_logged_and_only_where_they_chan
     assert level == pytest.approx(random[~torch.eye(500, dtype=torch.bool)].mean().item(), rel=0.1)
 
 
-def test_the_picture_of_the_targets_has_a_bar_for_every_column_and_number_of_examples(tmp_path, drawn):
-    def result(task, shots, **columns):
-        scores = {name.replace("_", " "): {"plain": {"score": score}} for name, score in columns.items()}
-        return {"shots": shots, "method": "talora", "scores": {task: scores}}
-
-    found = [result("x", 0, majority=0.1, frozen_backbone=0.25, talora=1.0),
-             result("x", 32, majority=0.1, frozen_backbone=0.25, talora=0.75),
-             result("x", 8, majority=0.1, frozen_backbone=0.25, talora=0.5), result("y", 8, majority=0.2, talora=0.5)]
-    evaluate.draw_targets(tmp_path / "targets.png", found)
-    *bars, majority = drawn["targets.png"].containers
-    heights = {bar.get_label(): [patch.get_height() for patch in bar] for bar in bars}
-    assert list(heights) == ["frozen backbone", "talora, 8 examples", "talora, 32 examples", "talora, all examples"]
-    assert [scores[0] for scores in heights.values()] == [25, 50, 75, 100]
-    assert heights["talora, 8 examples"][1] == 50 and math.isnan(heights["talora, 32 examples"][1])
-    assert [line[0][1] for line in majority[2][0].get_segments()] == [10, 20]
-    assert [label.get_text() for label in drawn["targets.png"].get_xticklabels()] == ["x", "y"]
-
-
 @pytest.mark.filterwarnings("error:Glyph")
 @pytest.mark.parametrize("installed, labels", [
     ((), ["task 1", "task 2", "task 3", "café", r"\$_\$"]),
@@ -234,7 +216,8 @@ def run(tmp_path_factory):
         (folder / stage / "results.json").write_text(json.dumps(results))
         (folder / stage / "stage.json").write_text(json.dumps(vars(CFG) | {"backbone": "", "dtype": "float32"}))
         write_metrics(folder / stage, {"step": 1, "dev_accuracy": 0.5, "dev_loss": 1.5})
-        (folder / stage / "predictions.jsonl").write_text(json.dumps({"task": tasks[-1], "prompt": "it's =>"}) + "\n")
+        line = {"task": tasks[-1], "prompt": "it's =>", "choices": ["a", "b"]}
+        (folder / stage / "predictions.jsonl").write_text(json.dumps(line) + "\n")
     return folder
 
 
@@ -250,8 +233,8 @@ def test_a_report_has_a_table_for_the_sources_and_for_every_number_of_examples_a
     tables = [text for text in said if "saved as" in text]
     assert len(tables) == 2 and "| toy-finre     | accuracy |   25.0 |" in tables[1] and "(100% could be)" in tables[1]
     assert (run / "multitask/table.md").read_text() in tables[0]
-    assert (run / "target/table-8-shot.md").read_text() in tables[1] and (run / "target/targets.png").exists()
-    assert f"""--run {run} --task toy-finre --ask 'it'"'"'s =>'""" in said[-1]
+    assert (run / "target/table-8-shot.md").read_text() in tables[1]
+    assert f"""--run {run} --task toy-finre --ask 'it'"'"'s =>' --choices a b""" in said[-1]
     evaluate.report(run, said.append, [target])
     assert len([text for text in said if "saved as" in text]) == 3
 

@@ -187,7 +187,7 @@ def test_the_defaults_of_every_method_are_what_the_search_found_best(name, prese
     records = report.read_results(FOLDER / "results" / name)
     best = {name: report.choose_best(records, name, "sweep-target")["rates"] for name in METHODS}  # and of the sources
     for name, rates in best.items():
-        assert rates.items() <= vars(train.parse(["--preset", preset], METHODS[name])).items(), name
+        assert rates.items() <= vars(train.parse(["--preset", preset, "--run", "new"], METHODS[name])).items(), name
     assert best["talora"]
 
 
@@ -201,7 +201,7 @@ def test_the_readme_knows_every_file_and_what_every_method_stores():
     for name, *said in rows:
         for backbone, preset, parameters in zip((load_backbone()[0], large), ("toy", "qwen2.5-7b"), said):
             method = METHODS[name]
-            cfg = train.parse(["--preset", preset], method)
+            cfg = train.parse(["--preset", preset, "--run", "new"], method)
             with backbone.device:
                 model = method.model(backbone, ["source"], TALoRAConfig(cfg.prompt_length, cfg.rank))
                 new = model.add_task("target") if method.per_task else 0
