@@ -171,6 +171,18 @@ def task_table(records: Sequence[dict], setting: Setting) -> str:
     return markdown(["task", *columns], rows)
 
 
+def search_table(records: Sequence[dict]) -> str:
+    """All learning rates that were tried, and what they reach on development rows; in bold those that were chosen."""
+    rows, tried = [], [r for r in records if r["kind"].startswith("sweep")]
+    for r in sorted(tried, key=lambda r: (r["method"], r["kind"], sorted(r["rates"].items()))):
+        rates = ", ".join(f"{name.removesuffix('_rate')} {value:g}" for name, value in sorted(r["rates"].items()))
+        rates = f"**{rates}**" if r is choose_best(records, r["method"], r["kind"]) else rates
+        right, loss = r["dev"]
+        rows.append([r["method"], f"{r['kind'].removeprefix('sweep-')}s", rates, f"{100 * right:.1f}", f"{-loss:.3f}"])
+    head = ["method", "trained on", "learning rates", "development rows right, %", "loss"]
+    return markdown(head, rows, align="<<<>>")
+
+
 def claims(records: Sequence[dict]) -> str:
     """The paper's claims that these results say something about: an answer, and the numbers behind it."""
     baselines, rows = [m for m in methods_in(records) if m != "talora"], []
@@ -184,6 +196,10 @@ def claims(records: Sequence[dict]) -> str:
             whom = "every baseline" if n == len(against) else some
             told = " (those that are told the task)" if setting == REWRITTEN else ""
             rows.append([f"better than {whom} on {where}{told}", *judge(found, {"higher": "above", "lower": "below"})])
+    found = {f"({where})": d for where, setting in settings_in(records).items()
+             if (d := compare(records, "talora", "frozen backbone", setting))}
+    if found:
+        rows.append(["better than the frozen backbone", *judge(found, {"higher": "above", "lower": "below"})])
     if few := paired(by_seed(records, "talora", target(32)), by_seed(records, "talora", target(0))):
         answer = "yes" if few[0] - few[1] > -5 else "no" if few[0] + few[1] < -5 else "unclear"
         rows.append(["32 examples come within 5 points of full data (same steps)", answer, format_interval(few, True)])
@@ -218,6 +234,7 @@ def build_tables(records: Sequence[dict]) -> dict[str, str]:
     tables = {"Methods": main_table(records), "Claims of the paper": claims(records),
               "Variants of TA-LoRA": variant_table(records)}
     tables |= {f"By task: {where}": task_table(records, setting) for where, setting in settings_in(records).items()}
+    tables["Learning rates tried"] = search_table(records)
     return {title: table for title, table in tables.items() if table.count("\n") > 2}  # more than a head
 
 

@@ -128,9 +128,10 @@ def test_the_report_is_made_of_whatever_is_finished(tmp_path):
     lora = plain(record("lora", 0, 62, "target", 32, numbers=14336))
     two = plain(record("talora", 1, 72, first=BEFORE, last=AFTER), record("talora", 1, 61, "target", 32),
                 *seeds("reg-off", (70, 71), kind="variant", last=AFTER))
-    every = {"Methods", "Claims of the paper", "Variants of TA-LoRA"}
+    some = {"Methods", "Claims of the paper", "Learning rates tried"}
+    every = some | {"Variants of TA-LoRA"}
     for records, titles, pictures in (
-            (sweep, set(), set()), (sweep + one + lora, {"Methods", "Claims of the paper"}, {"mechanism"}),
+            (sweep, {"Learning rates tried"}, set()), (sweep + one + lora, some, {"mechanism"}),
             (sweep + one + lora + two, every, {"mechanism", "variants"}),
             (RECORDS, every, {"mechanism", "variants", "fewshot"})):
         write(tmp_path, records)
@@ -144,6 +145,12 @@ def test_the_report_is_made_of_whatever_is_finished(tmp_path):
     assert row_of(tables["Methods"], "frozen, no template")[2:] == ["45.0 (1)", "45.0 (1)"]
     assert row_of(tables["Variants of TA-LoRA"], "reg-off")[2] == "-0.5 ± 6.4 (2): no effect seen"
     assert "lora" not in tables["Claims of the paper"].replace("talora", ""), "one seed is no comparison"
+    frozen = plain(*seeds("talora", (70, 72)), **{"frozen backbone": {"x": 0.5, "y": 0.4}})
+    assert "| better than the frozen backbone | yes | *above* (sources) +26.0 ± 12.7 |" in report.claims(frozen)
+    tries = [record("lora", 100, 9, kind="sweep-source", rates={"prompt_rate": rate}, dev=[0.4, -loss])
+             for rate, loss in ((0.1, 0.5), (0.003, 0.25), (0.02, 0.75))]
+    assert re.findall(r"prompt [^|]* \| 40.0 \| 0[.\d]*", report.search_table(tries)) == [
+        "prompt 0.003** | 40.0 | 0.250", "prompt 0.02 | 40.0 | 0.750", "prompt 0.1 | 40.0 | 0.500"]
 
 
 def test_the_pictures_show_the_numbers_and_name_the_rows_once(tmp_path, monkeypatch):
@@ -173,7 +180,7 @@ def test_the_committed_tables_are_made_from_the_committed_results(name, tmp_path
     report.write_report(tmp_path)
     assert (tmp_path / "tables.md").read_text("utf-8") == (committed / "tables.md").read_text("utf-8")
     for title, table in report.build_tables(report.read_results(committed)).items():
-        if name != "full" or not title.startswith("By task"):
+        if not title.startswith(("Learning rates", "By task" if name == "full" else "Learning rates")):
             assert table in README, title
 
 
@@ -207,14 +214,3 @@ def test_the_readme_knows_every_file_and_what_every_method_stores():
                 new = model.add_task("target") if method.per_task else 0
             learning = train.learning_tensors(model, method.learns["target"], [new])
             assert f"{train.count(model, learning):,}" == parameters, (name, preset)
-
-
-def test_the_searches_on_real_rows_are_those_of_the_results_file():
-    lines, records = [], report.read_results(FOLDER / "results" / "qwen2.5-coder-0.5b")
-    for record in records:
-        if record["kind"].startswith("sweep"):
-            rates = ", ".join(f"{name.removesuffix('_rate')} {x:g}" for name, x in sorted(record["rates"].items()))
-            where, (right, loss) = record["kind"].removeprefix("sweep-") + "s", record["dev"]
-            lines.append([record["method"], where, rates, f"{100 * right:.1f}", f"{-loss:.3f}"])
-    head = ["method", "trained on", "learning rates", "development rows right, %", "loss"]
-    assert lines and report.markdown(head, sorted(lines), align="<<<>>") in README
