@@ -4,7 +4,7 @@ r"""From rows of text to batches of tokens.
 
 Rows come from your own files, the micro-world (tasks/micro.py) or the sixteen Chinese sets (tasks/chinese.py). Every
 split goes by *group* (a passage, a premise, a pair), never by row: no text is in two of train, dev and test. Prompt and
-answer are tokenised apart and joined, because a tokenizer may merge characters across the boundary:
+answer are joined as tokens, since no token may span the boundary (a tokenizer would merge characters across it):
 
     input_ids    p_1 .. p_n  a_1 .. a_m eos  pad ..
     labels      -100 .. -100 a_1 .. a_m eos -100 ..
@@ -440,7 +440,7 @@ def encode_task(name: str, tokenizer: PreTrainedTokenizerBase, cfg) -> tuple[dic
         warnings[f"{split} answers hold tokens that the backbone does not know"] = sum(
             unknown in row.answer_ids[:-1] for row in rows[split])
         if split != "test":
-            warnings[f"{split} rows are left out for answers that are too long; raise --max-length"] = sum(
+            warnings[f"{split} rows are left out: answer and question are too long; raise --max-length"] = sum(
                 len(row) > cfg.max_length for row in rows[split])
     long = sum(min(map(len, tokens_of(tokenizer, [*(row.references or [row.answer])]))) > cfg.max_new_tokens
                for row in examples["test"] if not row.choices)
@@ -487,7 +487,7 @@ class Batch:
 
 
 def collate(encoded: Sequence[Encoded], task_ids: Sequence[int]) -> Batch:
-    """A training batch; task_ids: one per row. Padding is known by its place, so that any token may fill it."""
+    """A training batch; task_ids: one per row. Padding is masked by position, so that any token may fill it."""
     labels = [[-100] * len(row.prompt_ids) + [*row.answer_ids] for row in encoded]
     return Batch(*_pad([[*row.prompt_ids, *row.answer_ids] for row in encoded]), _pad(labels, -100)[0],
                  torch.tensor(list(task_ids)))

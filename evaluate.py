@@ -215,7 +215,7 @@ def test_stage(run, model: AdaptedLM, folder: Path, ids: dict[str, int], held: l
 
 
 def show_answers(run, answered: dict[str, list[tuple[Example, str]]]) -> str:
-    """Three of the rows that the model answered, {task: [(row, answer)]}, beside what the frozen backbone says."""
+    """Three of the rows that the model answered, {task: [(row, answer)]}, and what the frozen backbone says."""
     lines = []
     for n, task in enumerate((list(answered) * 3)[:3]):
         row, said = answered[task][n % len(answered[task])]

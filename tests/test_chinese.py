@@ -94,7 +94,8 @@ def test_every_task_reads_its_published_form(tmp_path, name):
     assert example.answer == answer and example.choices == TASKS[name].answers
     assert "、".join(example.choices) in example.prompt
     if TASKS[name].kind == "span":
-        assert example.references == (answer, *["不在文中"] * (name == "cmrc2018")) and answer in example.prompt
+        others = ("不在文中",) if name == "cmrc2018" else ()
+        assert example.references == (answer, *others) and answer in example.prompt
 
 
 @pytest.mark.parametrize("name, label, answer", [

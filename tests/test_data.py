@@ -366,7 +366,7 @@ def test_rows_that_lose_a_name_and_answers_that_are_too_long_are_counted(tmp_pat
     assert warnings["test rows lose a name where their text is shortened; raise --max-length"] == 10
     assert warnings["development rows alone choose the best checkpoint; add train rows"] == 3
     _, warnings = data.encode_task("own", TOKENIZER, cfg)
-    assert warnings["train rows are left out for answers that are too long; raise --max-length"] > 5
+    assert warnings["train rows are left out: answer and question are too long; raise --max-length"] > 5
     assert warnings["test answers are longer than --max-new-tokens 399 and never given in full; raise it"] == 5
 
 
