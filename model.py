@@ -64,7 +64,6 @@ class AdaptedLM(nn.Module):
     """
 
     method = "frozen"  # the name in adapter.json
-    puts_prompt_in_front = False  # whether `inputs` puts P rows in front of the text
     reads: tuple[str, ...] = ()  # the fields of TALoRAConfig that it uses
     in_layers: tuple[str, ...] = ()  # tensors (L, .., d) on the scale of a layer's normed text
     attention = GATED_PREFIX  # the attention function of the backbone's layers; without a prompt it is the plain one
@@ -105,17 +104,17 @@ class AdaptedLM(nn.Module):
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
                text: Tensor) -> dict:
-        """The arguments of the backbone's forward; a method may add to them or put rows in front of the text.
+        """The arguments of the backbone's forward; a method adds its own, which every layer's attention is given.
         (B, T) x 3 (a mask also (B, 1, T, T): who sees whom), task_ids (B,); text (B, <= T): no padding, no answer."""
         return dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
 
     def read(self, given: dict, **cache) -> Tensor:
-        """The backbone's last hidden states of what `inputs` gives: (B, rows in front + T, d)."""
+        """The backbone's last hidden states of what `inputs` gives, (B, T, d)."""
         # For good, not for the call: under checkpointing the layers run again in backward, after forward has returned.
         if self.backbone.config._attn_implementation != self.attention:
             self.backbone.set_attn_implementation(self.attention)
         tokens, window = given["attention_mask"].shape[-1], getattr(self.backbone.config, "sliding_window", None)
-        if window and tokens > window:  # the masks of `score` and of prompts in front of the text have no window
+        if window and tokens > window:  # the masks of `score` have no window
             raise UserError(f"prompt, text and answers take {tokens} tokens, but the sliding window of the backbone is "
                             f"{window}; lower --max-length, or take another --backbone")
         return self.backbone.model(**given, **cache).last_hidden_state
@@ -129,7 +128,7 @@ class AdaptedLM(nn.Module):
         vocabulary of 152,064 that is most of the memory of a step. Raises ValueError for a row without any label."""
         text = attention_mask.bool() if labels is None else attention_mask.bool() & (labels == -100)  # (B, T)
         given = self.inputs(input_ids, attention_mask, positions(attention_mask), task_ids, text)
-        hidden = self.read(given, use_cache=False)[:, -input_ids.shape[1]:]  # (B, T, d): without rows in front
+        hidden = self.read(given, use_cache=False)  # (B, T, d)
         if labels is None:
             return Output(logits=self.backbone.get_output_embeddings()(hidden))
         asked = labels[:, 1:] != -100  # (B, T-1): the state at t predicts the token at t + 1
@@ -159,7 +158,6 @@ class AdaptedLM(nn.Module):
             token = self.backbone.get_output_embeddings()(state).argmax(-1).masked_fill(done, fill)  # (B,)
             new.append(token)
             done = done | torch.isin(token, ends)
-            given.pop("inputs_embeds", None)  # rows in front of the text are in the cache by now
             given |= dict(input_ids=token[:, None], attention_mask=F.pad(given["attention_mask"], (0, 1), value=1),
                           position_ids=given["position_ids"][:, -1:] + 1)
         return F.pad(torch.cat([input_ids, torch.stack(new, 1)], 1), (0, max_new_tokens - len(new)), value=fill)
@@ -201,7 +199,7 @@ class AdaptedLM(nn.Module):
         allowed = ((segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])).tril()  # (B, S, S)
         self.backbone.eval()
         given = self.inputs(ids, allowed[:, None], position, task_ids, text)
-        hidden = self.read(given, use_cache=False)[:, -S:]  # (B, S, d)
+        hidden = self.read(given, use_cache=False)  # (B, S, d)
         rows, columns, states, tokens = torch.tensor(where, device=device).T  # 4 x (answer tokens,)
         log_p = torch.cat([  # in slices: (answer tokens, V) would be gigabytes at V = 152,064
             -F.cross_entropy(self.backbone.get_output_embeddings()(hidden[rows[some], states[some]]).float(),

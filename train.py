@@ -418,7 +418,6 @@ class Run:
                 print(f"{task}: {note}")
         every = (row for splits in self.rows.values() for rows in splits.values() for row in rows)
         longest = max(len(row.prompt_ids) + max(len(row.answer_ids), sum(map(len, row.choice_ids))) for row in every)
-        longest += cfg.prompt_length if method.model.puts_prompt_in_front else 0
         if longest > (getattr(self.backbone.config, "sliding_window", None) or longest):
             raise UserError(f"a row has {longest} tokens with its choices, but the sliding window of the backbone is "
                             f"{self.backbone.config.sliding_window}; lower --max-length, or take another --backbone")

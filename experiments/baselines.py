@@ -17,9 +17,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import sdpa_mask
 
 from checkpoint import UserError
+from gating import attend, attention_of_layer
 from model import NO_TASK, AdaptedLM, GatedPrompts, TALoRAConfig, random_words
 
 
@@ -73,10 +75,32 @@ def refuse_no_task(ids: list[int]) -> None:
         raise ValueError(f"a row has no task ({NO_TASK}), but every prompt of this method belongs to a task")
 
 
-class PromptInFront(AdaptedLM):
-    """The backbone reads [P; E(x)], P rows in front of the text."""
+ONE_SOFTMAX = "one_softmax"  # the name under which transformers finds this attention
 
-    reads, puts_prompt_in_front = ("prompt_length",), True
+
+def one_softmax_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+                          scaling: float, prefix: list | None = None, **_) -> tuple[Tensor, None]:
+    """softmax(q [K_theta; K_x]^T / sqrt(h)) [V_theta; V_x]; arguments as gating.attention_of_layer -> (B, T, H, h)."""
+    if prefix is None:
+        return attention_of_layer(module, query, key, value, attention_mask, scaling)
+    K, V, *_ = prefix[module.layer_idx]
+    T, S = query.shape[2], key.shape[2]
+    if attention_mask is None:  # transformers' way to say causal
+        attention_mask = torch.ones(T, S, dtype=torch.bool, device=key.device).tril(S - T)
+    mask = F.pad(attention_mask, (K.shape[2], 0), value=True)  # (B, 1, T, P + S)
+    out = attend(query, torch.cat([K, key], 2), torch.cat([V, value], 2), mask, False, scaling)
+    return out.transpose(1, 2).contiguous(), None  # (B, T, H, h)
+
+
+AttentionInterface.register(ONE_SOFTMAX, one_softmax_attention)
+AttentionMaskInterface.register(ONE_SOFTMAX, sdpa_mask)
+
+
+class PromptInFront(AdaptedLM):
+    """The backbone reads [P; E(x)], P rows in front of the text. The prompt does not see the text behind it: it is read
+    once for each task of a batch, and the task's rows attend to its keys and values."""
+
+    reads, attention = ("prompt_length",), ONE_SOFTMAX
 
     @staticmethod
     def new_prompt(backbone: PreTrainedModel, P: int) -> Tensor:
@@ -84,27 +108,25 @@ class PromptInFront(AdaptedLM):
         words = backbone.get_input_embeddings().weight  # (V, d)
         return words[torch.randint(len(words), (P,), device=words.device)].detach().float()
 
-    def prompt_of_rows(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
-        """(B, P, d), where row b has task ids[row[b]]; words (B, T, d), text (B, <= T)."""
-        return self.prompts(ids)[row]
+    def choose_prompts(self, ids: list[int], row: Tensor, input_ids: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompts of a batch, (n, P, d), and which of them each row has, (B,). The distinct tasks of the batch are
+        ids, row b has task ids[row[b]]; input_ids (B, T), text (B, <= T)."""
+        return self.prompts(ids), row
 
     def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
                text: Tensor) -> dict:
-        """[P; E(x)], even before left padding; arguments of AdaptedLM.inputs. Raises ValueError for a row without a
-        task, UserError if a sliding window is too short for prompt and text."""
+        """The text behind P positions and, as one more argument, the keys and values of its prompt in every layer;
+        arguments of AdaptedLM.inputs. Raises ValueError for a row without a task."""
         ids, row = self.check_tasks(task_ids, len(input_ids))
-        words = self.backbone.get_input_embeddings()(input_ids)  # (B, T, d)
-        prompt = self.prompt_of_rows(ids, row, words, text).to(words.dtype)  # (B, P, d)
-        P = prompt.shape[1]
-        own = torch.arange(P, device=words.device).expand(len(words), P)  # (B, P)
-        if attention_mask.dim() == 2:  # which tokens are real: all of the prompt's are
-            mask = F.pad(attention_mask, (P, 0), value=1)  # (B, P + T)
-        else:  # which token sees which: the text sees the whole prompt, the prompt only itself
-            mask = F.pad(attention_mask, (P, 0), value=True)  # (B, 1, T, P + T)
-            past = own.new_ones(P, P, dtype=torch.bool).tril().expand(len(words), 1, P, P)
-            mask = torch.cat([F.pad(past, (0, words.shape[1])), mask], 2)  # (B, 1, P + T, P + T)
-        return dict(inputs_embeds=torch.cat([prompt, words], 1), attention_mask=mask,
-                    position_ids=torch.cat([own, P + position_ids], 1))
+        prompts, row = self.choose_prompts(ids, row, input_ids, text)  # (n, P, d), (B,)
+        n, P, _ = prompts.shape
+        cache, training = DynamicCache(config=self.backbone.config), self.backbone.training
+        self.backbone.eval()  # in training mode, checkpointing would refuse a cache
+        self.read(dict(inputs_embeds=prompts.to(self.backbone.dtype), attention_mask=row.new_ones(n, P)),
+                  past_key_values=cache, use_cache=True)
+        self.backbone.train(training)
+        given = super().inputs(input_ids, attention_mask, P + position_ids, task_ids, text)
+        return given | {"prefix": [(layer.keys[row], layer.values[row]) for layer in cache.layers]}
 
 
 class InputPrompts(PromptOfEachTask, PromptInFront):
@@ -137,17 +159,19 @@ class Attempt(InputPrompts):
         self.up = nn.Parameter(torch.randn(d, m, device=self.device) * m**-0.5)
         self.register_buffer("sources", torch.tensor(len(tasks), device=self.device))  # saved with the adapter
 
-    def prompt_of_rows(self, ids: list[int], row: Tensor, words: Tensor, text: Tensor) -> Tensor:
-        own = self.prompts(ids)[row]  # (B, P, d)
+    def choose_prompts(self, ids: list[int], row: Tensor, input_ids: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        prompts = self.prompts(ids)  # (n, P, d)
         target = torch.tensor(ids, device=row.device)[row] >= self.sources  # (B,)
         if not target.any():
-            return own
-        x = words[:, : text.shape[1]].float().masked_fill(~text.unsqueeze(-1), -torch.inf).amax(1)  # (B, d)
+            return prompts, row
+        own, words = prompts[row], self.backbone.get_input_embeddings()(input_ids[:, : text.shape[1]])  # (B, .., d) x 2
+        x = words.float().masked_fill(~text.unsqueeze(-1), -torch.inf).amax(1)  # (B, d)
         h = F.layer_norm(F.silu(x @ self.down.mT) @ self.up.mT, x.shape[-1:])  # (B, d)
         bank = torch.stack(list(self.prompt[: int(self.sources)])).expand(len(own), -1, -1, -1)  # (B, S, P, d)
         bank = torch.cat([bank, own.unsqueeze(1)], 1)  # (B, S + 1, P, d)
         a = ((bank.amax(2) @ h.unsqueeze(-1)).squeeze(-1) / (math.e * x.shape[-1])).softmax(-1)  # (B, S + 1)
-        return torch.where(target[:, None, None], own + torch.einsum("bs,bspd->bpd", a, bank), own)
+        mixed = torch.where(target[:, None, None], own + torch.einsum("bs,bspd->bpd", a, bank), own)
+        return mixed, torch.arange(len(own), device=row.device)  # one for each row
 
 
 # ---------------------------------------------------------------------------- gated prompts in every layer, Eq. (2)

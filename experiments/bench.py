@@ -4,14 +4,14 @@ r"""What TA-LoRA costs, part by part in seconds and memory, and a training step 
     python -m experiments.bench --shape qwen2.5-7b                              the paper's, on a GPU
     python -m experiments.bench --shape qwen2.5-7b --device cpu --tokens 256    without a GPU, the parts alone
 
-With n parameters outside the embeddings and t tokens (text, padding, prompt rows in front), forward takes 2 n t FLOP
+With n parameters outside the embeddings and t tokens (text, padding, peft's prompt in front), forward takes 2 n t FLOP
 and backward another 2 n t, since the gradients of frozen weights are never computed. So
 
     share of peak = 4 n t / (seconds of a step * FLOP a second of the fastest square matrix product measured here)
 
-(checkpointing computes 6 n t, of which 4 count). The *floor* is the frozen backbone with one trainable row in front of
-the text: nothing that trains at the input is cheaper. All contenders take turns on the same batches; a batch counts
-with the median of its repeats. The weights are random. Compare ratios: times hold for one machine.
+(checkpointing computes 6 n t, of which 4 count). The *floor* is the frozen backbone with one trainable vector, added to
+the first token's embedding: nothing that trains at the input is cheaper. All contenders take turns on the same batches;
+a batch counts with the median of its repeats. The weights are random. Compare ratios: times hold for one machine.
 """
 
 import argparse
@@ -36,7 +36,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 from checkpoint import Parser, RunFailed, environment, pick_device, run_program, write_json
 from data import Batch, Batches, Encoded, collate, collate_prompts
 from evaluate import markdown
-from experiments.baselines import InputPrompts
 from model import AdaptedLM, TALoRA, TALoRAConfig
 from train import TALORA, Config, build_optimizer, check, count, learning_tensors, parse, train_step
 
@@ -57,8 +56,22 @@ SHAPES = {
 TASKS, LONGEST, ANSWER = 16, 1024, 3  # tokens of a row at most; of an answer, its end included
 BATCHES, REPEATS = 6, 3  # different micro-batches, timed steps on each
 FLOOR, PEFT_PROMPT = "floor", "peft prompt tuning, 100 tokens"
-IN_FRONT = {FLOOR: 1, PEFT_PROMPT: 100}  # rows in front of the text
+IN_FRONT = {PEFT_PROMPT: 100}  # rows in front of the text
 Step = Callable[[list[Batch]], dict]  # one optimizer step, as train.train_step: micro-batches -> {"loss": ..}
+
+
+class Floor(AdaptedLM):
+    """One trainable vector, zero at the start, added to the first token's embedding."""
+
+    def __init__(self, backbone: PreTrainedModel):
+        super().__init__(backbone)
+        self.vector = nn.Parameter(torch.zeros(backbone.config.hidden_size, device=backbone.device))
+
+    def inputs(self, input_ids, attention_mask, position_ids, task_ids, text) -> dict:
+        given = super().inputs(input_ids, attention_mask, position_ids, task_ids, text)
+        words = self.backbone.get_input_embeddings()(given.pop("input_ids"))  # (B, T, d)
+        first = words[:, :1] + self.vector.to(words.dtype)
+        return given | {"inputs_embeds": torch.cat([first, words[:, 1:]], 1)}
 
 
 def make_rows(vocabulary: int, longest: int) -> list[Encoded]:
@@ -173,8 +186,7 @@ class Bench:
 
     def contenders(self) -> dict[str, Step]:
         """The floor, TA-LoRA's multitask stage and peft, by name."""
-        floor = InputPrompts(self.share_backbone(), list(map(str, range(TASKS))), TALoRAConfig(IN_FRONT[FLOOR])).train()
-        steps = {FLOOR: self.train(floor, {"prompt": "target"}, regularise=False)}
+        steps = {FLOOR: self.train(Floor(self.share_backbone()).train(), {"vector": "target"}, regularise=False)}
         for checkpointing, name in ((False, "TA-LoRA"), (True, "TA-LoRA, checkpointing")):
             model = self.adapter(TASKS, checkpointing)
             steps[name] = self.train(model, TALORA.learns["multitask"], regularise=True)

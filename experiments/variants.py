@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from experiments.baselines import ONE_SOFTMAX
 from gating import attend, attention_of_layer, prefix_key_value
 from lowrank import task_prompt
 from model import NO_TASK, AdaptedLM, TALoRA, TALoRAConfig
@@ -33,24 +34,10 @@ class OpenGate(TALoRA):
 class OneSoftmax(TALoRA):
     """Without zero-initialised attention: one softmax over text and prompt, as in prefix tuning. No gate is used."""
 
-    method, attention = "talora-one-softmax", "one_softmax"
+    method, attention = "talora-one-softmax", ONE_SOFTMAX
 
     def diagnose(self) -> dict:
         return {name: value for name, value in super().diagnose().items() if name != "gates"}
-
-
-def one_softmax_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                          scaling: float, prefix: list | None = None, **_) -> tuple[Tensor, None]:
-    """softmax(q [K_theta; K_x]^T / sqrt(h)) [V_theta; V_x]; arguments as gating.attention_of_layer -> (B, T, H, h)."""
-    if prefix is None:
-        return attention_of_layer(module, query, key, value, attention_mask, scaling)
-    K, V, _ = prefix[module.layer_idx]
-    T, S = query.shape[2], key.shape[2]
-    if attention_mask is None:  # transformers' way to say causal
-        attention_mask = torch.ones(T, S, dtype=torch.bool, device=key.device).tril(S - T)
-    mask = F.pad(attention_mask, (K.shape[2], 0), value=True)  # (B, 1, T, P + S)
-    out = attend(query, torch.cat([K, key], 2), torch.cat([V, value], 2), mask, False, scaling)
-    return out.transpose(1, 2).contiguous(), None  # (B, T, H, h)
 
 
 class GateOnTheStep(TALoRA):
@@ -80,9 +67,8 @@ def step_gate_attention(module: nn.Module, query: Tensor, key: Tensor, value: Te
     return out + (opened0 * shared + opened * (own - shared)).to(out.dtype), None
 
 
-for name, function in (("one_softmax", one_softmax_attention), ("gate_on_the_step", step_gate_attention)):
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, sdpa_mask)
+AttentionInterface.register("gate_on_the_step", step_gate_attention)
+AttentionMaskInterface.register("gate_on_the_step", sdpa_mask)
 
 
 class OwnB(TALoRA):
