@@ -113,11 +113,16 @@ class AdaptedLM(nn.Module):
         # For good, not for the call: under checkpointing the layers run again in backward, after forward has returned.
         if self.backbone.config._attn_implementation != self.attention:
             self.backbone.set_attn_implementation(self.attention)
-        tokens, window = given["attention_mask"].shape[-1], getattr(self.backbone.config, "sliding_window", None)
-        if window and tokens > window:  # the masks of `score` have no window
+        self.check_window(given["attention_mask"].shape[-1])
+        return self.backbone.model(**given, **cache).last_hidden_state
+
+    def check_window(self, tokens: int) -> None:
+        """Raise UserError for more tokens than a sliding window holds: the masks of `score` have none, nor has a prompt
+        in front of the text."""
+        window = getattr(self.backbone.config, "sliding_window", None)
+        if window and tokens > window:
             raise UserError(f"prompt, text and answers take {tokens} tokens, but the sliding window of the backbone is "
                             f"{window}; lower --max-length, or take another --backbone")
-        return self.backbone.model(**given, **cache).last_hidden_state
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, task_ids: Tensor,
                 labels: Tensor | None = None) -> Output:

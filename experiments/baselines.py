@@ -116,10 +116,12 @@ class PromptInFront(AdaptedLM):
     def inputs(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, task_ids: Tensor,
                text: Tensor) -> dict:
         """The text behind P positions and, as one more argument, the keys and values of its prompt in every layer;
-        arguments of AdaptedLM.inputs. Raises ValueError for a row without a task."""
+        arguments of AdaptedLM.inputs. Raises ValueError for a row without a task, UserError as
+        `check_window` does for prompt and text."""
         ids, row = self.check_tasks(task_ids, len(input_ids))
         prompts, row = self.choose_prompts(ids, row, input_ids, text)  # (n, P, d), (B,)
         n, P, _ = prompts.shape
+        self.check_window(P + attention_mask.shape[-1])
         cache, training = DynamicCache(config=self.backbone.config), self.backbone.training
         self.backbone.eval()  # in training mode, checkpointing would refuse a cache
         self.read(dict(inputs_embeds=prompts.to(self.backbone.dtype), attention_mask=row.new_ones(n, P)),

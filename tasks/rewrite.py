@@ -51,7 +51,7 @@ def rewrite(values: dict[str, str], task, protected: tuple[str, ...], rng: rando
     field = "question" if "question" in values else task.passage
     names = [name for name in task.rewrite if name != "frame"]
     rng.shuffle(names)
-    for name in names + [name for name in task.rewrite if name == "frame"]:
+    for name in names + (["frame"] if "frame" in task.rewrite else []):
         if name == "swap":
             first, second = task.group
             new = values | {first: values[second], second: values[first]}

@@ -127,6 +127,10 @@ def test_what_would_be_silently_wrong_is_refused(tiny_backbone, opened):
     for family in set(FAMILIES) - {"qwen2"}:
         with pytest.raises(ValueError, match="bitfit trains the biases .* has none"):
             opened("bitfit", tiny_backbone(family))
+    model = opened("pt", tiny_backbone("mistral", sliding_window=12))
+    model.score(*pad([PROMPTS[0]]), TASK_IDS[:1], [[[4, 1]]])
+    with pytest.raises(ValueError, match="take 13 tokens.*sliding window of the backbone is 12"):
+        model.score(*pad([PROMPTS[0]]), TASK_IDS[:1], [[[4, 1, 2]]])  # 5 + 8 tokens
 
 
 @EVERY
