@@ -30,13 +30,13 @@ def rates(prompt: float, target: float, **large) -> dict[str, dict]:
     return {"toy": {"prompt_rate": prompt, "target_rate": target}, "large": large}
 
 
-AT_INPUT = {"prompt_length": 100, "prompt_rate": 3e-3, "target_rate": 1e-3}  # best for pt; no search of the first rate
+AT_INPUT = {"prompt_length": 100, "prompt_rate": 1e-2, "target_rate": 1e-3}  # the best of spot and of pt
 METHODS = {method.name: method for method in (
     TALORA,
     Method("pt", "an input prompt for each target, from scratch", baselines.InputPrompts,
            {"target": {"prompt": "target"}}, defaults={"toy": {"target_rate": 0.1}, "large": AT_INPUT}),
     Method("spot", "one input prompt for all sources, the start of every target's", baselines.InputPrompts,
-           on_both("prompt"), defaults=rates(0.1, 0.03, **AT_INPUT)),
+           on_both("prompt"), defaults=rates(0.1, 0.03, prompt_length=100, prompt_rate=0.01, target_rate=0.003)),
     Method("attempt", "an input prompt for each source; a target mixes them, by the text, into its own",
            baselines.Attempt, {"multitask": {"prompt": "prompt"},
                                "target": {"down": "target", "up": "target", "prompt": "target"}}, per_task=True,
@@ -49,7 +49,8 @@ METHODS = {method.name: method for method in (
     Method("deep-spot", "one gated prompt in every layer for all sources, the start of every target's",
            baselines.DeepPrompts, on_both("prompt", "gate"), defaults=rates(0.1, 0.02)),
     Method("deep-spot-nearest", "gated prompts in every layer for each source; a target starts from the nearest",
-           baselines.DeepPrompts, on_both("prompt", "gate"), per_task=True, defaults=rates(0.1, 0.04)),
+           baselines.DeepPrompts, on_both("prompt", "gate"), per_task=True,
+           defaults=rates(0.1, 0.04, prompt_rate=0.02, target_rate=0.01)),
     Method("deep-mpt", "a shared gated prompt in every layer times a rank-1 factor of the task", baselines.DeepMPT,
            on_both("shared", "u", "v", "gate") | {"target": {"u": "target", "v": "target"}}, per_task=True,
            defaults=rates(0.04, 0.2)),

@@ -27,7 +27,6 @@ PARTS = {"fast and slow learning rates (here 4 : 3) are needed": ("equal-rates",
          "zero-initialised attention is needed": ("open-gate", "one-softmax"),
          "the regulariser (cosine form) is needed": ("reg-off",)}  # the paper's claim -> the variants without this part
 
-
 # What a score was measured on: the stage, the examples of a target (0: all there are), and which rows ("" or
 # ", rewritten", the end of a column's name).
 Setting = tuple[str, int | None, str]
